@@ -1,0 +1,130 @@
+"""Codecs: pixels <-> latents. The base class states the contract; `WanVAECodec` is the paper's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from idc.errors import UserError
+from idc.models.frozen import Frozen, resolve, weights_identity
+from idc.types import check_frames
+
+
+class Codec(Frozen):
+    """Pixels in [-1, 1] <-> normalised latents (about zero mean and unit variance) on Wan's 4x8x8 grid.
+
+    A subclass defines `load`, `_identity`, `_encode` and `_decode`; the checks, the dtypes and `no_grad` are here.
+    """
+
+    channels: int = 16
+    temporal_factor: int = 4
+    spatial_factor: int = 8
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a clip; raises as `encode` does."""
+        check_frames(frames)
+        for name, side in (("height", height), ("width", width)):
+            if side < self.spatial_factor or side % self.spatial_factor:
+                below = max(1, side // self.spatial_factor) * self.spatial_factor
+                raise UserError(
+                    f"{name}={side}: the codec takes multiples of {self.spatial_factor} pixels; "
+                    f"the nearest valid sizes are {below} and {below + self.spatial_factor}"
+                )
+        factor = self.spatial_factor
+        return self.channels, (frames - 1) // self.temporal_factor + 1, height // factor, width // factor
+
+    @torch.no_grad()
+    def encode(self, video_BCTHW: Tensor) -> Tensor:
+        """Encode clips of 4n + 1 frames; an image is a clip of one frame.
+
+        Args:
+            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1].
+
+        Returns:
+            float32 `[B, 16, (T - 1) / 4 + 1, H / 8, W / 8]`, on the codec's device.
+
+        Raises:
+            UserError: for another rank, channel count, number of frames or size.
+        """
+        if video_BCTHW.ndim != 5 or video_BCTHW.shape[1] != 3:
+            raise UserError(f"video of shape {tuple(video_BCTHW.shape)}: must be [B, 3, T, H, W]")
+        self.latent_shape(*video_BCTHW.shape[2:])
+        self.load(self.device)
+        return self._encode(video_BCTHW.to(self.device)).float()
+
+    @torch.no_grad()
+    def decode(self, latents_BCTHW: Tensor) -> Tensor:
+        """Decode normalised latents `[B, 16, T, H, W]` to float32 pixels `[B, 3, 4 (T - 1) + 1, 8 H, 8 W]`, clamped
+        to [-1, 1].
+
+        Raises:
+            UserError: for another rank or channel count.
+        """
+        if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.channels:
+            raise UserError(f"latents of shape {tuple(latents_BCTHW.shape)}: must be [B, {self.channels}, T, H, W]")
+        self.load(self.device)
+        return self._decode(latents_BCTHW.to(self.device)).float().clamp(-1, 1)
+
+    @abstractmethod
+    def _encode(self, video_BCTHW: Tensor) -> Tensor:
+        """Checked pixels, on the codec's device, to normalised latents of any float dtype."""
+
+    @abstractmethod
+    def _decode(self, latents_BCTHW: Tensor) -> Tensor:
+        """Checked normalised latents, on the codec's device, to pixels of any float dtype and range."""
+
+
+class WanVAECodec(Codec):
+    """Wan2.1's causal 3D VAE (diffusers' `AutoencoderKLWan`), normalised by its config's mean and std per channel.
+
+    Args:
+        path: a folder in diffusers' layout, or a hub id.
+        subfolder: where the VAE lies in it.
+        dtype: of weights and activations; Wan's pipelines run the VAE in float32.
+        tiling: encode and decode in overlapping tiles: less memory, a slightly different result.
+        sample: draw from the posterior in place of taking its mean. Needs a `generator` for `encode`.
+    """
+
+    def __init__(
+        self,
+        path: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        subfolder: str = "vae",
+        dtype: torch.dtype = torch.float32,
+        tiling: bool = False,
+    ) -> None:
+        self.path, self.subfolder, self.dtype, self.tiling = path, subfolder, dtype, tiling
+        self._vae: Any = None
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        self.device, self.dtype = torch.device(device), dtype or self.dtype
+        if self._vae is None:
+            resolve(self.path, self.subfolder, "config.json and diffusion_pytorch_model.safetensors of a Wan VAE")
+            from diffusers import AutoencoderKLWan
+
+            self._vae = AutoencoderKLWan.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=self.dtype)
+            self._vae.eval().requires_grad_(False)
+            if self.tiling:
+                self._vae.enable_tiling()
+        self._vae.to(self.device, self.dtype)
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        weights = weights_identity(self.path, self.subfolder)
+        return {"weights": weights, "dtype": str(self.dtype), "tiling": self.tiling}
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        config = self._vae.config
+        mean, std = (torch.tensor(values, device=self.device) for values in (config.latents_mean, config.latents_std))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def _encode(self, video_BCTHW: Tensor) -> Tensor:
+        mean, std = self._statistics()
+        posterior = self._vae.encode(video_BCTHW.to(self.dtype)).latent_dist
+        return (posterior.mode().float() - mean) / std
+
+    def _decode(self, latents_BCTHW: Tensor) -> Tensor:
+        mean, std = self._statistics()
+        return self._vae.decode((latents_BCTHW.float() * std + mean).to(self.dtype)).sample

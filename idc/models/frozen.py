@@ -1,0 +1,73 @@
+"""What codecs and conditioners share: they are frozen, loaded late, and known by a fingerprint that keys caches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from idc.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Frozen(ABC):
+    """A frozen encoder. Making one is light; `load` builds what is heavy, once.
+
+    It is no `nn.Module` on purpose: held by a LightningModule it stays out of the state dict, of the optimiser and
+    of FSDP's wrapping.
+    """
+
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Build on the first call, move on later ones; return self. `dtype` None keeps the object's own setting."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the output for the same input may change. Needs no `load`."""
+        text = json.dumps([type(self).__qualname__, self._identity()], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Every setting that the output depends on, as plain JSON."""
+
+
+def resolve(path: str, subfolder: str, expected: str) -> Path | None:
+    """The folder `path/subfolder` where it exists with a config.json, or None for a hub id such as `owner/name`.
+
+    Args:
+        expected: what the folder should contain, for the message.
+
+    Raises:
+        UserError: for what looks like a local path and is not there or lacks its config.json; no network is tried.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and _HUB_ID.fullmatch(path):
+        return None
+    folder = folder / subfolder if subfolder else folder
+    if not (folder / "config.json").is_file():
+        found = "has no config.json" if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"path={path!r}: {folder} {found}; it should contain {expected}. "
+            "Give a folder saved with save_pretrained, or a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
+        )
+    return folder
+
+
+def weights_identity(path: str, subfolder: str = "") -> dict[str, Any]:
+    """Path, config and the names and sizes of the weight files: what tells two sets of weights apart without reading
+    them. For a hub id, or a path that is not there yet, the path alone."""
+    folder = Path(path).expanduser() / subfolder
+    identity: dict[str, Any] = {"path": path, "subfolder": subfolder}
+    if (folder / "config.json").is_file():
+        identity["config"] = json.loads((folder / "config.json").read_text())
+        identity["files"] = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    return identity

@@ -27,7 +27,7 @@ def guided(cond: Velocity, uncond: Velocity, scale: float, rescale: float = 0.0)
     return velocity
 
 
-def guided_separately(
+def guided_text_image(
     both: Velocity,
     references: Velocity,
     uncond: Velocity,

@@ -7,6 +7,7 @@ each step. In float32 the two agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def sample_euler(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep |
         The state at `times[-1]`, in x's dtype.
     """
     times = _check(times, x)
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         x = x + (t_next - t) * velocity(x, t).to(x.dtype)
         if on_step is not None:
             on_step(i, x)
@@ -60,7 +61,7 @@ def sample_euler(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep |
 def sample_heun(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:
     """Heun's method (explicit trapezoid), second order, two evaluations a step; arguments as in `sample_euler`."""
     times = _check(times, x)
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         slope = velocity(x, t).to(x.dtype)
         slope_next = velocity(x + (t_next - t) * slope, t_next).to(x.dtype)
         x = x + (t_next - t) * (slope + slope_next) / 2

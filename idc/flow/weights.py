@@ -1,4 +1,4 @@
-"""The training objective, Eq. 2: L = E[ w(t) || v(z_t, t, C) - (eps - z_0) ||^2 ], and the weights w(t).
+"""Weights w(t) of the objective, Eq. 2: L = E[ w(t) || v(z_t, t, C) - (eps - z_0) ||^2 ].
 
 Every weight has mean 1 over uniform t, so that a change of weight is not a change of learning rate.
 """
@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.flow.path import velocity_target
 
 
-def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """The unweighted squared error of each sample, `(B,)` in float32, as a mean over everything but the batch."""
-    error = velocity.float() - velocity_target(x0.float(), noise.float())
-    return error.square().flatten(1).mean(1)
-
-
-class TimeWeight(Protocol):
+class Weight(Protocol):
     """w(t)."""
 
     def __call__(self, t_B: Tensor) -> Tensor:
@@ -30,7 +23,7 @@ class TimeWeight(Protocol):
 
 
 @dataclass(frozen=True)
-class UniformWeight:
+class Uniform:
     """w(t) = 1: the paper does not say more, and logit-normal times already favour the middle."""
 
     def __call__(self, t_B: Tensor) -> Tensor:
@@ -38,7 +31,7 @@ class UniformWeight:
 
 
 @dataclass(frozen=True)
-class GaussianWeight:
+class Gaussian:
     """w(t) proportional to exp(-(t - mean)^2 / (2 std^2)): a bell over the middle times, for use with uniform times."""
 
     mean: float = 0.5
@@ -56,7 +49,7 @@ class GaussianWeight:
 
 
 @dataclass(frozen=True)
-class CosMapWeight:
+class CosMap:
     """w(t) = 2 / (pi (1 - 2t + 2t^2)): SD3's CosMap density (arXiv 2403.03206, section 3.1) as a weight."""
 
     def __call__(self, t_B: Tensor) -> Tensor:

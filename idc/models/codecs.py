@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, resolve, weights_identity
+from idc.models.frozen import Frozen, resolve, torch_dtype, weights_identity
 from idc.types import check_frames
 
 
@@ -49,11 +49,7 @@ class Codec(Frozen):
         Raises:
             UserError: for another rank, channel count, number of frames or size.
         """
-        if video_BCTHW.ndim != 5 or video_BCTHW.shape[1] != 3:
-            raise UserError(f"video of shape {tuple(video_BCTHW.shape)}: must be [B, 3, T, H, W]")
-        self.latent_shape(*video_BCTHW.shape[2:])
-        self.load(self.device)
-        return self._encode(video_BCTHW.to(self.device)).float()
+        return self._encode(self._checked(video_BCTHW)).float()
 
     @torch.no_grad()
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
@@ -67,6 +63,14 @@ class Codec(Frozen):
             raise UserError(f"latents of shape {tuple(latents_BCTHW.shape)}: must be [B, {self.channels}, T, H, W]")
         self.load(self.device)
         return self._decode(latents_BCTHW.to(self.device)).float().clamp(-1, 1)
+
+    def _checked(self, video_BCTHW: Tensor) -> Tensor:
+        """The clips on the device of the codec, which is loaded; raises as `encode` does."""
+        if video_BCTHW.ndim != 5 or video_BCTHW.shape[1] != 3:
+            raise UserError(f"video of shape {tuple(video_BCTHW.shape)}: must be [B, 3, T, H, W]")
+        self.latent_shape(*video_BCTHW.shape[2:])
+        self.load(self.device)
+        return video_BCTHW.to(self.device)
 
     @abstractmethod
     def _encode(self, video_BCTHW: Tensor) -> Tensor:
@@ -85,45 +89,56 @@ class WanVAECodec(Codec):
         subfolder: where the VAE lies in it.
         dtype: of weights and activations; Wan's pipelines run the VAE in float32.
         tiling: encode and decode in overlapping tiles: less memory, a slightly different result.
-        sample: draw from the posterior in place of taking its mean. Needs a `generator` for `encode`.
     """
 
     def __init__(
         self,
         path: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         subfolder: str = "vae",
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = "float32",
         tiling: bool = False,
     ) -> None:
-        self.path, self.subfolder, self.dtype, self.tiling = path, subfolder, dtype, tiling
+        self.path, self.subfolder, self.dtype, self.tiling = path, subfolder, torch_dtype(dtype), tiling
         self._vae: Any = None
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        self.device, self.dtype = torch.device(device), dtype or self.dtype
+        self.device = torch.device(device)
         if self._vae is None:
-            resolve(self.path, self.subfolder, "config.json and diffusion_pytorch_model.safetensors of a Wan VAE")
+            resolve(self.path, self.subfolder, "a Wan VAE: config.json and diffusion_pytorch_model.safetensors")
             from diffusers import AutoencoderKLWan
 
             self._vae = AutoencoderKLWan.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=self.dtype)
             self._vae.eval().requires_grad_(False)
             if self.tiling:
                 self._vae.enable_tiling()
-        self._vae.to(self.device, self.dtype)
+        self._vae.to(self.device)
         return self
 
     def _identity(self) -> dict[str, Any]:
         weights = weights_identity(self.path, self.subfolder)
         return {"weights": weights, "dtype": str(self.dtype), "tiling": self.tiling}
 
+    @torch.no_grad()
+    def sample(self, video_BCTHW: Tensor, generator: torch.Generator) -> Tensor:
+        """As `encode`, but drawn from the posterior, where `encode` takes its mean."""
+        posterior = self._posterior(self._checked(video_BCTHW))
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
+        return self._normalise(posterior.mean.float() + posterior.std.float() * noise.to(self.device))
+
+    def _posterior(self, video_BCTHW: Tensor) -> Any:
+        return self._vae.encode(video_BCTHW.to(self.dtype)).latent_dist
+
     def _statistics(self) -> tuple[Tensor, Tensor]:
         config = self._vae.config
         mean, std = (torch.tensor(values, device=self.device) for values in (config.latents_mean, config.latents_std))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
-    def _encode(self, video_BCTHW: Tensor) -> Tensor:
+    def _normalise(self, latents_BCTHW: Tensor) -> Tensor:
         mean, std = self._statistics()
-        posterior = self._vae.encode(video_BCTHW.to(self.dtype)).latent_dist
-        return (posterior.mode().float() - mean) / std
+        return (latents_BCTHW - mean) / std
+
+    def _encode(self, video_BCTHW: Tensor) -> Tensor:
+        return self._normalise(self._posterior(video_BCTHW).mode().float())
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         mean, std = self._statistics()

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from idc.errors import UserError
+from idc.errors import UserError, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -27,7 +27,11 @@ class Frozen(ABC):
 
     @abstractmethod
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Build on the first call, move on later ones; return self. `dtype` None keeps the object's own setting."""
+        """Build on the first call, move on later ones; return self.
+
+        `dtype` is for encoders that have no dtype setting of their own: a setting wins, so that the fingerprint
+        does not depend on where the encoder runs.
+        """
 
     @property
     def fingerprint(self) -> str:
@@ -40,21 +44,31 @@ class Frozen(ABC):
         """Every setting that the output depends on, as plain JSON."""
 
 
-def resolve(path: str, subfolder: str, expected: str) -> Path | None:
-    """The folder `path/subfolder` where it exists with a config.json, or None for a hub id such as `owner/name`.
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The floating-point dtype of that name, as recipes write it: "float32", "bfloat16" or "float16"."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in names:
+        raise UserError(f"dtype={name!r}: no such dtype{nearest(name, names)}")
+    return names[name]
+
+
+def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json") -> Path | None:
+    """The folder `path/subfolder` where it exists and holds the file `marker`, or None for a hub id (`owner/name`).
 
     Args:
         expected: what the folder should contain, for the message.
 
     Raises:
-        UserError: for what looks like a local path and is not there or lacks its config.json; no network is tried.
+        UserError: for what looks like a local path and is not there or lacks the marker; no network is tried.
     """
     folder = Path(path).expanduser()
     if not folder.exists() and _HUB_ID.fullmatch(path):
         return None
     folder = folder / subfolder if subfolder else folder
-    if not (folder / "config.json").is_file():
-        found = "has no config.json" if folder.is_dir() else "does not exist"
+    if not (folder / marker).is_file():
+        found = f"has no {marker}" if folder.is_dir() else "does not exist"
         raise UserError(
             f"path={path!r}: {folder} {found}; it should contain {expected}. "
             "Give a folder saved with save_pretrained, or a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"

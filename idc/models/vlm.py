@@ -1,0 +1,215 @@
+"""VLM conditioners: caption and reference images together -> C_txt = VLM(C, I), the f_txt of stage 3.
+
+`QwenVLConditioner` is the paper's; `ToyVLM` is a training-free stand-in of the same interface.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idc.errors import UserError
+from idc.flow.times import generator
+from idc.models.conditioners import ToyTextConditioner, clean_caption, sinusoidal
+from idc.models.frozen import Frozen, resolve, torch_dtype, weights_identity
+
+
+class VLMConditioner(Frozen):
+    """(Caption, its reference images) -> a sequence of tokens that mixes the two."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D, the width of a token."""
+
+    def encode(self, captions: Sequence[str], references: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Encode each sample by itself, so that nothing depends on the batch, and pad with zeros on the right.
+
+        Args:
+            captions: "" is the null caption.
+            references: per sample, float images `[3, H, W]` in [-1, 1] of any sizes, in the order of its subjects;
+                an empty sequence is the null variant.
+
+        Returns:
+            tokens_BLD and mask_BL (bool, True where a token is real), on the conditioner's device; L is the longest
+            sample's length and at least 1.
+
+        Raises:
+            UserError: where the two lengths differ or an image is not `[3, H, W]`.
+        """
+        if len(captions) != len(references):
+            raise UserError(f"{len(captions)} captions but {len(references)} lists of references: one each is needed")
+        for image in (image for images in references for image in images):
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise UserError(f"reference image of shape {tuple(image.shape)}: must be [3, H, W]")
+        self.load(self.device)
+        with torch.no_grad():
+            samples = [self._encode_one(c, r) for c, r in zip(captions, references, strict=True)]
+        lengths_B = torch.tensor([len(tokens) for tokens in samples], device=self.device)
+        tokens_BLD = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+        return tokens_BLD, torch.arange(tokens_BLD.shape[1], device=self.device) < lengths_B[:, None]
+
+    @abstractmethod
+    def _encode_one(self, caption: str, references: Sequence[Tensor]) -> Tensor:
+        """The tokens `[L, D]` of one sample, on the conditioner's device."""
+
+
+SYSTEM = "Describe each reference subject, and how the text asks it to look, act and meet the others in the video."
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def qwen_prompt(caption: str, references: int) -> tuple[str, str]:
+    """The prompt in Qwen's chat format, as (head, body), with one `<|image_pad|>` an image:
+
+        head: <|im_start|>system\\n{SYSTEM}<|im_end|>\\n<|im_start|>user\\n
+        body: Subject 1: {image}\\n ... Subject N: {image}\\n{caption}<|im_end|>\\n<|im_start|>assistant\\n
+
+    The head is the same for all samples, and causal attention keeps its states so: they are not conditions.
+    """
+    subjects = "".join(f"Subject {k + 1}: {_IMAGE}\n" for k in range(references))
+    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    return head, f"{subjects}{clean_caption(caption)}<|im_end|>\n<|im_start|>assistant\n"
+
+
+class QwenVLConditioner(VLMConditioner):
+    """Qwen2.5-VL's last hidden states (3584 wide at 7B, after the final norm) over `qwen_prompt`'s body.
+
+    The paper names the model and not the prompt: the prompt is ours.
+
+    Args:
+        path: a folder saved with save_pretrained (model, tokenizer), or a hub id.
+        max_pixels: area cap of a reference, in pixels; 28 x 28 of them make one token.
+        min_pixels: smaller references are enlarged to it.
+        dtype: of weights, activations and output.
+    """
+
+    def __init__(
+        self,
+        path: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        max_pixels: int = 256 * 28 * 28,
+        min_pixels: int = 4 * 28 * 28,
+        dtype: str | torch.dtype = "bfloat16",
+    ) -> None:
+        if not 0 < min_pixels <= max_pixels:
+            raise UserError(f"min_pixels={min_pixels}: must be positive and at most max_pixels={max_pixels}")
+        self.path, self.max_pixels, self.min_pixels = path, max_pixels, min_pixels
+        self.dtype = torch_dtype(dtype)
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._images: Any = None
+
+    @cached_property
+    def dim(self) -> int:
+        resolve(self.path, "", "Qwen2.5-VL: config.json, model*.safetensors and the tokenizer")
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.path).text_config.hidden_size
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        self.device = torch.device(device)
+        if self._model is None:
+            resolve(self.path, "", "Qwen2.5-VL: config.json, model*.safetensors and the tokenizer")
+            resolve(self.path, "", "Qwen2.5-VL's tokenizer", marker="tokenizer_config.json")
+            from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.path)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.path, dtype=self.dtype).model
+            self._model = model.eval().requires_grad_(False)
+            self._images = self._image_processor()
+        self._model.to(self.device)
+        return self
+
+    def _image_processor(self) -> Any:
+        """Qwen's image processor over PIL: the default one, and the whole `Qwen2_5_VLProcessor`, want torchvision."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        vision = self._model.config.vision_config
+        return Qwen2VLImageProcessorPil(
+            size={"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "weights": weights_identity(self.path),
+            "pixels": [self.min_pixels, self.max_pixels],
+            "dtype": str(self.dtype),
+            "prompt": qwen_prompt("caption", 1),
+        }
+
+    def inputs(self, caption: str, references: Sequence[Tensor]) -> tuple[dict[str, Tensor], int]:
+        """The model's keyword arguments for one sample, and the number of tokens in the prompt's head."""
+        head, body = qwen_prompt(caption, len(references))
+        inputs: dict[str, Tensor] = {}
+        if references:
+            images = [((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte() for image in references]
+            inputs = dict(self._images(images=[image.numpy() for image in images], return_tensors="pt"))
+            merge = self._images.merge_size**2
+            head_and_tail = body.split("<|image_pad|>")
+            counts = [int(grid.prod()) // merge for grid in inputs["image_grid_thw"]]
+            body = "".join(
+                part + "<|image_pad|>" * count for part, count in zip(head_and_tail, [*counts, 0], strict=True)
+            )
+        head_ids, body_ids = (self._tokenizer(text, add_special_tokens=False).input_ids for text in (head, body))
+        inputs["input_ids"] = torch.tensor([[*head_ids, *body_ids]])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        # Without these the model takes image tokens for text and gives them no two-dimensional positions.
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == self._model.config.image_token_id).int()
+        return inputs, len(head_ids)
+
+    def _encode_one(self, caption: str, references: Sequence[Tensor]) -> Tensor:
+        inputs, head = self.inputs(caption, references)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return self._model(**inputs, use_cache=False).last_hidden_state[0, head:]
+
+
+class ToyVLM(VLMConditioner):
+    """A stand-in for a VLM at the toy scale: deterministic, training-free, with the real one's interface.
+
+    The sequence is, per reference, `grid` x `grid` tokens, then the caption's words (`ToyTextConditioner`). A
+    reference's token is a fixed random projection of the mean colours of a 4x4 grid inside its cell, plus its cell's
+    position, plus a fixed vector of the subject's index. It sees colours and coarse texture, and nothing it says was
+    learned.
+    """
+
+    cells = 4
+
+    def __init__(self, dim: int = 128, max_words: int = 48, grid: int = 2) -> None:
+        if grid < 1:
+            raise UserError(f"grid={grid}: must be at least 1; the default is 2")
+        self._dim, self.grid = dim, grid
+        self._words = ToyTextConditioner(dim, max_words)
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        self.device = torch.device(device)
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        return {"dim": self.dim, "grid": self.grid, "cells": self.cells, "words": self._words.fingerprint, "version": 1}
+
+    def _encode_one(self, caption: str, references: Sequence[Tensor]) -> Tensor:
+        summaries = [self._summary(k, image.float().cpu()) for k, image in enumerate(references)]
+        return torch.cat([*summaries, self._words.tokens(caption)]).to(self.device)
+
+    def _summary(self, index: int, image_CHW: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(image_CHW, self.grid * self.cells)
+        patches_LD = F.unfold(pooled[None], self.cells, stride=self.cells)[0].T
+        width = patches_LD.shape[1]
+        projection = torch.randn(width, self.dim, generator=generator(0, f"patch/{width}/{self.dim}"))
+        subject = torch.randn(self.dim, generator=generator(0, f"subject/{index}"))
+        positions_LD = sinusoidal(self.grid**2, self.dim)
+        # About half the power to the picture; an average pixel has a mean square of about 0.5.
+        return (math.sqrt(2 / width) * patches_LD @ projection + 0.5 * (positions_LD + subject)) / math.sqrt(1.5)

@@ -1,0 +1,131 @@
+"""An analytic codec with Wan's geometry and no weights: what makes toy latents something that can be looked at.
+
+Every 8x8-pixel cell of the first frame, and every cell of four frames by 8x8 pixels after it, becomes 16 channels: the
+coefficients of a cosine transform (DCT-II, orthonormal) in an opponent colour space. The coefficients that carry the
+most energy in the toy world are kept; the others are dropped. A cell of the first frame has no temporal coefficients
+and spends their five channels on spatial detail.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from idc.models.codecs import Codec
+
+# (opponent colour, temporal, vertical, horizontal frequency) and (mean, std) of the coefficient over 2,000 toy clips.
+SHARED = [
+    (0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (1, 0, 0, 1), (2, 0, 1, 0),
+    (2, 0, 0, 1), (0, 0, 2, 0), (0, 0, 1, 1),
+]  # fmt: skip
+FIRST = [*SHARED, (0, 0, 0, 2), (0, 0, 3, 0), (0, 0, 2, 1), (1, 0, 2, 0), (2, 0, 2, 0)]
+LATER = [*SHARED, (0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (1, 1, 0, 0), (2, 1, 0, 0)]
+FIRST_MEAN = [
+    4.98,
+    -0.181,
+    0.145,
+    0.0808,
+    0.0104,
+    -0.00128,
+    -9.7e-05,
+    0.000864,
+    0.000124,
+    -0.00784,
+    -0.00102,
+    -0.00599,
+    0.00688,
+    0.000177,
+    -0.0019,
+    0.00205,
+]
+FIRST_STD = [4.44, 1.75, 2, 1.29, 1.08, 0.603, 0.565, 0.633, 0.58, 0.686, 0.536, 0.461, 0.347, 0.307, 0.324, 0.339]
+LATER_MEAN = [
+    9.95,
+    -0.361,
+    0.289,
+    0.168,
+    0.0153,
+    -0.00298,
+    -0.00114,
+    0.0022,
+    4.58e-05,
+    0.000983,
+    -0.0012,
+    0.000703,
+    0.00176,
+    0.000683,
+    -1.83e-05,
+    2.8e-06,
+]
+LATER_STD = [8.72, 3.4, 3.9, 2.2, 1.92, 1.05, 0.972, 1.09, 1.01, 1.08, 0.842, 1.7, 1.08, 0.854, 0.828, 0.856]
+
+
+class CosineCodec(Codec):
+    """Orthonormal block cosines: `decode` is the adjoint of `encode` up to the affine normalisation.
+
+    `encode(decode(z)) == z` up to float32 rounding where the decoded pixels stay within [-1, 1]; `_decode` itself does not clamp.
+    """
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Move to `device`; `dtype` is ignored, the transform runs in float32."""
+        self.device = torch.device(device)
+        self._first = _basis(FIRST, 1).to(self.device)
+        self._later = _basis(LATER, 4).to(self.device)
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).T[None, :, :, None, None]
+            for values in ([FIRST_MEAN, LATER_MEAN], [FIRST_STD, LATER_STD])
+        )
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        kept = {"first": FIRST, "later": LATER}
+        return kept | {"mean": [FIRST_MEAN, LATER_MEAN], "std": [FIRST_STD, LATER_STD]}
+
+    def _statistics(self, frames: int) -> tuple[Tensor, Tensor]:
+        index = [0] + [1] * (frames - 1)
+        return self._mean[:, :, index], self._std[:, :, index]
+
+    def _encode(self, video_BCTHW: Tensor) -> Tensor:
+        video = video_BCTHW.float()
+        latents = _analyse(video[:, :, :1], self._first)
+        if video.shape[2] > 1:
+            latents = torch.cat([latents, _analyse(video[:, :, 1:], self._later)], 2)
+        mean, std = self._statistics(latents.shape[2])
+        return (latents - mean) / std
+
+    def _decode(self, latents_BCTHW: Tensor) -> Tensor:
+        mean, std = self._statistics(latents_BCTHW.shape[2])
+        latents = latents_BCTHW.float() * std + mean
+        video = _synthesise(latents[:, :, :1], self._first)
+        if latents.shape[2] > 1:
+            video = torch.cat([video, _synthesise(latents[:, :, 1:], self._later)], 2)
+        return video
+
+
+def _basis(kept: list[tuple[int, int, int, int]], frames: int) -> Tensor:
+    """Orthonormal rows `[16, 3, frames, 8, 8]`, one a kept coefficient."""
+    colours = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])  # brightness, red-green, yellow-blue
+    colours /= colours.norm(dim=1, keepdim=True)
+    time, space = _cosines(frames), _cosines(8)
+    rows = [torch.einsum("c,t,h,w->cthw", colours[c], time[t], space[y], space[x]) for c, t, y, x in kept]
+    return torch.stack(rows)
+
+
+def _cosines(n: int) -> Tensor:
+    """The orthonormal DCT-II matrix `[n, n]`, frequency by position."""
+    angles = math.pi / n * torch.outer(torch.arange(n), torch.arange(n) + 0.5)
+    matrix = torch.cos(angles.double()) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+def _analyse(video_BCTHW: Tensor, basis: Tensor) -> Tensor:
+    kernel = basis.shape[2:]
+    return torch.nn.functional.conv3d(video_BCTHW, basis, stride=kernel)
+
+
+def _synthesise(latents_BCTHW: Tensor, basis: Tensor) -> Tensor:
+    return torch.nn.functional.conv_transpose3d(latents_BCTHW, basis, stride=basis.shape[2:])

@@ -1,0 +1,155 @@
+"""Cached encoder outputs: a folder named after the encoders' fingerprint, with chunks of samples in safetensors.
+
+    root/<fingerprint>/fingerprint.json    what the encoders were
+    root/<fingerprint>/<chunk>.safetensors tensors "<number in chunk>/<name>", any dtype and shape
+    root/<fingerprint>/<chunk>.json        {"ids": [...]}: written last, so a chunk without it does not count
+
+Usual names: latents, text, vlm, vlm_no_references, vlm_no_text, reference_0, reference_1 ...
+
+Cached latents are of ONE window of each clip (the first frames, centre crop: see `reader.Window.fixed`), so training on
+a cache sees no other windows or crops of longer clips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from idc.data.plan import stable_hash
+from idc.data.storage import open_atomic
+from idc.errors import UserError
+
+OPEN_CHUNKS = 128  # memory maps a process keeps open
+
+
+class FeatureStore:
+    """Read and write the features of one fingerprint.
+
+    Several processes may write at once, each its own chunks; the same chunk written twice is replaced by its equal.
+    Opening the store again sees what others have written since.
+
+    Args:
+        root: folder of all stores.
+        fingerprint: what the features depend on: encoders, sizes, window; any JSON value. Another value is another
+            folder, so features of other encoders are never mixed up.
+    """
+
+    def __init__(self, root: str | Path, fingerprint: Any) -> None:
+        self.root, self.fingerprint = Path(root), fingerprint
+        self.path = self.root / stable_hash(fingerprint)
+        self._place: dict[str, tuple[str, int]] = {}
+        self._chunks: set[str] = set()
+        self._handles: OrderedDict[str, Any] = OrderedDict()
+        self._pid = os.getpid()
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self._place
+
+    def refresh(self) -> None:
+        """Look for chunks that were completed since."""
+        for sidecar in sorted(self.path.glob("*.json")):
+            if sidecar.name == "fingerprint.json" or sidecar.stem in self._chunks:
+                continue
+            ids = json.loads(sidecar.read_bytes())["ids"]
+            self._place.update({sample_id: (sidecar.stem, number) for number, sample_id in enumerate(ids)})
+            self._chunks.add(sidecar.stem)
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Those without features, in order."""
+        return [sample_id for sample_id in ids if sample_id not in self._place]
+
+    def others(self) -> dict[str, Any]:
+        """Fingerprints of the other stores under the same root by folder: left by other encoders, free to delete."""
+        found = {}
+        for path in sorted(self.root.glob("*/fingerprint.json")):
+            if path.parent != self.path:
+                found[str(path.parent)] = json.loads(path.read_bytes())
+        return found
+
+    def write(self, features: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store one chunk: id -> name -> tensor. Complete or absent after a kill. 256 samples a chunk are a good size.
+
+        Raises:
+            UserError: an empty chunk, or a sample without tensors.
+        """
+        from safetensors.torch import save
+
+        if not features or not all(features.values()):
+            raise UserError("a chunk of features must hold at least one sample, and each sample at least one tensor")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "fingerprint.json").exists():
+            _write(self.path / "fingerprint.json", json.dumps(self.fingerprint, indent=1, sort_keys=True).encode())
+        ids = list(features)
+        name = hashlib.blake2b("\n".join(ids).encode(), digest_size=8).hexdigest()
+        tensors = {
+            f"{number}/{key}": tensor.detach().to("cpu", copy=False).contiguous()
+            for number, sample_id in enumerate(ids)
+            for key, tensor in features[sample_id].items()
+        }
+        _write(self.path / f"{name}.safetensors", save(_without_aliases(tensors)))
+        _write(self.path / f"{name}.json", json.dumps({"ids": ids}).encode())
+        self._handles.pop(name, None)
+        self._place.update({sample_id: (name, number) for number, sample_id in enumerate(ids)})
+        self._chunks.add(name)
+
+    def read(self, sample_id: str, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The features of a sample (all, or those named) as they were written.
+
+        Raises:
+            KeyError: unknown sample or name.
+        """
+        name, number = self._place[sample_id]
+        handle, keys = self._open(name)
+        mine = keys[number]
+        if names is not None:
+            mine = {key: mine[key] for key in names}
+        return {key: handle.get_tensor(stored) for key, stored in mine.items()}
+
+    def _open(self, name: str) -> tuple[Any, dict[int, dict[str, str]]]:
+        """The chunk's memory map and its keys by sample; each process opens its own."""
+        from safetensors import safe_open
+
+        if self._pid != os.getpid():
+            self._handles, self._pid = OrderedDict(), os.getpid()
+        if name in self._handles:
+            self._handles.move_to_end(name)
+            return self._handles[name]
+        handle = safe_open(str(self.path / f"{name}.safetensors"), framework="pt")
+        keys: dict[int, dict[str, str]] = {}
+        for stored in handle.keys():  # noqa: SIM118 (not a mapping)
+            number, key = stored.split("/", 1)
+            keys.setdefault(int(number), {})[key] = stored
+        self._handles[name] = handle, keys
+        if len(self._handles) > OPEN_CHUNKS:
+            self._handles.popitem(last=False)
+        return handle, keys
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open_atomic(str(path)) as stream:
+        stream.write(data)
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies where several tensors share memory, which safetensors refuses."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensors[key] = tensor.clone()
+        seen.add(pointer)
+    return tensors

@@ -36,7 +36,9 @@ def shifted_times(steps: int, shift: float = 1.0) -> Tensor:
     if not shift > 0:
         raise UserError(f"shift={shift}: must be positive; 1.0 is no shift")
     uniform = torch.from_numpy(np.linspace(1, 0, steps + 1).astype(np.float32))
-    return shift_time(uniform, shift)
+    times = shift_time(uniform, shift)
+    times[0] = 1  # exactly pure noise, also where an odd shift rounds
+    return times
 
 
 def sample_euler(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:

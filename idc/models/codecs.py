@@ -108,6 +108,9 @@ class WanVAECodec(Codec):
             from diffusers import AutoencoderKLWan
 
             self._vae = AutoencoderKLWan.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=self.dtype)
+            if self._vae.config.z_dim != self.channels:
+                z_dim, self._vae = self._vae.config.z_dim, None
+                raise UserError(f"path={self.path!r}: a VAE of {z_dim} latent channels; Wan2.1's has {self.channels}")
             self._vae.eval().requires_grad_(False)
             if self.tiling:
                 self._vae.enable_tiling()

@@ -134,14 +134,16 @@ class ToyTextConditioner(TextConditioner):
         context: how many neighbours on either side a token knows of.
     """
 
-    dim = 128  # type: ignore[assignment]  # a plain attribute here, set per instance
-
     def __init__(self, dim: int = 128, max_length: int = 48, context: int = 2) -> None:
         if dim < 2 or dim % 2:
             raise UserError(f"dim={dim}: must be even and positive; the nearest valid width is {max(2, dim + dim % 2)}")
         if max_length < 1:
             raise UserError(f"max_length={max_length}: must be at least 1; the default is 48")
-        self.dim, self.max_length, self.context = dim, max_length, context
+        self._dim, self.max_length, self.context = dim, max_length, context
+
+    @property
+    def dim(self) -> int:
+        return self._dim
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         self.device = torch.device(device)

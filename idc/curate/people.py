@@ -1,0 +1,167 @@
+"""Following people through a video by their faces, and choosing where to take a reference picture of each.
+
+Identity is followed by the face's place alone: boxes of successive looks are one person where they overlap or lie
+close together. A track therefore ends at a cut, at a long turn of the head and behind an obstacle, and the same person
+coming back is a new track: references are never taken across such a gap, so they are never of somebody else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from idc.models.faces import Face
+
+MIN_SIGHTINGS = 3  # fewer are mostly false alarms of the detector
+GOOD_SHARE = 0.85  # references are drawn among sightings at least this good, relative to the best
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+class Sighting(NamedTuple):
+    """A face seen at a tick (frame number at the target rate); `alone` where no other face is in its crop."""
+
+    tick: int
+    face: Face
+    alone: bool
+
+
+@dataclass
+class Track:
+    """One person's face over a stretch of the video, ticks rising."""
+
+    sightings: list[Sighting] = field(default_factory=list)
+
+    def within(self, first: int, last: int) -> list[Sighting]:
+        """Sightings at ticks first to last, both included."""
+        return [sighting for sighting in self.sightings if first <= sighting.tick <= last]
+
+
+class Tracker:
+    """Join faces of successive looks into tracks.
+
+    Args:
+        patience: ticks that a face may stay unseen before its track ends.
+        size: (height, width) of the picture, for the crops.
+    """
+
+    def __init__(self, patience: int, size: tuple[int, int]) -> None:
+        self._patience, self._size = patience, size
+        self._open: list[Track] = []
+        self._done: list[Track] = []
+
+    def look(self, tick: int, faces: Sequence[Face]) -> None:
+        """Add the faces seen at a tick. The closest pairs are joined first; each face and track is used once."""
+        self._close([t for t in self._open if tick - t.sightings[-1].tick > self._patience])
+        pairs = sorted(
+            ((affinity(track.sightings[-1].face, face), i, j))
+            for i, track in enumerate(self._open)
+            for j, face in enumerate(faces)
+        )
+        joined: dict[int, Track] = {}
+        taken: set[int] = set()
+        for strength, i, j in reversed(pairs):
+            if strength > 0 and i not in taken and j not in joined:
+                taken.add(i)
+                joined[j] = self._open[i]
+        for j, face in enumerate(faces):
+            crop = head_and_shoulders(face, *self._size)
+            alone = not any(_touches(crop, other) for k, other in enumerate(faces) if k != j)
+            if j not in joined:
+                joined[j] = Track()
+                self._open.append(joined[j])
+            joined[j].sightings.append(Sighting(tick, face, alone))
+
+    def cut(self) -> None:
+        """A new shot begins: nobody is followed across."""
+        self._close(list(self._open))
+
+    def finish(self) -> list[Track]:
+        """All tracks seen often enough, in order of appearance."""
+        self.cut()
+        tracks = [track for track in self._done if len(track.sightings) >= MIN_SIGHTINGS]
+        return sorted(tracks, key=lambda track: track.sightings[0][:2])
+
+    def _close(self, tracks: list[Track]) -> None:
+        self._done += tracks
+        self._open = [track for track in self._open if not any(track is closed for closed in tracks)]
+
+
+def affinity(before: Face, now: Face) -> float:
+    """How sure it is that two boxes are one face, by place and size: above 0 where it may be, up to 1 for equal ones.
+
+    Boxes that overlap by an IoU of 0.3, or whose centres lie within half a face of each other, count, if neither is
+    more than 1.8 times as tall as the other.
+    """
+    tall, small = max(before.height, now.height), min(before.height, now.height)
+    if small <= 0 or tall / small > 1.8:
+        return 0.0
+    overlap = iou(before, now)
+    (ax, ay), (bx, by) = before.centre, now.centre
+    distance = float(np.hypot(ax - bx, ay - by)) / (0.5 * (before.height + now.height))
+    if overlap < 0.3 and distance > 0.5:
+        return 0.0
+    return 0.5 * overlap + 0.5 * max(0.0, 1 - distance)
+
+
+def iou(a: Face, b: Face) -> float:
+    """Intersection over union of two boxes."""
+    width = min(a.left + a.width, b.left + b.width) - max(a.left, b.left)
+    height = min(a.top + a.height, b.top + b.height) - max(a.top, b.top)
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    return shared / (a.width * a.height + b.width * b.height - shared)
+
+
+def head_and_shoulders(face: Face, height: int, width: int, margin: float = 2.2) -> Box:
+    """A square of `margin` face heights around a face, a little low to take in the shoulders, moved into the picture.
+
+    Where the picture is too small for it, the square is as large as fits: nothing is padded.
+    """
+    side = max(1, min(round(margin * face.height), height, width))
+    x, y = face.centre
+    left = min(max(round(x - side / 2), 0), width - side)
+    top = min(max(round(y + 0.12 * face.height - side / 2), 0), height - side)
+    return left, top, left + side, top + side
+
+
+def choose_reference(track: Track, first: int, last: int, gap: int, seed: str) -> Sighting | None:
+    """A sighting of the person at least `gap` ticks before tick `first` or after `last`, or None.
+
+    Sightings with nobody else in the crop come first; among the sharpest and largest of them one is drawn by `seed`,
+    so that the windows of a long track do not all get the same picture.
+    """
+    away = [s for s in track.sightings if s.tick <= first - max(1, gap) or s.tick >= last + max(1, gap)]
+    away = [s for s in away if s.alone] or away
+    if not away:
+        return None
+    quality = [s.face.score * s.face.height for s in away]
+    good = [s for s, value in zip(away, quality, strict=True) if value >= GOOD_SHARE * max(quality)]
+    return random.Random(seed).choice(good)
+
+
+def is_cut(before: np.ndarray, now: np.ndarray) -> bool:
+    """Whether a new shot begins between two successive RGB uint8 frames `[H, W, 3]`: their colours hardly overlap."""
+    return bool(np.minimum(_colours(before), _colours(now)).sum() < 0.5)
+
+
+def _colours(picture: np.ndarray) -> np.ndarray:
+    """Shares of 4 x 4 x 4 colours in each quarter of a picture, which sum to 1."""
+    step = max(1, min(picture.shape[:2]) // 90)
+    codes = picture[::step, ::step].astype(np.int64) // 64 @ np.array([16, 4, 1])
+    height, width = codes.shape
+    parts = [
+        codes[y : y + (height + 1) // 2, x : x + (width + 1) // 2] for y in (0, height // 2) for x in (0, width // 2)
+    ]
+    histogram = np.concatenate([np.bincount(part.ravel(), minlength=64) for part in parts])
+    return histogram / histogram.sum()
+
+
+def _touches(box: Box, face: Face) -> bool:
+    left, top, right, bottom = box
+    return left < face.left + face.width and face.left < right and top < face.top + face.height and face.top < bottom

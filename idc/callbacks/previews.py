@@ -1,0 +1,149 @@
+"""Previews: sampled clips with their reference images beside them, in TensorBoard (animated) and as MP4 files.
+
+TensorBoard's own `add_video` needs a moviepy that no longer exists, so the animation is a GIF inside an image
+summary; it is kept to 256 pixels and 16 frames, and the true clip lies beside it as
+`<log dir>/samples/step-XXXXXX/<prompt hash>.mp4`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from idc.types import Batch, Sample
+
+GIF_SIDE, GIF_FRAMES = 256, 16
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """[-1, 1] float to uint8, channels last: CTHW -> THWC, CHW -> HWC."""
+    scaled = (pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).movedim(0, -1).numpy()
+
+
+def panel(video_THWC: np.ndarray, references: list[np.ndarray], truth_THWC: np.ndarray | None = None) -> np.ndarray:
+    """One animated panel `T H W C`: the references stacked at the left, the clip, and the true clip if given."""
+    from PIL import Image
+
+    frames, height, width, _ = video_THWC.shape
+    column: list[np.ndarray] = []
+    cell = height // max(2, len(references))
+    if references:
+        strip = Image.new("RGB", (cell, height), "white")
+        for k, reference in enumerate(references):
+            picture = Image.fromarray(reference)
+            picture.thumbnail((cell, cell))
+            strip.paste(picture, (0, k * cell))
+        column.append(np.broadcast_to(np.asarray(strip), (frames, height, cell, 3)))
+    parts = [*column, video_THWC] + ([truth_THWC] if truth_THWC is not None else [])
+    return np.concatenate(parts, axis=2)
+
+
+def gif(video_THWC: np.ndarray, fps: float) -> bytes:
+    """An endless GIF of at most 16 frames and 256 pixels; small clips are enlarged with hard pixels."""
+    from PIL import Image
+
+    keep = np.linspace(0, len(video_THWC) - 1, min(len(video_THWC), GIF_FRAMES)).round().astype(int)
+    side = max(video_THWC.shape[1:3])
+    zoom = max(1, GIF_SIDE // side) if side <= GIF_SIDE else GIF_SIDE / side
+    size = (round(video_THWC.shape[2] * zoom), round(video_THWC.shape[1] * zoom))
+    how = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS
+    pictures = [Image.fromarray(video_THWC[i]).resize(size, how) for i in keep]
+    out = io.BytesIO()
+    duration = round(1000 * len(video_THWC) / max(fps, 1e-6) / len(keep))
+    pictures[0].save(out, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    return out.getvalue()
+
+
+def add_animation(logger: Any, tag: str, video_THWC: np.ndarray, fps: float, step: int) -> None:
+    """Write an animated panel into a TensorBoard logger's event file."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    data = gif(video_THWC, fps)
+    image = Summary.Image(
+        height=video_THWC.shape[1], width=video_THWC.shape[2], colorspace=3, encoded_image_string=data
+    )
+    logger.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+class Previews(Callback):
+    """Samples the first held-out conditions after each validation, always from the same noise.
+
+    Args:
+        count: how many conditions, over all ranks.
+        every_n_steps: not more often than this, whatever the validation interval; 0 is after every validation.
+        truth: put the held-out clip itself at the right of the panel.
+        seed: of the noise.
+    """
+
+    def __init__(self, count: int = 8, every_n_steps: int = 0, truth: bool = True, seed: int = 0) -> None:
+        self.count, self.every_n_steps, self.truth, self.seed = count, every_n_steps, truth, seed
+        self._batches: list[Batch] = []
+        self._last_step: int | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # Every rank keeps as many batches, so that the sampling below runs the same forwards on all of them.
+        if sum(map(len, self._batches)) < -(-self.count // trainer.world_size):
+            self._batches.append(batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if trainer.sanity_checking or step == self._last_step:
+            return
+        if self._last_step is not None and step - self._last_step < self.every_n_steps:
+            return
+        self._last_step = step
+        left = -(-self.count // trainer.world_size)
+        for batch in self._batches:
+            self._preview(trainer, pl_module, batch, min(left, len(batch)))
+            left -= len(batch)
+        self._batches = []
+
+    def _preview(self, trainer: Trainer, stage: Any, batch: Batch, count: int) -> None:
+        samples = batch.samples[:count]
+        videos = stage.sample_videos(samples, batch.bucket, torch.arange(count) + self.seed)
+        if trainer.global_rank > 0 and trainer.log_dir is None:
+            return
+        for i, (sample, video_CTHW) in enumerate(zip(samples, videos, strict=True)):
+            if i < count - batch.padding or not batch.padding:
+                self._write(trainer, stage, sample, to_uint8(video_CTHW))
+
+    def _write(self, trainer: Trainer, stage: Any, sample: Sample, video_THWC: np.ndarray) -> None:
+        from idc.data.video import encode_video
+
+        name = hashlib.sha256(f"{sample.id}\n{sample.caption}".encode()).hexdigest()[:12]
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.mp4").write_bytes(encode_video(video_THWC, fps=sample.fps))
+        (folder / f"{name}.txt").write_text(sample.caption + "\n")
+        truth = stage.decoded_truth(sample) if self.truth else None
+        references = [to_uint8(subject.image_CHW) for subject in sample.subjects]
+        shown = panel(video_THWC, references, None if truth is None else to_uint8(truth))
+        for logger in trainer.loggers:
+            if hasattr(logger, "experiment") and hasattr(logger.experiment, "_get_file_writer"):
+                add_animation(logger, f"previews/{name}", shown, sample.fps, trainer.global_step)
+                if self._first_time(trainer, name):
+                    logger.experiment.add_text(f"captions/{name}", sample.caption, trainer.global_step)
+
+    @staticmethod
+    def _first_time(trainer: Trainer, name: str) -> bool:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        return len(list(folder.glob(f"*/{name}.mp4"))) == 1

@@ -1,0 +1,71 @@
+"""`python -m idc`: fit, validate, test and predict through Lightning's command line, and the kit's own commands.
+
+What a user can get wrong in a command or a recipe is checked before anything heavy is imported, and answered with
+one message: the value, the rule, the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from idc.errors import UserError, nearest
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+COMMANDS = {
+    "fit": "train a stage: idc fit --config recipes/sft.yaml [--config OVERLAY ...] [--KEY VALUE ...]",
+    "validate": "the held-out loss of a checkpoint: idc validate --config ... --ckpt_path last",
+    "test": "as validate, on the test data",
+    "predict": "previews from a checkpoint, without training",
+    "shards": "build, index, lint or show WebDataset shards: idc shards --help",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0 done, 1 the command found faults, 2 bad input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"idc: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("idc: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if args[0] == "--version":
+        import idc
+
+        print(f"idc {idc.__version__}")
+        return 0
+    command, rest = args[0], args[1:]
+    if command in LIGHTNING:
+        from idc.recipes import check_command_line
+
+        check_command_line(rest)
+        from idc.lightning_cli import run
+
+        return run(command, rest)
+    if command == "shards":
+        from idc.curate.cli import main as shards
+
+        return shards(rest)
+    raise UserError(f"{command!r}: no such command{nearest(command, COMMANDS)}")
+
+
+def _usage() -> str:
+    lines = ["usage: idc COMMAND [...]", "", "commands:"]
+    lines += [f"  {name:10}{text}" for name, text in COMMANDS.items()]
+    lines += ["", "idc COMMAND --help says more. README.md has a first run that takes minutes."]
+    return "\n".join(lines)
+
+
+def cli() -> Any:
+    """Entry point of the console script."""
+    raise SystemExit(main())

@@ -1,0 +1,265 @@
+"""From samples to what the transformer reads: clean latents and a `Condition`, encoded now or taken from the cache.
+
+Both ways go through the same per-sample dictionary of features, so that training from cached features is training:
+
+    latents [C, T, H, W]      the clip's clean latents
+    reference_k [C, H, W]     latents of reference k
+    text, text_null [L, D]    text-encoder tokens of the caption, and of the empty caption, without padding
+    vlm, vlm_no_text, vlm_no_references, vlm_null [L, D]
+                              VLM tokens of caption and references, and with either or both left out
+
+Condition dropout for guidance drops the text, the references or both (facts: 0.1 each; "both" is the unconditional
+branch). A dropped text is the empty caption; dropped references are absent, not blank pictures, so they cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idc.errors import UserError
+from idc.flow.times import uniform_like
+from idc.types import Condition, Sample
+
+if TYPE_CHECKING:
+    from idc.models.codecs import Codec
+    from idc.models.conditioners import TextConditioner
+    from idc.models.vlm import VLMConditioner
+
+Features = Mapping[str, Tensor]
+
+
+class Drop(Enum):
+    """What is left out of a sample's condition."""
+
+    NOTHING = "nothing"
+    TEXT = "text"
+    REFERENCES = "references"
+    BOTH = "both"
+
+    @property
+    def text(self) -> str:
+        return "text_null" if self in (Drop.TEXT, Drop.BOTH) else "text"
+
+    @property
+    def vlm(self) -> str:
+        return {
+            Drop.NOTHING: "vlm",
+            Drop.TEXT: "vlm_no_text",
+            Drop.REFERENCES: "vlm_no_references",
+            Drop.BOTH: "vlm_null",
+        }[self]
+
+    @property
+    def references(self) -> bool:
+        """Whether the references are kept."""
+        return self in (Drop.NOTHING, Drop.TEXT)
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Probabilities, per training sample, of leaving out the text, the references, or both."""
+
+    text: float = 0.1
+    references: float = 0.1
+    both: float = 0.1
+
+    def __post_init__(self) -> None:
+        parts = (self.text, self.references, self.both)
+        if min(parts) < 0 or sum(parts) > 1:
+            raise UserError(f"condition dropout {parts}: each probability is at least 0 and their sum at most 1")
+
+    def draw(self, seeds_B: Tensor) -> list[Drop]:
+        """One `Drop` a sample, from the sample's own seed."""
+        drops = []
+        for u in uniform_like(seeds_B, "condition_dropout").tolist():
+            for drop, probability in ((Drop.TEXT, self.text), (Drop.REFERENCES, self.references), (Drop.BOTH, self.both)):
+                if u < probability:
+                    break
+                u -= probability
+            else:
+                drop = Drop.NOTHING
+            drops.append(drop)
+        return drops
+
+
+class Encoders:
+    """The frozen encoders of one recipe: codec, text and (optionally) VLM.
+
+    A plain object on purpose: frozen encoders in a LightningModule's tree would be sharded, checkpointed and
+    averaged. They load at first use, which never comes when all features are cached.
+    """
+
+    def __init__(self, codec: Codec, text: TextConditioner, vlm: VLMConditioner | None = None) -> None:
+        self.codec, self.text, self.vlm = codec, text, vlm
+        self._placement: tuple[torch.device, torch.dtype] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a cached feature would."""
+        parts = [self.codec.fingerprint, self.text.fingerprint, self.vlm.fingerprint if self.vlm else "no vlm"]
+        return hashlib.sha256("\n".join(["features-v1", *parts]).encode()).hexdigest()[:16]
+
+    def place(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Say where the encoders shall run; nothing is loaded yet."""
+        self._placement = (device, dtype)
+
+    def _load(self) -> None:
+        device, dtype = self._placement or (torch.device("cpu"), torch.float32)
+        for part in (self.codec, self.text, self.vlm):
+            if part is not None:
+                part.load(device, dtype)
+
+    @torch.no_grad()
+    def features(self, samples: Sequence[Sample], drops: Sequence[Drop] | None = None) -> list[dict[str, Tensor]]:
+        """Per-sample features: cached ones as they are, missing ones encoded.
+
+        Args:
+            samples: what to encode; a sample without a clip gets no `latents`.
+            drops: encode only the variants that these need; None encodes every variant, for the cache.
+        """
+        features: list[dict[str, Tensor]] = [dict(sample.features or {}) for sample in samples]
+        wanted = [None] * len(samples) if drops is None else list(drops)
+        self._add_text(features, samples, wanted)
+        if self.vlm is not None:
+            self._add_vlm(features, samples, wanted)
+        self._add_references(features, samples, wanted)
+        self._add_latents(features, samples)
+        return features
+
+    def _add_text(self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]):
+        names = ["text", "text_null"]
+        todo = [
+            (i, name, samples[i].caption if name == "text" else "")
+            for i, drop in enumerate(drops)
+            for name in (names if drop is None else [drop.text])
+            if name not in features[i]
+        ]
+        if not todo:
+            return
+        self._load()
+        captions = sorted({caption for _, _, caption in todo})
+        encoded = dict(zip(captions, self.text.encode(captions), strict=True))
+        for i, name, caption in todo:
+            features[i][name] = _without_padding(encoded[caption])
+
+    def _add_vlm(self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]):
+        assert self.vlm is not None
+        todo = [
+            (i, choice)
+            for i, drop in enumerate(drops)
+            for choice in (list(Drop) if drop is None else [drop])
+            if choice.vlm not in features[i]
+        ]
+        if not todo:
+            return
+        self._load()
+        captions = ["" if choice in (Drop.TEXT, Drop.BOTH) else samples[i].caption for i, choice in todo]
+        references = [[s.image_CHW for s in samples[i].subjects] if choice.references else [] for i, choice in todo]
+        tokens_BLD, mask_BL = self.vlm.encode(captions, references)
+        for (i, choice), tokens, mask in zip(todo, tokens_BLD, mask_BL, strict=True):
+            features[i][choice.vlm] = tokens[mask.bool()]
+
+    def _add_references(
+        self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]
+    ):
+        by_size: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
+        for i, (sample, drop) in enumerate(zip(samples, drops, strict=True)):
+            for k, subject in enumerate(sample.subjects):
+                if f"reference_{k}" not in features[i] and (drop is None or drop.references):
+                    by_size.setdefault(tuple(subject.image_CHW.shape), []).append((i, k, subject.image_CHW))
+        if by_size:
+            self._load()
+        for group in by_size.values():
+            images_BCTHW = torch.stack([image for _, _, image in group]).unsqueeze(2)
+            for (i, k, _), latents_CTHW in zip(group, self.codec.encode(images_BCTHW), strict=True):
+                features[i][f"reference_{k}"] = latents_CTHW[:, 0]
+
+    def _add_latents(self, features: list[dict[str, Tensor]], samples: Sequence[Sample]):
+        todo = [
+            i for i, sample in enumerate(samples) if "latents" not in features[i] and sample.video_CTHW is not None
+        ]
+        if not todo:
+            return
+        self._load()
+        video_BCTHW = torch.stack([samples[i].video_CTHW for i in todo])  # type: ignore[misc]
+        for i, latents_CTHW in zip(todo, self.codec.encode(video_BCTHW), strict=True):
+            features[i]["latents"] = latents_CTHW
+
+    def condition(self, features: Sequence[Features], drops: Sequence[Drop] | Drop = Drop.NOTHING) -> Condition:
+        """Assemble the batch's condition; `drops` is one for all or one a sample."""
+        each = [drops] * len(features) if isinstance(drops, Drop) else list(drops)
+        text_BLD = torch.stack(
+            [_pad_tokens(f[drop.text], self.text.max_length) for f, drop in zip(features, each, strict=True)]
+        )
+        vlm_BLD, vlm_mask_BL = None, None
+        if self.vlm is not None:
+            vlm_BLD, vlm_mask_BL = _stack_tokens([f[drop.vlm] for f, drop in zip(features, each, strict=True)])
+        references, sizes = _stack_references(
+            [_references(f) if drop.references else [] for f, drop in zip(features, each, strict=True)]
+        )
+        return Condition(text_BLD, vlm_BLD, vlm_mask_BL, references, sizes)
+
+
+def _references(features: Features) -> list[Tensor]:
+    found = []
+    while (latents_CHW := features.get(f"reference_{len(found)}")) is not None:
+        found.append(latents_CHW)
+    return found
+
+
+def _without_padding(tokens_LD: Tensor) -> Tensor:
+    """Drop the zero rows at the end (the padding that Wan's backbone attends to is put back at its full length)."""
+    real = tokens_LD.abs().sum(-1).nonzero()
+    return tokens_LD[: int(real[-1]) + 1 if len(real) else 1]
+
+
+def _pad_tokens(tokens_LD: Tensor, length: int) -> Tensor:
+    return F.pad(tokens_LD, (0, 0, 0, length - tokens_LD.shape[0]))
+
+
+def _stack_tokens(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Zero-pad to the longest; the mask is None where there is nothing to mask."""
+    lengths = [t.shape[0] for t in tokens]
+    longest = max(lengths)
+    stacked = torch.stack([_pad_tokens(t, longest) for t in tokens])
+    if min(lengths) == longest:
+        return stacked, None
+    positions = torch.arange(longest, device=stacked.device)
+    return stacked, positions < torch.tensor(lengths, device=stacked.device)[:, None]
+
+
+def _stack_references(references: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Per subject, zero-pad the batch's latents to a common size; absent subjects are (0, 0) in the sizes."""
+    subjects = max(map(len, references), default=0)
+    if subjects == 0:
+        return (), None
+    example = next(r[0] for r in references if r)
+    sizes_BN2 = torch.zeros(len(references), subjects, 2, dtype=torch.long)
+    for b, row in enumerate(references):
+        for k, latents_CHW in enumerate(row):
+            sizes_BN2[b, k] = torch.tensor(latents_CHW.shape[-2:])
+    stacked = []
+    for k in range(subjects):
+        height, width = sizes_BN2[:, k].amax(0).tolist()
+        padded = example.new_zeros(len(references), example.shape[0], height, width)
+        for b, row in enumerate(references):
+            if k < len(row):
+                padded[b, :, : row[k].shape[-2], : row[k].shape[-1]] = row[k]
+        stacked.append(padded)
+    ragged = any((sizes_BN2[:, k] != sizes_BN2[0, k]).any() for k in range(subjects)) or not sizes_BN2.all()
+    return tuple(stacked), sizes_BN2.to(example.device) if ragged else None
+
+
+def feature_names(subjects: int, vlm: bool) -> Iterable[str]:
+    """The names that a complete cache entry holds."""
+    yield from ("latents", "text", "text_null", *(f"reference_{k}" for k in range(subjects)))
+    if vlm:
+        yield from (drop.vlm for drop in Drop)

@@ -1,0 +1,73 @@
+"""Checks on recipes that need nothing heavy: do the files exist, parse, and come in an order that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from idc.errors import UserError, nearest
+
+# An overlay may only change what an earlier file has set. A later layer that is written before an earlier one
+# would be silently undone by it.
+ORDER = ("stage", "scale", "data", "hardware", "ablations")
+
+
+def check_command_line(args: Sequence[str]) -> None:
+    """Check every `--config` of a command line.
+
+    Raises:
+        UserError: for a missing file, broken YAML, or overlays before what they change.
+    """
+    paths = _config_paths(args)
+    layers = [(path, _layer(path, _load(path))) for path in paths]
+    ranks = [ORDER.index(layer) if layer else None for _, layer in layers]
+    known = [rank for rank in ranks if rank is not None]
+    if known != sorted(known):
+        by_rank = sorted(zip(paths, ranks, strict=True), key=lambda item: len(ORDER) if item[1] is None else item[1])
+        raise UserError(
+            f"--config order {' '.join(map(str, paths))}: a later file wins, so the order is "
+            f"{', '.join(ORDER)}; write " + " ".join(f"--config {path}" for path, _ in by_rank)
+        )
+    if paths and "stage" not in [layer for _, layer in layers]:
+        if all(layer is not None for _, layer in layers):
+            raise UserError(
+                f"--config {paths[0]}: an overlay changes a stage recipe and does not run alone; "
+                f"write --config recipes/sft.yaml --config {paths[0]}"
+            )
+
+
+def _config_paths(args: Sequence[str]) -> list[Path]:
+    paths = []
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c"):
+            if i + 1 >= len(args):
+                raise UserError("--config: needs a file, for example recipes/sft.yaml")
+            paths.append(Path(args[i + 1]))
+        elif arg.startswith("--config="):
+            paths.append(Path(arg.split("=", 1)[1]))
+    return paths
+
+
+def _load(path: Path) -> dict:
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("recipes").rglob("*.yaml")) if Path("recipes").is_dir() else []
+        raise UserError(f"--config {path}: no such file{nearest(path, known) or '; recipes lie in recipes/'}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UserError(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must be a mapping of settings, found {type(content).__name__}")
+    return content
+
+
+def _layer(path: Path, content: dict) -> str | None:
+    """What a recipe is: a whole stage (it names the model's class and the data), or an overlay of its folder's kind."""
+    model = content.get("model")
+    if isinstance(model, dict) and "class_path" in model and "data" in content:
+        return "stage"
+    return path.parent.name if path.parent.name in ORDER else None

@@ -1,0 +1,229 @@
+"""What every stage shares: encoders, transformer, optimiser and sampling. It has no loss.
+
+Departure from the paper: none. The transformer is built in `configure_model`, because the command line instantiates
+a stage before the strategy has started; frozen encoders stay outside the module tree (see `Encoders`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from idc.errors import UserError
+from idc.flow import samplers
+from idc.flow.guidance import guided, guided_text_image
+from idc.flow.times import noise_like
+from idc.models.codecs import Codec
+from idc.models.conditioners import TextConditioner
+from idc.models.conditioning import Drop, Encoders, Features
+from idc.models.spec import Lora, Trainable, TransformerSpec
+from idc.models.vlm import VLMConditioner
+from idc.types import Bucket, Condition, Sample
+
+if TYPE_CHECKING:
+    from idc.models.transformer import IDCrafterTransformer
+
+
+@dataclass
+class Schedule:
+    """Learning rate over steps: a linear warm-up from 0, then constant or a cosine down to `final` of the peak."""
+
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    final: float = 0.0
+
+    def factor(self, step: int, total: int) -> float:
+        """Multiplier of the peak learning rate at `step` of `total`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class Sampling:
+    """How a video is sampled: the paper's Euler with 50 steps and guidance 2.5, shift 3 for 480p and 5 for 720p.
+
+    `image_scale` separates the references' scale from the text's (three forwards); None means one scale (two).
+    """
+
+    steps: int = 50
+    scale: float = 2.5
+    image_scale: float | None = None
+    shift: float = 3.0
+    solver: Literal["euler", "heun"] = "euler"
+
+
+class Stage(LightningModule):
+    """Encoders, transformer and optimiser of one recipe.
+
+    Args:
+        transformer: sizes or weights of the transformer.
+        codec: pixels <-> latents.
+        text: the backbone's text conditioner.
+        vlm: tokens for stage 3 of the hierarchical attention; None trains without a VLM.
+        trainable: `full`, `id_blocks`, or `id_blocks+lora`.
+        compute_dtype: `bfloat16` runs the transformer under autocast with float32 weights; its float32 islands stay.
+        sampling: how previews (and generation) sample.
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerSpec,
+        codec: Codec,
+        text: TextConditioner,
+        vlm: VLMConditioner | None = None,
+        trainable: Trainable = "full",
+        lora: Lora | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = transformer
+        self.encoders = Encoders(codec, text, vlm if transformer.id_blocks.use_vlm else None)
+        self.trainable_set, self.lora = trainable, lora or Lora()
+        self.optimizer_factory = optimizer
+        self.schedule = schedule or Schedule()
+        self.compute_dtype = getattr(torch, compute_dtype)
+        self.sampling = sampling or Sampling()
+        self.transformer: IDCrafterTransformer | None = None
+
+    # Building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the transformer, choose what is trained, shard it where the strategy shards. Idempotent."""
+        if self.transformer is not None:
+            return
+        from idc.models.trainable import set_trainable
+        from idc.stages.sharding import build_sharded, is_sharding
+
+        vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None
+
+        def build(device: str) -> IDCrafterTransformer:
+            model = self.spec.build(self.encoders.text.dim, vlm_dim, device)
+            set_trainable(model, self.trainable_set, **vars(self.lora))
+            return model
+
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
+
+    def setup(self, stage: str) -> None:
+        self.encoders.place(self.trainer.strategy.root_device, torch.float32)
+        store = getattr(self.trainer.datamodule, "features", None)
+        if store is not None:
+            from idc.stages.features import fill_cache
+
+            fill_cache(self.trainer, self.encoders)
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.optimizer_factory(parameters)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the global norm and log the norm before clipping, in one pass over the gradients."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.parameters() if p.requires_grad], gradient_clip_val or float("inf")
+        )
+        if hasattr(norm, "full_tensor"):  # a DTensor under FSDP2
+            norm = norm.full_tensor()
+        self.log("train/grad_norm", norm.detach())
+
+    # Running the transformer --------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager:
+        if self.compute_dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def predict_velocity(self, x_BCTHW: Tensor, t_B: Tensor, condition: Condition, cache: Any = None) -> Tensor:
+        """v(z_t, t, C) in float32; `t_B` in [0, 1]. With `cache`, the subject side is not computed again."""
+        assert self.transformer is not None
+        with self.autocast():
+            (velocity,) = self.transformer(
+                hidden_states=x_BCTHW,
+                timestep=t_B * 1000.0,
+                encoder_hidden_states=condition.text_BLD,
+                condition=None if cache is not None else condition,
+                subject_cache=cache,
+                return_dict=False,
+            )
+        return velocity.float()
+
+    def velocity_function(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+        """velocity(x, t) for the samplers, with the subject side computed once where that is exact."""
+        assert self.transformer is not None
+        cache = None
+        if not self.transformer.config.id_joint_references:
+            with self.autocast():
+                cache = self.transformer.build_subject_cache(condition)
+
+        def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
+            t_B = torch.as_tensor(t, dtype=torch.float32, device=x_BCTHW.device).expand(x_BCTHW.shape[0])
+            return self.predict_velocity(x_BCTHW, t_B, condition, cache)
+
+        return velocity
+
+    @torch.no_grad()
+    def sample_latents(
+        self, features: Sequence[Features], seeds_B: Tensor, latent_shape: tuple[int, ...], sampling: Sampling
+    ) -> Tensor:
+        """Sample latents `[B, *latent_shape]` for the conditions of `features`, from noise seeded per sample."""
+
+        def branch(drop: Drop) -> Callable[[Tensor, Tensor], Tensor]:
+            return self.velocity_function(self.encoders.condition(features, drop).to(self.device))
+
+        velocity = branch(Drop.NOTHING)
+        if sampling.image_scale is not None and sampling.image_scale != sampling.scale:
+            velocity = guided_text_image(
+                velocity, branch(Drop.TEXT), branch(Drop.BOTH), sampling.scale, sampling.image_scale
+            )
+        elif sampling.scale != 1:
+            velocity = guided(velocity, branch(Drop.BOTH), sampling.scale)
+        noise = noise_like(seeds_B, latent_shape, device=self.device)
+        times = samplers.shifted_times(sampling.steps, sampling.shift)
+        solve = {"euler": samplers.sample_euler, "heun": samplers.sample_heun}[sampling.solver]
+        return solve(velocity, noise, times)
+
+    @torch.no_grad()
+    def sample_videos(
+        self, samples: Sequence[Sample], bucket: Bucket, seeds_B: Tensor, sampling: Sampling | None = None
+    ) -> Tensor:
+        """Videos `[B, 3, T, H, W]` in [-1, 1] of the bucket's size for the samples' captions and references."""
+        assert self.transformer is not None
+        sampling = sampling or self.sampling
+        blind = [replace(sample, video_CTHW=None) for sample in samples]
+        for drop in [Drop.NOTHING, Drop.BOTH, *([Drop.TEXT] if sampling.image_scale is not None else [])]:
+            encoded = self.encoders.features(blind, [drop] * len(blind))
+            blind = [replace(sample, features=f) for sample, f in zip(blind, encoded, strict=True)]
+        shape = self.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        was_training = self.transformer.training
+        self.transformer.eval()
+        latents_BCTHW = self.sample_latents([dict(s.features or {}) for s in blind], seeds_B, shape, sampling)
+        self.transformer.train(was_training)
+        return self.encoders.codec.decode(latents_BCTHW)
+
+    def decoded_truth(self, sample: Sample) -> Tensor | None:
+        """The sample's own clip `[3, T, H, W]`: as it was decoded, or from its cached latents."""
+        if sample.video_CTHW is not None:
+            return sample.video_CTHW
+        latents_CTHW = (sample.features or {}).get("latents")
+        return None if latents_CTHW is None else self.encoders.codec.decode(latents_CTHW[None])[0]

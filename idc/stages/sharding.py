@@ -1,0 +1,52 @@
+"""FSDP2: build a transformer sharded over ranks, with its weights loaded on one rank alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if TYPE_CHECKING:
+    from idc.models.transformer import IDCrafterTransformer
+
+
+def is_sharding(strategy: Any) -> bool:
+    """Whether the strategy is Lightning's FSDP2 (`ModelParallelStrategy`) and already set up."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return isinstance(strategy, ModelParallelStrategy)
+
+
+def build_sharded(build: Callable[[str], IDCrafterTransformer], strategy: Any) -> IDCrafterTransformer:
+    """`fully_shard` every layer and the root, then fill the shards from rank 0's weights.
+
+    Args:
+        build: makes the model on "cpu" (with weights) or on "meta" (structure alone). Only rank 0 builds with
+            weights, so that a 14B model is in host memory once and not once a rank.
+        strategy: a `ModelParallelStrategy` whose processes have started.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = strategy.device_mesh["data_parallel"]
+    source = build("cpu").state_dict() if dist.get_rank() == 0 else {}
+    model = build("meta")
+    for layer in [*model.blocks, *model.id_blocks]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device=strategy.root_device)
+    refresh_buffers(model)
+    set_model_state_dict(model, source, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model
+
+
+def refresh_buffers(model: nn.Module) -> None:
+    """Compute the rotary tables again: they are not in the state dict, and `to_empty` left garbage in them."""
+    rope = model.rope  # type: ignore[union-attr]
+    device = next(rope.buffers()).device  # type: ignore[union-attr]
+    with torch.device("cpu"):
+        fresh = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)  # type: ignore
+    model.rope = fresh.to(device)

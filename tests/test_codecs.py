@@ -1,0 +1,164 @@
+"""WanVAECodec on a tiny random AutoencoderKLWan, saved and loaded as the real one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from idc.errors import UserError
+from idc.models.codecs import WanVAECodec
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+
+
+@pytest.fixture(scope="module")
+def root(vae, tmp_path_factory):
+    root = tmp_path_factory.mktemp("wan")
+    vae.save_pretrained(root / "vae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def codec(root):
+    return WanVAECodec(str(root))
+
+
+@pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (5, 2), (9, 3)])
+def test_shapes_and_dtypes(codec, frames, latent_frames):
+    latents = codec.encode(torch.rand(2, 3, frames, 16, 32) * 2 - 1)
+    assert latents.shape == (2, 16, latent_frames, 2, 4)
+    assert latents.shape[1:] == codec.latent_shape(frames, 16, 32)
+    video = codec.decode(latents)
+    assert video.shape == (2, 3, frames, 16, 32)
+    assert latents.dtype == video.dtype == torch.float32
+    assert not latents.requires_grad
+    assert video.abs().max() <= 1
+
+
+def test_latents_are_the_posterior_mean_normalised_as_the_pipeline_undoes_it(codec, vae):
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    latents = codec.encode(video)
+    # WanPipeline's way back: latents / (1 / std) + mean.
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        raw = vae.encode(video).latent_dist.mode()
+        torch.testing.assert_close(latents / (1 / std) + mean, raw)
+        decoded = vae.decode(latents / (1 / std) + mean).sample
+    torch.testing.assert_close(codec.decode(latents), decoded.clamp(-1, 1))
+    assert not torch.allclose(latents, raw, atol=1e-2)
+
+
+def test_sampling_follows_its_generator_and_the_posterior(codec, vae):
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    draws = [codec.sample(video, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    with torch.no_grad():
+        posterior = vae.encode(video).latent_dist
+    std = posterior.std / torch.tensor(vae.config.latents_std).view(1, 16, 1, 1, 1)
+    standardised = torch.cat(
+        [(codec.sample(video, torch.Generator().manual_seed(i)) - codec.encode(video)) / std for i in range(20)]
+    )
+    assert standardised.mean().item() == pytest.approx(0, abs=0.06)
+    assert standardised.std().item() == pytest.approx(1, abs=0.06)
+
+
+def test_a_clip_does_not_depend_on_its_batch(codec):
+    video = torch.rand(3, 3, 5, 16, 16) * 2 - 1
+    whole = codec.encode(video)
+    torch.testing.assert_close(torch.cat([codec.encode(clip[None]) for clip in video]), whole)
+
+
+def test_precision_is_a_setting_and_latents_stay_float32(root):
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    codec = WanVAECodec(str(root), dtype="bfloat16").load("cpu", torch.float32)
+    latents = codec.encode(video)
+    assert latents.dtype == torch.float32
+    reference = WanVAECodec(str(root)).encode(video)
+    assert not torch.equal(latents, reference)
+    torch.testing.assert_close(latents, reference, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 4, 16, 16), r"frames=4: .* 1 and 5"),
+        ((1, 3, 5, 20, 16), r"height=20: .* 16 and 24"),
+        ((1, 3, 5, 16, 4), r"width=4: .* 8 and 16"),
+        ((1, 4, 5, 16, 16), r"\[B, 3, T, H, W\]"),
+        ((3, 5, 16, 16), r"\[B, 3, T, H, W\]"),
+    ],
+)
+def test_bad_clips_are_refused_before_anything_loads(shape, message):
+    with pytest.raises(UserError, match=message):
+        WanVAECodec("/nowhere").encode(torch.zeros(shape))
+
+
+def test_latents_of_another_codec_are_refused(codec):
+    with pytest.raises(UserError, match=r"\[B, 16, T, H, W\]"):
+        codec.decode(torch.zeros(1, 4, 1, 2, 2))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/wan", "./wan", "../a/b/c", "wan"])
+def test_a_missing_path_names_itself_and_what_it_should_hold(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    codec = WanVAECodec(path)
+    with pytest.raises(UserError, match=r"does not exist; .*diffusion_pytorch_model\.safetensors") as error:
+        codec.load()
+    assert repr(path) in str(error.value)
+
+
+def test_an_empty_folder_and_another_vae_are_refused(tmp_path, vae):
+    from diffusers import AutoencoderKLWan
+
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        WanVAECodec(str(tmp_path)).load()
+    small = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    small.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"4 latent channels; Wan2\.1's has 16"):
+        WanVAECodec(str(tmp_path), subfolder="other").load()
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(UserError, match=r"'bfloat61'.*'bfloat16'"):
+        WanVAECodec(dtype="bfloat61")
+
+
+def test_a_hub_id_is_passed_through(monkeypatch):
+    from diffusers import AutoencoderKLWan
+
+    asked = []
+
+    def from_pretrained(path, **kwargs):
+        asked.append((path, kwargs["subfolder"]))
+        raise OSError("offline")
+
+    monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="offline"):
+        WanVAECodec("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").load()
+    assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae")]
+
+
+def test_fingerprint_follows_settings_and_weights_not_loading(root, tmp_path, vae):
+    codec = WanVAECodec(str(root))
+    before = codec.fingerprint
+    codec.load("cpu", torch.bfloat16)
+    assert codec.fingerprint == before == WanVAECodec(str(root)).fingerprint
+    vae.save_pretrained(tmp_path / "vae")
+    others = [WanVAECodec(str(root), dtype="bfloat16"), WanVAECodec(str(root), tiling=True), WanVAECodec(str(tmp_path))]
+    assert len({before, *(other.fingerprint for other in others)}) == 4
+
+
+def test_weights_are_frozen_and_loading_twice_loads_once(root):
+    codec = WanVAECodec(str(root)).load()
+    weights = codec._vae
+    assert codec.load()._vae is weights
+    assert not weights.training
+    assert not any(parameter.requires_grad for parameter in weights.parameters())

@@ -1,0 +1,63 @@
+"""What the denoising steps of one video share: the subject side of the hierarchical attention, computed once.
+
+S1, S2 and the keys and values of S3 depend on neither t nor the video (see `idc.models.hierarchy`), so every step, and
+every member of a GRPO group, reuses them. This is exact: the same operations in the same order, only not again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from idc.errors import UserError
+
+
+@dataclass(frozen=True)
+class SubjectCache:
+    """Keys and values of S3, from `IDCrafterTransformer.build_subject_cache`.
+
+    Attributes:
+        layers: one (key, value) a block, each `[B, M, heads, head size]`; empty where there is nothing to attend to.
+        mask_BM: True where a key is real; None where all are.
+        batch: B, the number of conditions.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    mask_BM: Tensor | None
+    batch: int
+
+    def expand(self, batch: int) -> SubjectCache:
+        """The cache for `batch` videos: each condition serves batch / B consecutive ones.
+
+        A single condition, as a GRPO group shares it, is expanded without a copy.
+
+        Raises:
+            UserError: unless `batch` is a positive multiple of B.
+        """
+        if batch < 1 or batch % self.batch:
+            raise UserError(
+                f"batch={batch}: must be a multiple of the cache's {self.batch} conditions; the nearest valid choice "
+                f"is {max(1, round(batch / self.batch)) * self.batch}"
+            )
+
+        def grow(tensor: Tensor) -> Tensor:
+            if self.batch == 1:
+                return tensor.expand(batch, *tensor.shape[1:])
+            return tensor.repeat_interleave(batch // self.batch, dim=0)
+
+        return replace(
+            self,
+            layers=tuple((grow(key), grow(value)) for key, value in self.layers),
+            mask_BM=None if self.mask_BM is None else grow(self.mask_BM),
+            batch=batch,
+        )
+
+    def bytes(self) -> int:
+        """Memory that the keys and values hold (an expanded view counts once)."""
+        return sum(tensor.untyped_storage().nbytes() for pair in self.layers for tensor in pair)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow through it to the blocks, as they do not from one built under `no_grad`."""
+        return any(tensor.requires_grad for pair in self.layers for tensor in pair)

@@ -1,0 +1,378 @@
+"""The video transformer: diffusers' Wan2.1 with the hierarchical identity-preserving attention beside its first layers.
+
+A subclass, so that Wan's weights, `save_pretrained`, `WanPipeline`, LoRA, regional compilation and attention backends
+work as they are. Untouched blocks (O3 = 0) leave the backbone's output as it is, bit for bit. Departures from the paper
+are in `idc.models.hierarchy`; `id_joint_references` (reference tokens in the backbone's self-attention, as Phantom has
+them) is an option here, since the paper does not say whether it does that.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from idc.errors import UserError
+from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
+from idc.models.id_settings import check_settings, complete_settings
+from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
+from idc.models.subject_cache import SubjectCache
+from idc.models.subjects import JointAttnProcessor, JointSequence, SubjectSide, embed_references
+from idc.types import Condition
+
+WAN_SETTINGS = tuple(inspect.signature(WanTransformer3DModel.__init__).parameters)[1:]
+
+
+class IDCrafterTransformer(WanTransformer3DModel):
+    """Wan2.1's transformer conditioned on reference images and VLM tokens.
+
+    Args:
+        patch_size to pos_embed_seq_len: as in `WanTransformer3DModel`.
+        id_layers: a block follows each of the first `id_layers` layers; 0 attaches none.
+        id_intra_subject, id_inter_subject, id_cross_modal: stages 1, 2 and 3; a stage switched off has no parameters.
+        id_joint_references: reference tokens also join the backbone's self-attention, each as a further frame; stages 1
+            and 2 then act on them there. With `id_layers=0` this is Phantom's conditioning.
+        id_max_subjects: size of the subject-index embedding, which starts at zero.
+        id_gate_bias: stage 2's gate starts at sigmoid(id_gate_bias).
+        id_use_vlm: False drops the VLM tokens that a condition carries.
+        vlm_dim: width of the VLM's tokens; None without a VLM.
+
+    Raises:
+        UserError: where the settings contradict each other.
+    """
+
+    _no_split_modules = ["WanTransformerBlock", "HierarchyBlock"]  # noqa: RUF012
+    _repeated_blocks = ["WanTransformerBlock", "HierarchyBlock"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        id_layers: int = 20,
+        id_intra_subject: bool = True,
+        id_inter_subject: bool = True,
+        id_cross_modal: bool = True,
+        id_joint_references: bool = False,
+        id_max_subjects: int = 4,
+        id_gate_bias: float = -2.0,
+        id_use_vlm: bool = True,
+        vlm_dim: int | None = None,
+    ) -> None:
+        check_settings(num_layers, patch_size, id_layers, id_cross_modal, id_joint_references, id_max_subjects)
+        arguments = locals()
+        super().__init__(**{name: arguments[name] for name in WAN_SETTINGS})
+        dim = num_attention_heads * attention_head_dim
+        stages = (id_intra_subject, id_inter_subject, id_cross_modal)
+        self.id_blocks = nn.ModuleList(
+            HierarchyBlock(dim, num_attention_heads, eps, *stages) for _ in range(id_layers if any(stages) else 0)
+        )
+        has_path = id_joint_references or len(self.id_blocks) > 0
+        self.id_subject_embedding = nn.Parameter(torch.zeros(id_max_subjects, dim)) if has_path else None
+        self.id_vlm_projector: VLMProjector | None = None
+        if vlm_dim is not None and id_use_vlm and id_cross_modal and id_layers > 0:
+            self.id_vlm_projector = VLMProjector(vlm_dim, dim, eps)
+        if id_joint_references:
+            for block in self.blocks:
+                block.attn1.set_processor(JointAttnProcessor())  # type: ignore[union-attr, operator]
+        if not self.proj_out.weight.is_meta:
+            initialise_id_blocks(self, draw_seed(None), id_gate_bias)
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_wan(cls, wan: WanTransformer3DModel, **id_block_settings: Any) -> IDCrafterTransformer:
+        """Wan's configuration and a copy of its weights, dtypes and device, with initialised blocks attached.
+
+        Args:
+            wan: a plain diffusers transformer.
+            id_block_settings: the arguments of this class that Wan lacks. `id_layers` is by default 20 (the paper's),
+                or all layers of a shallower backbone.
+
+        Raises:
+            UserError: for an unknown setting, or settings that contradict each other.
+        """
+        return cls._around(wan, copy.deepcopy(dict(wan.state_dict())), id_block_settings)
+
+    @classmethod
+    def from_wan_pretrained(
+        cls, path: str, subfolder: str | None = None, torch_dtype: torch.dtype | None = None, **id_block_settings: Any
+    ) -> IDCrafterTransformer:
+        """Load a folder or hub name: plain Wan through `from_wan`, an `IDCrafterTransformer` as it was saved.
+
+        A saved `IDCrafterTransformer` keeps its own settings. Under `torch.device("meta")` only the structure is made.
+
+        Args:
+            path, subfolder, torch_dtype: as in diffusers' `from_pretrained`.
+            id_block_settings: as in `from_wan`.
+        """
+        where: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
+        config: Any = cls.load_config(path, **where)
+        ours = config.get("_class_name") == cls.__name__
+        if torch.get_default_device().type == "meta":
+            settings = {} if ours else complete_settings(id_block_settings, ID_SETTINGS, config["num_layers"])
+            structure: Any = cls.from_config(config, **settings)
+            return structure
+        dtype: dict[str, Any] = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
+        if ours:
+            return cls.from_pretrained(path, **where, **dtype)
+        wan = WanTransformer3DModel.from_pretrained(path, **where, **dtype)
+        return cls._around(wan, wan.state_dict(), id_block_settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in diffusers, for what `save_pretrained` wrote. Raises `UserError` where the folder lacks our blocks."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise UserError(
+                f"{pretrained_model_name_or_path}: holds no {missing[0]} and {len(missing) - 1} other parameters; "
+                "load plain Wan weights with IDCrafterTransformer.from_wan_pretrained"
+            )
+        return loaded
+
+    @classmethod
+    def _around(
+        cls, wan: WanTransformer3DModel, weights: dict[str, Tensor], id_block_settings: dict[str, Any]
+    ) -> IDCrafterTransformer:
+        """The model that takes over `weights` (not copied) and Wan's rotary tables."""
+        config = dict(wan.config)
+        settings = complete_settings(id_block_settings, ID_SETTINGS, config["num_layers"])
+        with torch.device("meta"):
+            model = cls(**{name: config[name] for name in WAN_SETTINGS if name in config}, **settings)
+        keys = model.load_state_dict(weights, strict=False, assign=True)
+        wrong = [*keys.unexpected_keys, *(name for name in keys.missing_keys if not name.startswith(OURS))]
+        if wrong:
+            raise UserError(f"{wrong[0]} and {len(wrong) - 1} other parameters are not as in a plain Wan transformer")
+        like = wan.get_parameter("blocks.0.attn1.to_q.weight")
+        for name, child in model.named_children():
+            if name.startswith(OURS):
+                child.to_empty(device=like.device).to(like.dtype)
+        if model.id_subject_embedding is not None:
+            shape = model.id_subject_embedding.shape
+            model.id_subject_embedding = nn.Parameter(torch.zeros(shape, device=like.device, dtype=like.dtype))
+        model.rope = copy.deepcopy(wan.rope)
+        model.init_id_blocks()
+        return model.train(wan.training)
+
+    def init_id_blocks(self, seed: int | None = None) -> None:
+        """(Re)initialise our blocks from the backbone's weights, e.g. after `to_empty` and loading plain Wan weights.
+
+        Args:
+            seed: of the few random parts; None draws one from torch's global generator.
+        """
+        self.refresh_rotary_tables()
+        initialise_id_blocks(self, draw_seed(seed), self.config["id_gate_bias"])
+
+    def init_weights(self, seed: int | None = None) -> None:
+        """Initialise everything for training from scratch, as Wan and `init_id_blocks` do; the output starts at 0."""
+        seed = draw_seed(seed)
+        initialise_backbone(self, seed)
+        self.init_id_blocks(seed)
+
+    def refresh_rotary_tables(self) -> None:
+        """They are in no state dict, and `to_empty` leaves garbage in them."""
+        with torch.device("cpu"):
+            fresh = type(self.rope)(self.rope.attention_head_dim, self.rope.patch_size, self.rope.max_seq_len)
+        for table, value in zip(self.rope.buffers(), fresh.buffers(), strict=True):
+            if not table.is_meta:
+                table.copy_(value)
+
+    # Running --------------------------------------------------------------------------------------------------------
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        timestep: Tensor | None,
+        encoder_hidden_states: Tensor | None,
+        condition: Condition | None = None,
+        subject_cache: SubjectCache | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+        build_cache: bool = False,
+    ) -> Any:
+        """The velocity. Without references and VLM tokens it is Wan's, bit for bit.
+
+        Args:
+            hidden_states: latents `[B, C, T, H, W]`.
+            timestep: `[B]` in [0, 1000] (1000 is noise).
+            encoder_hidden_states: text tokens `[B, L, text_dim]`; the text of `condition` is not read.
+            condition: references and VLM tokens.
+            subject_cache: from `build_subject_cache`, instead of `condition`.
+            return_dict, attention_kwargs, encoder_hidden_states_image: as in `WanTransformer3DModel`.
+            build_cache: return a `SubjectCache` for `condition` and read nothing else. It is a mode of `forward`
+                because FSDP gathers the root's parameters around `forward` alone.
+
+        Returns:
+            `Transformer2DModelOutput` with latents `[B, out_channels, T, H, W]`, or a tuple of them.
+
+        Raises:
+            UserError: for a condition or a cache that does not fit the model or the batch.
+        """
+        side = self._subject_side(condition if subject_cache is None else None)
+        if build_cache:
+            return self._cache(side)
+        assert hidden_states is not None
+        assert timestep is not None
+        memories = self._memories(subject_cache, side, batch=hidden_states.shape[0])
+        mask_BM = side.mask_BM if subject_cache is None else subject_cache.mask_BM
+        rotary = self.rope(hidden_states)
+        video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        if self.training and torch.is_grad_enabled():
+            video = self._add_idle(video, side)
+        temb, modulation, text = self._embed(timestep, encoder_hidden_states, encoder_hidden_states_image)
+        subjects: Any = side.tokens_BSD
+        joint = None
+        if self.config["id_joint_references"] and side.layout is not None:
+            joint = JointSequence.build(self.rope, rotary, video, side.layout, timestep, hidden_states.shape[2])
+            rotary = joint.rotary
+
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        run: Any = self._gradient_checkpointing_func if checkpointing else _call
+        for index, block in enumerate(self.blocks):
+            if joint is None:
+                video = run(block, video, text, modulation, rotary)
+            else:
+                video, subjects = joint.split(run(block, joint.join(video, subjects), text, modulation, rotary))
+            if index < len(self.id_blocks):
+                # A block with nothing to read is called as well: FSDP's ranks gather the same layers in step.
+                video, subjects, _ = run(
+                    self.id_blocks[index], video, subjects, side.layout, side.vlm_BMD, mask_BM, memories[index]
+                )
+        output = self._unpatchify(video, temb, hidden_states.shape[2:])
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def build_subject_cache(self, condition: Condition) -> SubjectCache:
+        """What the blocks read of `condition` in every denoising step; `forward(subject_cache=...)` is exact.
+
+        Raises:
+            UserError: with `id_joint_references`, where the subject tokens follow the video.
+        """
+        if self.config["id_joint_references"]:
+            raise UserError(
+                "id_joint_references=True: the reference tokens attend to the video, so nothing of them can be cached; "
+                "call forward with the condition"
+            )
+        return self(None, None, None, condition=condition, build_cache=True)
+
+    def _subject_side(self, condition: Condition | None) -> SubjectSide:
+        """What the blocks read of a condition."""
+        if condition is None:
+            return SubjectSide()
+        tokens, layout, vlm = None, None, None
+        if condition.references:
+            embedding = self._checked_embedding(condition)
+            tokens, layout = embed_references(self.patch_embedding, embedding, self.rope, condition)
+        if condition.vlm_BLD is not None and self._reads_vlm(condition.vlm_BLD):
+            assert self.id_vlm_projector is not None
+            vlm = self.id_vlm_projector(condition.vlm_BLD)
+        return SubjectSide.build(tokens, layout, vlm, condition.vlm_mask_BL)
+
+    def _cache(self, side: SubjectSide) -> SubjectCache:
+        if side.batch is None:
+            return SubjectCache(layers=(), mask_BM=None, batch=1)
+        layers, subjects = [], side.tokens_BSD
+        for block in self.id_blocks:
+            _, subjects, memory = block(None, subjects, side.layout, side.vlm_BMD)
+            layers.append(memory)
+        return SubjectCache(layers=tuple(layers), mask_BM=side.mask_BM, batch=side.batch)
+
+    def _memories(self, cache: SubjectCache | None, side: SubjectSide, batch: int) -> list[KeysValues | None]:
+        """The cached keys and values of each block, None where they are computed inline; checks the batch sizes."""
+        if side.batch not in (None, batch):
+            raise UserError(f"a condition of {side.batch} samples for {batch} videos: the batch sizes must be equal")
+        if cache is None or not cache.layers:
+            return [None] * len(self.id_blocks)
+        if cache.batch != batch or len(cache.layers) != len(self.id_blocks):
+            raise UserError(
+                f"subject_cache of {cache.batch} samples and {len(cache.layers)} blocks for {batch} videos and "
+                f"{len(self.id_blocks)} blocks: use .expand({batch}), on a cache from this model"
+            )
+        trained = any(parameter.requires_grad for parameter in self.id_blocks.parameters())
+        if self.training and torch.is_grad_enabled() and trained and not cache.requires_grad:
+            raise UserError("subject_cache was built without gradients, but id_blocks are trained: pass the condition")
+        return list(cache.layers)
+
+    def _embed(self, timestep: Tensor, text: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding, its six modulations, and text (after image) tokens; a time `[B]`, or `[B, L]` per token."""
+        tokens = timestep.shape[1] if timestep.ndim == 2 else None
+        temb, modulation, text, image = self.condition_embedder(
+            timestep.flatten(), text, image, timestep_seq_len=tokens
+        )
+        assert text is not None
+        return temb, modulation.unflatten(-1, (6, -1)), text if image is None else torch.cat([image, text], dim=1)
+
+    def _unpatchify(self, video: Tensor, temb: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Modulated output projection, and tokens back to latents."""
+        shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(-2)).to(video.device).unbind(-2)
+        if temb.ndim == 2:
+            shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+        video = self.proj_out((self.norm_out(video.float()) * (1 + scale) + shift).type_as(video))
+        patch = self.config["patch_size"]
+        grid = [size // p for size, p in zip(sizes, patch, strict=True)]
+        video = video.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _add_idle(self, video: Tensor, side: SubjectSide) -> Tensor:
+        """Zero gradients for the parameters outside the blocks that this batch does not use (see `add_idle`)."""
+        idle: list[nn.Parameter] = []
+        if side.tokens_BSD is None and self.id_subject_embedding is not None:
+            idle.append(self.id_subject_embedding)
+        if side.vlm_BMD is None and self.id_vlm_projector is not None:
+            idle.extend(self.id_vlm_projector.parameters())
+        return add_idle(video, idle)
+
+    def _checked_embedding(self, condition: Condition) -> Tensor:
+        """The subject-index embedding, if the model can take the condition's references."""
+        count, limit = len(condition.references), self.config["id_max_subjects"]
+        if self.id_subject_embedding is None:
+            raise UserError(
+                f"{count} references, but no path leads from them to the video: set id_layers to 1 or more, or "
+                "id_joint_references=True, or drop the references"
+            )
+        if count > limit:
+            raise UserError(f"{count} subjects: the model was built with id_max_subjects={limit}, the most it can take")
+        return self.id_subject_embedding
+
+    def _reads_vlm(self, vlm_BLD: Tensor) -> bool:
+        config = self.config
+        if not (config["id_use_vlm"] and config["id_cross_modal"] and config["id_layers"]):
+            return False
+        if config["vlm_dim"] != vlm_BLD.shape[-1]:
+            raise UserError(
+                f"VLM tokens of width {vlm_BLD.shape[-1]}: the model was built with vlm_dim={config['vlm_dim']}; "
+                f"set vlm_dim={vlm_BLD.shape[-1]}, or id_use_vlm=False to leave the VLM out"
+            )
+        return True
+
+
+def _call(module: nn.Module, *arguments: Any) -> Any:
+    return module(*arguments)
+
+
+ID_SETTINGS = tuple(inspect.signature(IDCrafterTransformer.__init__).parameters)[len(WAN_SETTINGS) + 1 :]

@@ -38,6 +38,7 @@ class ClipSettings:
             min(height, width) and keeps the shape, cropped to multiples of 16.
         upscale: take videos smaller than the sample, too.
         min_face: least height of a face as a share of the picture's; smaller ones are passers-by.
+        face_score: least median confidence of a person's face along its track, in (0, 1).
         max_subjects: a window with more people is dropped.
         reference_gap: least time between a window and the moment of a reference.
         reference_size: side of the square references; 0 means min(height, width).
@@ -56,6 +57,7 @@ class ClipSettings:
     resize: str = "crop"
     upscale: bool = False
     min_face: float = 0.1
+    face_score: float = 0.88
     max_subjects: int = 4
     reference_gap: float = 0.25
     reference_size: int = 0
@@ -84,6 +86,8 @@ class ClipSettings:
         for name in ("stride", "max_subjects", "reference_gap"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 < self.face_score < 1:
+            raise UserError(f"face_score={self.face_score}: must lie between 0 and 1")
         if not 0 <= self.min_face < 1:
             raise UserError(f"min_face={self.min_face}: a share of the picture's height, 0 or more and below 1")
 
@@ -239,7 +243,7 @@ def survey(
     tracker: Tracker | None = None
     before: np.ndarray | None = None
     for tick, picture in _ticks(path, ranks):
-        tracker = tracker or Tracker(patience=2 * every, size=(picture.shape[0], picture.shape[1]))
+        tracker = tracker or Tracker(2 * every, (picture.shape[0], picture.shape[1]), settings.face_score)
         if before is not None and is_cut(before, picture):
             cuts.append(tick)
             tracker.cut()

@@ -47,10 +47,12 @@ class Tracker:
     Args:
         patience: ticks that a face may stay unseen before its track ends.
         size: (height, width) of the picture, for the crops.
+        score: a track is a person if the median of its faces' confidence is at least this. Single faces may be less
+            sure (a turned head), while cartoon animals score about 0.8 all along.
     """
 
-    def __init__(self, patience: int, size: tuple[int, int]) -> None:
-        self._patience, self._size = patience, size
+    def __init__(self, patience: int, size: tuple[int, int], score: float = 0.88) -> None:
+        self._patience, self._size, self._score = patience, size, score
         self._open: list[Track] = []
         self._done: list[Track] = []
 
@@ -81,9 +83,14 @@ class Tracker:
         self._close(list(self._open))
 
     def finish(self) -> list[Track]:
-        """All tracks seen often enough, in order of appearance."""
+        """All tracks seen often and surely enough, in order of appearance."""
         self.cut()
-        tracks = [track for track in self._done if len(track.sightings) >= MIN_SIGHTINGS]
+        tracks = [
+            track
+            for track in self._done
+            if len(track.sightings) >= MIN_SIGHTINGS
+            and np.median([sighting.face.score for sighting in track.sightings]) >= self._score
+        ]
         return sorted(tracks, key=lambda track: track.sightings[0][:2])
 
     def _close(self, tracks: list[Track]) -> None:

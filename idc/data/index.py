@@ -135,8 +135,9 @@ class ShardIndex:
                 header_line, *lines = stream.read().splitlines()
             header = json.loads(header_line)
         except FileNotFoundError:
-            what = "no index of the shards" if storage.list_tars(root) else "no shards"
-            raise UserError(f"{root}: {what} ({INDEX_NAME} is missing); {mend}") from None
+            if storage.list_tars(root):
+                raise UserError(f"{root}: the shards have no {INDEX_NAME} yet; {mend}") from None
+            raise UserError(f"{root}: no shards here; idc shards build makes some from videos") from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: unreadable ({error}); {mend}") from error
         if not isinstance(header, dict) or header.get("version") != VERSION:

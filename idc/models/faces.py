@@ -32,7 +32,7 @@ class Face(NamedTuple):
 class FaceDetector:
     """YuNet. The network is loaded at the first picture, so that constructing and pickling are cheap."""
 
-    def __init__(self, threshold: float = 0.8) -> None:
+    def __init__(self, threshold: float = 0.75) -> None:
         """`threshold`: least confidence, in (0, 1)."""
         if not 0 < threshold < 1:
             raise UserError(f"threshold={threshold}: must lie between 0 and 1")

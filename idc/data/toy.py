@@ -277,7 +277,7 @@ class ToyWorld:
 def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> tuple[ToySubject, ...]:
     """Lay out who goes where on a unit square, subjects inside it and never overlapping, then mirror and transpose."""
     count = len(looks)
-    radius = float(rng.uniform(*{1: (0.19, 0.24), 2: (0.155, 0.185), 3: (0.14, 0.155)}[count]))
+    radius = float(rng.uniform(*{1: (0.19, 0.24), 2: (0.165, 0.19), 3: (0.145, 0.155)}[count]))
     moves = {1: _alone, 2: _pair, 3: _trio}[count](rng, radius)
     mirror_x, mirror_y, transpose = rng.random(3) < 0.5
 
@@ -309,7 +309,7 @@ def _lane(rng: np.random.Generator, radius: float, y: float, action: str, way: i
         x = float(rng.uniform(0.35, 0.65))
         return (x, y), (x, y), action, None
     near = 1.2 * radius
-    travel = float(rng.uniform(0.2, 0.26))
+    travel = float(rng.uniform(0.18, 0.23))
     start = float(rng.uniform(near, 1 - near - travel))
     path = (start, y), (start + travel, y)
     return (*path, action, None) if way > 0 else (*path[::-1], action, None)

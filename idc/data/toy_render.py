@@ -34,8 +34,8 @@ PATTERNS = ("plain", "graded", "checked", "striped")
 DARK = 0.28  # brightness of the dark part of a texture, as a share of the subject's colour
 SHADE = 0.74  # brightness of the darker tone of a background
 TILE = 16  # pixels: a background's tiles follow the codec's 8-pixel cells, so that they cost it nothing
-STRIPE_PERIOD = 1.0  # radii
-DOT_RADIUS = 0.38  # radii: one dot in the middle
+BAND = 0.3  # radii: half the height of the dark band across a striped subject
+DOT_RADIUS = 0.4  # radii: one dark dot in the middle
 SOFTNESS = 1.6  # pixels from inside to outside across an edge
 
 
@@ -49,7 +49,7 @@ def signed_distance(shape: str, u: Array, v: Array) -> Array:
         return np.maximum(v - 0.62, 0.8660254 * np.abs(u) - 0.5 * v - 0.62)
     if shape == "cross":
         a, b = np.abs(u), np.abs(v)
-        return np.minimum(np.maximum(a - 1.0, b - 0.4), np.maximum(a - 0.4, b - 1.0))
+        return np.minimum(np.maximum(a - 1.08, b - 0.34), np.maximum(a - 0.34, b - 1.08))
     raise ValueError(f"shape={shape!r}: one of {SHAPES}")
 
 
@@ -58,8 +58,7 @@ def tone(texture: str, u: Array, v: Array, radius: float) -> Array:
     if texture == "plain":
         return np.ones_like(u)
     if texture == "striped":
-        wave = np.cos((2 * np.pi / STRIPE_PERIOD) * v) * (STRIPE_PERIOD / (2 * np.pi))
-        dark = _soft_step(wave, radius)
+        dark = _soft_step(np.abs(v) - BAND, radius)
     elif texture == "dotted":
         dark = _soft_step(np.hypot(u, v) - DOT_RADIUS, radius)
     else:

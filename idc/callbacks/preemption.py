@@ -1,0 +1,147 @@
+"""A signal to any one rank ends all of them cleanly, with a checkpoint and exit status 0.
+
+Lightning's own handler communicates inside the signal handler, and hangs when only one rank is told. Here the handler
+sets a flag; the ranks agree on it at the end of a training step, save one checkpoint and stop there. Validation and
+sampling (through `requested`) are cut short, after which one more training step is taken and saved.
+
+A preempted run logs a line and leaves `preempted.json` beside its checkpoints until the next run starts. Under SLURM
+(`#SBATCH --signal=TERM@120`): `idc fit ... --ckpt_path last; [ -e RUN/checkpoints/preempted.json ] && scontrol requeue
+$SLURM_JOB_ID`. Lightning's own automatic requeue is replaced. Signals before training starts have their usual effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from idc.callbacks.checkpoint import Checkpoint, is_dry_run
+from idc.errors import UserError, nearest
+
+MARKER = "preempted.json"
+
+
+class Preemption(Callback):
+    """Ends training after the current step when a signal has come.
+
+    Args:
+        signals: names of the signals to listen to.
+
+    Raises:
+        UserError: an unknown signal.
+    """
+
+    def __init__(self, signals: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> None:
+        for name in signals:
+            if name not in signal.Signals.__members__:
+                raise UserError(f"signals: there is no {name!r}{nearest(name, signal.Signals.__members__)}")
+        self.signals = tuple(signal.Signals[name] for name in signals)
+        self.received: signal.Signals | None = None  # by this rank
+        self.agreed = False  # by all ranks
+        self._previous: dict[signal.Signals, Any] = {}
+        self._undo = contextlib.ExitStack()
+
+    def agree(self, trainer: Trainer) -> bool:
+        """Whether any rank has been told to stop. Collective: all ranks call it equally often."""
+        if not self.agreed:
+            self.agreed = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        return self.agreed
+
+    # Hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.received, self.agreed = None, False
+        # Lightning registers its handlers after all set-up hooks, then fetches data before the next hook: ours take
+        # the place of its registration, so that no signal meets its handler in between.
+        connector = trainer._signal_connector
+        connector.register_signal_handlers = self._install  # type: ignore[method-assign]
+        self._undo.callback(connector.__dict__.pop, "register_signal_handlers", None)
+        if _checkpoint(trainer) is None:
+            rank_zero_warn("Preemption without idc.callbacks.checkpoint.Checkpoint: a preempted run saves nothing")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install()
+        if trainer.is_global_zero and (marker := _marker(trainer)):
+            marker.unlink(missing_ok=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # In the middle of an accumulation the gradients would be lost: go on to the optimiser step.
+        if trainer.fit_loop._should_accumulate() or not self.agree(trainer):
+            return
+        rank_zero_info(f"Preempted at step {trainer.global_step}: saving and stopping")
+        if checkpoint := _checkpoint(trainer):
+            checkpoint.request()  # it runs after this callback, in the same hook
+        self._stop(trainer)
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if self._previous and self.agree(trainer):
+            raise StopIteration  # the loop takes it as the end of the data
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.agreed and trainer.is_global_zero and (marker := _marker(trainer)):
+            names = [self.received.name] if self.received else []
+            marker.write_text(json.dumps({"step": trainer.global_step, "signal": names}) + "\n")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    # Signals
+
+    def _install(self) -> None:
+        if threading.current_thread() is threading.main_thread() and not self._previous:
+            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+        self._undo.close()
+
+    def _stop(self, trainer: Trainer) -> None:
+        """Leave the loops now: no validation, which Lightning runs on `should_stop`, and no minimum of steps."""
+        loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        for owner, name, value in (
+            (trainer, "limit_val_batches", 0),
+            (loop, "min_epochs", None),
+            (epoch_loop, "min_steps", None),
+        ):
+            self._undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        trainer.should_stop = True
+
+
+def requested(trainer: Trainer) -> bool:
+    """Whether the run is to stop: for long work between training steps, such as sampling previews.
+
+    Collective until the answer is yes: all ranks must call it equally often. Without `Preemption`, False.
+    """
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return any(callback.agree(trainer) for callback in callbacks if isinstance(callback, Preemption))
+
+
+def _checkpoint(trainer: Trainer) -> Checkpoint | None:
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return next((callback for callback in callbacks if isinstance(callback, Checkpoint)), None)
+
+
+def _marker(trainer: Trainer) -> Path | None:
+    checkpoint = _checkpoint(trainer)
+    return None if checkpoint is None or is_dry_run(trainer) else checkpoint.directory / MARKER

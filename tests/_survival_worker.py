@@ -1,0 +1,320 @@
+"""A small training run in a process of its own, to be killed, preempted and resumed by the tests.
+
+`start` forks runs from one server process that has imported torch and lightning, so that each costs about a second.
+Faults are real signals that the run sends to itself at a given place, which makes them repeatable.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from idc.callbacks import checkpoint as checkpoint_module
+from idc.callbacks.checkpoint import Checkpoint
+from idc.callbacks.ema import EMA, ema_state_dict
+from idc.callbacks.manifest import Manifest
+from idc.callbacks.preemption import Preemption
+from idc.callbacks.resume import resolve_ckpt_path
+
+SAMPLES, GLOBAL_BATCH, WIDTH = 48, 4, 6
+STEPS = 20  # of 12 in an epoch
+SAVE_EVERY = 4
+PLACES = ("step", "state", "seal", "publish", "prune")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: `folder` for its checkpoints, `log` for its record, and the fault that it meets, if any."""
+
+    folder: str
+    log: str
+    ranks: int = 1
+    sharded: bool = False
+    steps: int = STEPS
+    ckpt_path: str | None = "last"
+    kill_place: str | None = None  # one of PLACES
+    kill_step: int = 0
+    signal_step: int | None = None  # the last rank sends itself SIGTERM while computing this step
+    signal_batch: int | None = None  # ... or in this batch of a validation
+    accumulate: int = 1
+    ema: bool = True
+    dtype: str = "32-true"
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Tower(nn.Module):
+    """Blocks, and a head and a frozen bias that belong to the root's shard group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks[1].requires_grad_(False)
+        self.head = nn.Linear(WIDTH, 1)
+        self.shift = nn.Parameter(torch.full((WIDTH,), 0.1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.shift
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Stage(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"root": Path("relative/path"), "rate": 1e-2})
+        self.transformer: Tower | None = None
+        self.validation: list[float] = []
+
+    def configure_model(self) -> None:
+        if self.transformer is not None:
+            return
+        torch.manual_seed(0)
+        self.transformer = Tower()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.transformer.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.transformer, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        # Two groups, in another order than the module's: the states must still find their parameters.
+        trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for name, p in trainable if not name.endswith("bias")], "weight_decay": 0.1},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["rate"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def loss(self, ids: list[int]) -> Tensor:
+        assert self.transformer is not None
+        x = torch.stack([torch.sin(torch.arange(WIDTH) * (i + 1.0)) for i in ids])
+        target = torch.tensor([[(i % 7) / 7.0] for i in ids])
+        x, target = x.to(self.dtype), target.to(self.dtype)
+        return (self.transformer(x) - target).square().mean()
+
+    def training_step(self, ids: list[int], batch_idx: int) -> Tensor:
+        return self.loss(ids)
+
+    def validation_step(self, ids: list[int], batch_idx: int) -> None:
+        self.validation.append(float(self.loss(ids)))
+
+
+class Stream(IterableDataset):
+    """Global batches of sample ids in an order given by the epoch; each rank takes its slice."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return SAMPLES // GLOBAL_BATCH
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        while self.position < len(self):
+            batch = order[self.position * GLOBAL_BATCH : (self.position + 1) * GLOBAL_BATCH]
+            self.position += 1
+            yield batch[self.rank :: self.ranks]
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class Recorder(Callback):
+    """Appends a line per optimiser step: losses and samples of this rank since the last one."""
+
+    def __init__(self, path: Path, run: Run) -> None:
+        self.path, self.run, self.pending, self.seen = path, run, [], None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step + 1
+        if self.run.kill_place == "step" and step == self.run.kill_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.run.signal_step and trainer.global_rank == self.run.ranks - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.pending.append([float(outputs["loss"]) * self.run.accumulate, batch])
+        if trainer.global_step > self.seen:
+            self.seen = trainer.global_step
+            with self.path.open("a") as log:
+                log.write(json.dumps({"step": self.seen, "batches": self.pending}) + "\n")
+            self.pending = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        ours = not trainer.sanity_checking and trainer.global_rank == self.run.ranks - 1
+        if ours and batch_idx == self.run.signal_batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(run: Run, rank: int, port: int) -> None:
+    """Run to the end, and write the state it reached to `<log>-<rank>.end`."""
+    torch.set_num_threads(1)
+    if run.ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
+        os.environ["WORLD_SIZE"] = str(run.ranks)
+    place_kill(run)
+    log = Path(f"{run.log}-{rank}")
+    trainer = make_trainer(run, [Recorder(log, run)])
+    stage = Stage()
+    ckpt_path = resolve_ckpt_path(run.ckpt_path, run.folder, trainer.strategy)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.fit(stage, Stream(rank, run.ranks), validation_batches(rank, run.ranks), ckpt_path=ckpt_path)
+    end = {
+        "step": trainer.global_step,
+        "validation": stage.validation,
+        "weights": {k: v.tolist() for k, v in whole(stage).items()},
+        "ema": {k: v.tolist() for k, v in ema_state_dict(stage, "transformer").items()},
+        "handler_restored": signal.getsignal(signal.SIGTERM) == before,
+    }
+    Path(f"{run.log}-{rank}.end").write_text(json.dumps(end))
+    if run.ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def make_trainer(run: Run, extra: list[Callback]) -> Trainer:
+    strategy = ModelParallelStrategy(run.ranks, 1) if run.sharded else "auto" if run.ranks == 1 else "ddp"
+    return Trainer(
+        default_root_dir=run.folder,
+        accelerator="cpu",
+        devices=run.ranks,
+        strategy=strategy,
+        precision=run.dtype,  # type: ignore[arg-type]
+        max_steps=run.steps,
+        max_epochs=-1,
+        val_check_interval=6 * run.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=1,
+        accumulate_grad_batches=run.accumulate,
+        gradient_clip_val=1.0,
+        callbacks=[
+            Checkpoint(every_n_steps=SAVE_EVERY, keep_last=2),
+            *([EMA(decay=0.9)] if run.ema else []),
+            Preemption(),
+            *extra,
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def validation_batches(rank: int, ranks: int) -> DataLoader:
+    return DataLoader([list(range(100 + 4 * i, 104 + 4 * i))[rank::ranks] for i in range(3)], batch_size=None)
+
+
+def whole(stage: Stage) -> dict[str, Tensor]:
+    state = stage.transformer.state_dict()
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+
+
+def place_kill(run: Run) -> None:
+    """SIGKILL this process at a place within the save of `kill_step`: what is on disk is what such a kill leaves."""
+    places = {"seal": (checkpoint_module, "_seal_own_files"), "publish": (checkpoint_module, "_publish")}
+    places |= {"prune": (Checkpoint, "_prune"), "manifest": (Manifest, "write"), "state": (Trainer, "_unused")}
+    if run.kill_place in ("seal", "publish", "prune", "manifest"):
+        owner, name = places[run.kill_place]
+        original = getattr(owner, name)
+
+        def deadly(*args: Any, **kwargs: Any) -> Any:
+            folder = Path(run.folder, "checkpoints")
+            if any(folder.glob(f"step-{run.kill_step:08d}*")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, deadly)
+    elif run.kill_place == "state":
+        original = torch.save
+
+        def half(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            original(obj, path, *args, **kwargs)
+            if f"step-{run.kill_step:08d}" in str(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        torch.save = half
+
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def start(run: Run) -> list[multiprocessing.Process]:
+    """Start all ranks of a run."""
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    _context.set_forkserver_preload([__name__])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [_context.Process(target=train, args=(run, rank, port)) for rank in range(run.ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(run: Run, timeout: float = 60) -> list[int | None]:
+    """Run to the end; the exit codes of all ranks (-9 for a killed one, None for one that hung and was killed)."""
+    processes = start(run)
+    codes = []
+    for process in processes:
+        process.join(timeout)
+        codes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return codes
+
+
+def records(run: Run, rank: int = 0) -> dict[int, Any]:
+    """The record of one rank by step, over all starts of a run; a step that was repeated must be repeated exactly."""
+    found: dict[int, Any] = {}
+    for line in Path(f"{run.log}-{rank}").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        assert found.setdefault(step, record) == record, f"step {step} was not repeated exactly"
+    return found
+
+
+def end(run: Run, rank: int = 0) -> dict[str, Any]:
+    return json.loads(Path(f"{run.log}-{rank}.end").read_text())
+
+
+describe = asdict
+new_run = partial(Run)

@@ -85,6 +85,15 @@ def test_precision_is_a_setting_and_latents_stay_float32(root):
     torch.testing.assert_close(latents, reference, atol=0.05, rtol=0.05)
 
 
+def test_mixed_precision_around_the_codec_changes_nothing(codec):
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    latents = codec.encode(video)
+    decoded = codec.decode(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(codec.encode(video), latents)
+        assert torch.equal(codec.decode(latents), decoded)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

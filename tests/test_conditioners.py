@@ -89,10 +89,26 @@ def test_umt5_keeps_its_own_precision(wan_root):
     assert conditioner.encode(["a cat"]).dtype == torch.bfloat16
 
 
+def test_mixed_precision_around_the_encoders_changes_nothing(wan_root, vlm):
+    text = UMT5Conditioner(str(wan_root), max_length=8, dtype="float32")
+    expected, tokens_BLD = text.encode(CAPTIONS), vlm.encode(SAMPLE_CAPTIONS, SAMPLE_REFERENCES)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(text.encode(CAPTIONS), expected)
+        assert torch.equal(vlm.encode(SAMPLE_CAPTIONS, SAMPLE_REFERENCES)[0], tokens_BLD)
+
+
 def test_captions_are_cleaned_as_wan_does():
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    for caption in ["  a\t b\n\nc ", "&amp;lt;b&amp;gt;", "cafÃ©", "“quoted” ﬁne", ""]:
+    for caption in [
+        "  a\t b\n\nc ",
+        "&amp;lt;b&amp;gt;",
+        "1 &amp;amp;amp;lt; 2",
+        "x &amp;amp;lt; y <b>",
+        "cafÃ©",
+        "“quoted” ﬁne",
+        "",
+    ]:
         assert clean_caption(caption) == prompt_clean(caption)
 
 

@@ -8,9 +8,9 @@ A sample's noise, time and condition dropout come from streams of different name
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,15 +56,16 @@ def shift(t: Tensor, factor: float) -> Tensor:
     return factor * t / (1 + (factor - 1) * t)
 
 
-class TimeSampler(Protocol):
+class TimeSampler(ABC):
     """Draws training times."""
 
+    @abstractmethod
     def __call__(self, seeds_B: Tensor | Iterable[int]) -> Tensor:
         """One time a sample: float32 `(B,)` in [0, 1], on the CPU."""
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(TimeSampler):
     """t uniform on [0, 1), then shifted (1: no shift)."""
 
     shift: float = 1.0
@@ -77,7 +78,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(TimeSampler):
     """logit(t) ~ N(mean, std^2), then shifted: SD3's sampling of times (arXiv 2403.03206, section 3.1).
 
     A shift s adds log(s) to the mean; the two are kept apart because the sampler's schedule has the same shift.

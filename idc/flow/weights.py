@@ -6,8 +6,8 @@ Every weight has mean 1 over uniform t, so that a change of weight is not a chan
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +15,16 @@ from torch import Tensor
 from idc.errors import UserError
 
 
-class Weight(Protocol):
+class Weight(ABC):
     """w(t)."""
 
+    @abstractmethod
     def __call__(self, t_B: Tensor) -> Tensor:
         """The weight of each time in [0, 1]: positive, of t's shape and dtype, with mean 1 over uniform t."""
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Weight):
     """w(t) = 1: the paper does not say more, and logit-normal times already favour the middle."""
 
     def __call__(self, t_B: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Weight):
     """w(t) proportional to exp(-(t - mean)^2 / (2 std^2)): a bell over the middle times, for use with uniform times."""
 
     mean: float = 0.5
@@ -49,7 +50,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class CosMap:
+class CosMap(Weight):
     """w(t) = 2 / (pi (1 - 2t + 2t^2)): SD3's CosMap density (arXiv 2403.03206, section 3.1) as a weight."""
 
     def __call__(self, t_B: Tensor) -> Tensor:

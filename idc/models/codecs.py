@@ -36,7 +36,6 @@ class Codec(Frozen):
         factor = self.spatial_factor
         return self.channels, (frames - 1) // self.temporal_factor + 1, height // factor, width // factor
 
-    @torch.no_grad()
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         """Encode clips of 4n + 1 frames; an image is a clip of one frame.
 
@@ -49,9 +48,10 @@ class Codec(Frozen):
         Raises:
             UserError: for another rank, channel count, number of frames or size.
         """
-        return self._encode(self._checked(video_BCTHW)).float()
+        self._check(video_BCTHW)
+        with self.inference():
+            return self._encode(video_BCTHW.to(self.device)).float()
 
-    @torch.no_grad()
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Decode normalised latents `[B, 16, T, H, W]` to float32 pixels `[B, 3, 4 (T - 1) + 1, 8 H, 8 W]`, clamped
         to [-1, 1].
@@ -61,16 +61,13 @@ class Codec(Frozen):
         """
         if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.channels:
             raise UserError(f"latents of shape {tuple(latents_BCTHW.shape)}: must be [B, {self.channels}, T, H, W]")
-        self.load(self.device)
-        return self._decode(latents_BCTHW.to(self.device)).float().clamp(-1, 1)
+        with self.inference():
+            return self._decode(latents_BCTHW.to(self.device)).float().clamp(-1, 1)
 
-    def _checked(self, video_BCTHW: Tensor) -> Tensor:
-        """The clips on the device of the codec, which is loaded; raises as `encode` does."""
+    def _check(self, video_BCTHW: Tensor) -> None:
         if video_BCTHW.ndim != 5 or video_BCTHW.shape[1] != 3:
             raise UserError(f"video of shape {tuple(video_BCTHW.shape)}: must be [B, 3, T, H, W]")
         self.latent_shape(*video_BCTHW.shape[2:])
-        self.load(self.device)
-        return video_BCTHW.to(self.device)
 
     @abstractmethod
     def _encode(self, video_BCTHW: Tensor) -> Tensor:
@@ -121,12 +118,13 @@ class WanVAECodec(Codec):
         weights = weights_identity(self.path, self.subfolder)
         return {"weights": weights, "dtype": str(self.dtype), "tiling": self.tiling}
 
-    @torch.no_grad()
     def sample(self, video_BCTHW: Tensor, generator: torch.Generator) -> Tensor:
         """As `encode`, but drawn from the posterior, where `encode` takes its mean."""
-        posterior = self._posterior(self._checked(video_BCTHW))
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
-        return self._normalise(posterior.mean.float() + posterior.std.float() * noise.to(self.device))
+        self._check(video_BCTHW)
+        with self.inference():
+            posterior = self._posterior(video_BCTHW.to(self.device))
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
+            return self._normalise(posterior.mean.float() + posterior.std.float() * noise.to(self.device))
 
     def _posterior(self, video_BCTHW: Tensor) -> Any:
         return self._vae.encode(video_BCTHW.to(self.dtype)).latent_dist

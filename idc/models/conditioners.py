@@ -103,11 +103,13 @@ class UMT5Conditioner(TextConditioner):
             "dtype": str(self.dtype),
         }
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        self.load(self.device)
+        with self.inference():
+            return self._encode([clean_caption(caption) for caption in captions])
+
+    def _encode(self, captions: list[str]) -> Tensor:
         tokens = self._tokenizer(
-            [clean_caption(caption) for caption in captions],
+            captions,
             padding="max_length",
             max_length=self.max_length,
             truncation=True,

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +34,14 @@ class Frozen(ABC):
         `dtype` is for encoders that have no dtype setting of their own: a setting wins, so that the fingerprint
         does not depend on where the encoder runs.
         """
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Loaded, without gradients, and outside any autocast: in a training step under mixed precision the output
+        must be that which was cached."""
+        self.load(self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     @property
     def fingerprint(self) -> str:

@@ -49,8 +49,7 @@ class VLMConditioner(Frozen):
         for image in (image for images in references for image in images):
             if image.ndim != 3 or image.shape[0] != 3:
                 raise UserError(f"reference image of shape {tuple(image.shape)}: must be [3, H, W]")
-        self.load(self.device)
-        with torch.no_grad():
+        with self.inference():
             samples = [self._encode_one(c, r) for c, r in zip(captions, references, strict=True)]
         lengths_B = torch.tensor([len(tokens) for tokens in samples], device=self.device)
         tokens_BLD = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)

@@ -120,6 +120,15 @@ def test_missing_weights_name_the_path_and_what_it_should_hold(make, tmp_path):
             action()
 
 
+def test_widths_are_known_without_a_network_and_checked_on_loading(wan_root, qwen_root):
+    assert (UMT5Conditioner().dim, QwenVLConditioner().dim) == (4096, 3584)
+    assert (UMT5Conditioner(str(wan_root)).dim, QwenVLConditioner(str(qwen_root)).dim) == (16, 32)
+    for conditioner in (UMT5Conditioner(str(wan_root), dim=64), QwenVLConditioner(str(qwen_root), dim=64)):
+        assert conditioner.dim == 64
+        with pytest.raises(UserError, match=r"dim=64: .* are (16|32) wide"):
+            conditioner.load()
+
+
 def test_a_missing_tokenizer_is_named(tmp_path, wan_root):
     (tmp_path / "text_encoder").symlink_to(wan_root / "text_encoder")
     with pytest.raises(UserError, match=r"tokenizer does not exist; .*UMT5's tokenizer"):

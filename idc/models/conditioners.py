@@ -18,7 +18,7 @@ from torch import Tensor
 
 from idc.errors import UserError
 from idc.flow.times import generator
-from idc.models.frozen import Frozen, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, check_width, resolve, token_width, torch_dtype, weights_identity
 
 
 class TextConditioner(Frozen):
@@ -57,7 +57,10 @@ class UMT5Conditioner(TextConditioner):
         text_encoder, tokenizer: the subfolders.
         max_length: tokens per caption. Wan was trained with 512 (diffusers' pipeline defaults to 226).
         dtype: of weights, activations and output; Wan's is bfloat16.
+        dim: width of a token; None takes it from the local config.json, or UMT5-XXL's 4096 for a hub id.
     """
+
+    weights = "a UMT5 encoder: config.json and model*.safetensors"
 
     def __init__(
         self,
@@ -66,28 +69,28 @@ class UMT5Conditioner(TextConditioner):
         tokenizer: str = "tokenizer",
         max_length: int = 512,
         dtype: str | torch.dtype = "bfloat16",
+        dim: int | None = None,
     ) -> None:
         if max_length < 1:
             raise UserError(f"max_length={max_length}: must be at least 1; Wan's is 512")
         self.path, self.text_encoder, self.tokenizer = path, text_encoder, tokenizer
-        self.max_length, self.dtype = max_length, torch_dtype(dtype)
+        self.max_length, self.dtype, self._dim = max_length, torch_dtype(dtype), dim
         self._model: Any = None
         self._tokenizer: Any = None
 
     @cached_property
     def dim(self) -> int:
-        resolve(self.path, self.text_encoder, "a UMT5 encoder: config.json and model*.safetensors")
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.path, subfolder=self.text_encoder).d_model
+        return self._dim or token_width(self.path, self.text_encoder, self.weights, "d_model", published=4096)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         self.device = torch.device(device)
         if self._model is None:
-            resolve(self.path, self.text_encoder, "a UMT5 encoder: config.json and model*.safetensors")
+            resolve(self.path, self.text_encoder, self.weights)
             resolve(self.path, self.tokenizer, "UMT5's tokenizer", marker="tokenizer_config.json")
-            from transformers import AutoTokenizer, UMT5EncoderModel
+            from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
 
+            config = AutoConfig.from_pretrained(self.path, subfolder=self.text_encoder)
+            check_width(self.path, self.dim, config.d_model)
             self._tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder=self.tokenizer)
             model = UMT5EncoderModel.from_pretrained(self.path, subfolder=self.text_encoder, dtype=self.dtype)
             self._model = model.eval().requires_grad_(False)

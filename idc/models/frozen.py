@@ -86,6 +86,22 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
     return folder
 
 
+def token_width(path: str, subfolder: str, expected: str, key: str, published: int) -> int:
+    """The width that a local folder's config.json states under `key`; for a hub id, the one `published` of the paper's
+    weights, so that a model can be laid out with no network."""
+    folder = resolve(path, subfolder, expected)
+    if folder is None:
+        return published
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("text_config", config)[key]
+
+
+def check_width(path: str, dim: int, found: int) -> None:
+    """Raise `UserError` where loaded weights are not as wide as the model was laid out for."""
+    if dim != found:
+        raise UserError(f"dim={dim}: the weights of {path!r} are {found} wide; set dim to {found}")
+
+
 def weights_identity(path: str, subfolder: str = "") -> dict[str, Any]:
     """Path, config and the names and sizes of the weight files: what tells two sets of weights apart without reading
     them. For a hub id, or a path that is not there yet, the path alone."""

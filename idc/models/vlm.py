@@ -18,7 +18,7 @@ from torch import Tensor
 from idc.errors import UserError
 from idc.flow.times import generator
 from idc.models.conditioners import ToyTextConditioner, clean_caption, sinusoidal
-from idc.models.frozen import Frozen, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, check_width, resolve, token_width, torch_dtype, weights_identity
 
 
 class VLMConditioner(Frozen):
@@ -87,7 +87,10 @@ class QwenVLConditioner(VLMConditioner):
         max_pixels: area cap of a reference, in pixels; 28 x 28 of them make one token.
         min_pixels: smaller references are enlarged to it.
         dtype: of weights, activations and output.
+        dim: width of a token; None takes it from the local config.json, or the 7B model's 3584 for a hub id.
     """
+
+    weights = "Qwen2.5-VL: config.json, model*.safetensors and the tokenizer"
 
     def __init__(
         self,
@@ -95,29 +98,28 @@ class QwenVLConditioner(VLMConditioner):
         max_pixels: int = 256 * 28 * 28,
         min_pixels: int = 4 * 28 * 28,
         dtype: str | torch.dtype = "bfloat16",
+        dim: int | None = None,
     ) -> None:
         if not 0 < min_pixels <= max_pixels:
             raise UserError(f"min_pixels={min_pixels}: must be positive and at most max_pixels={max_pixels}")
         self.path, self.max_pixels, self.min_pixels = path, max_pixels, min_pixels
-        self.dtype = torch_dtype(dtype)
+        self.dtype, self._dim = torch_dtype(dtype), dim
         self._model: Any = None
         self._tokenizer: Any = None
         self._images: Any = None
 
     @cached_property
     def dim(self) -> int:
-        resolve(self.path, "", "Qwen2.5-VL: config.json, model*.safetensors and the tokenizer")
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.path).text_config.hidden_size
+        return self._dim or token_width(self.path, "", self.weights, "hidden_size", published=3584)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         self.device = torch.device(device)
         if self._model is None:
-            resolve(self.path, "", "Qwen2.5-VL: config.json, model*.safetensors and the tokenizer")
+            resolve(self.path, "", self.weights)
             resolve(self.path, "", "Qwen2.5-VL's tokenizer", marker="tokenizer_config.json")
-            from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+            from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+            check_width(self.path, self.dim, AutoConfig.from_pretrained(self.path).text_config.hidden_size)
             self._tokenizer = AutoTokenizer.from_pretrained(self.path)
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.path, dtype=self.dtype).model
             self._model = model.eval().requires_grad_(False)

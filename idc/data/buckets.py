@@ -47,7 +47,7 @@ class BucketRule:
         for shape in self.shapes:
             if len(shape) != 3:
                 raise UserError(f"bucket {list(shape)}: must be [frames, height, width], such as [81, 480, 832]")
-            parsed.append(Bucket(*map(int, shape), subjects=0).check())
+            parsed.append(Bucket(int(shape[0]), int(shape[1]), int(shape[2]), 0).check())
         if self.max_subjects < 0:
             raise UserError(f"max_subjects={self.max_subjects}: must be 0 or more")
         if self.max_upscale < 1:

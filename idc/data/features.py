@@ -6,8 +6,9 @@
 
 Usual names: latents, text, vlm, vlm_no_references, vlm_no_text, reference_0, reference_1 ...
 
-Cached latents are of ONE window of each clip (the first frames, centre crop: see `reader.Window.fixed`), so training on
-a cache sees no other windows or crops of longer clips.
+A key is made of a sample's id and content (`feature_key`), so data that changed under the same name is encoded anew.
+Cached latents are of ONE window of each clip (the first frames, centre crop), so training on a cache sees no other
+windows or crops of longer clips.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from idc.data.storage import open_atomic
 from idc.errors import UserError
 
 OPEN_CHUNKS = 128  # memory maps a process keeps open
+
+
+def feature_key(sample_id: str, sha256: str) -> str:
+    """The key of a sample's features; the loader leaves `sha256` in `Sample.meta`."""
+    return f"{sample_id}@{sha256[:16]}"
 
 
 class FeatureStore:
@@ -56,8 +62,8 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._place)
 
-    def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._place
+    def __contains__(self, key: object) -> bool:
+        return key in self._place
 
     def refresh(self) -> None:
         """Look for chunks that were completed since."""
@@ -65,12 +71,12 @@ class FeatureStore:
             if sidecar.name == "fingerprint.json" or sidecar.stem in self._chunks:
                 continue
             ids = json.loads(sidecar.read_bytes())["ids"]
-            self._place.update({sample_id: (sidecar.stem, number) for number, sample_id in enumerate(ids)})
+            self._place.update({key: (sidecar.stem, number) for number, key in enumerate(ids)})
             self._chunks.add(sidecar.stem)
 
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those without features, in order."""
-        return [sample_id for sample_id in ids if sample_id not in self._place]
+        return [key for key in ids if key not in self._place]
 
     def others(self) -> dict[str, Any]:
         """Fingerprints of the other stores under the same root by folder: left by other encoders, free to delete."""
@@ -81,7 +87,7 @@ class FeatureStore:
         return found
 
     def write(self, features: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Store one chunk: id -> name -> tensor. Complete or absent after a kill. 256 samples a chunk are a good size.
+        """Store one chunk: key -> name -> tensor. Complete or absent after a kill. 256 samples a chunk are a good size.
 
         Raises:
             UserError: an empty chunk, or a sample without tensors.
@@ -96,28 +102,28 @@ class FeatureStore:
         ids = list(features)
         name = hashlib.blake2b("\n".join(ids).encode(), digest_size=8).hexdigest()
         tensors = {
-            f"{number}/{key}": tensor.detach().to("cpu", copy=False).contiguous()
-            for number, sample_id in enumerate(ids)
-            for key, tensor in features[sample_id].items()
+            f"{number}/{label}": tensor.detach().to("cpu", copy=False).contiguous()
+            for number, key in enumerate(ids)
+            for label, tensor in features[key].items()
         }
         _write(self.path / f"{name}.safetensors", save(_without_aliases(tensors)))
         _write(self.path / f"{name}.json", json.dumps({"ids": ids}).encode())
         self._handles.pop(name, None)
-        self._place.update({sample_id: (name, number) for number, sample_id in enumerate(ids)})
+        self._place.update({key: (name, number) for number, key in enumerate(ids)})
         self._chunks.add(name)
 
-    def read(self, sample_id: str, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def read(self, key: str, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The features of a sample (all, or those named) as they were written.
 
         Raises:
             KeyError: unknown sample or name.
         """
-        name, number = self._place[sample_id]
+        name, number = self._place[key]
         handle, keys = self._open(name)
         mine = keys[number]
         if names is not None:
-            mine = {key: mine[key] for key in names}
-        return {key: handle.get_tensor(stored) for key, stored in mine.items()}
+            mine = {label: mine[label] for label in names}
+        return {label: handle.get_tensor(stored) for label, stored in mine.items()}
 
     def _open(self, name: str) -> tuple[Any, dict[int, dict[str, str]]]:
         """The chunk's memory map and its keys by sample; each process opens its own."""
@@ -131,8 +137,8 @@ class FeatureStore:
         handle = safe_open(str(self.path / f"{name}.safetensors"), framework="pt")
         keys: dict[int, dict[str, str]] = {}
         for stored in handle.keys():  # noqa: SIM118 (not a mapping)
-            number, key = stored.split("/", 1)
-            keys.setdefault(int(number), {})[key] = stored
+            number, label = stored.split("/", 1)
+            keys.setdefault(int(number), {})[label] = stored
         self._handles[name] = handle, keys
         if len(self._handles) > OPEN_CHUNKS:
             self._handles.popitem(last=False)

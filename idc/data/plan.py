@@ -29,7 +29,7 @@ def seed_for(seed: int, epoch: int, sample_id: str, repeat: int = 0) -> int:
 
     `repeat` counts the sample's earlier appearances in the same epoch (virtual epochs may be longer than a source).
     """
-    text = f"{seed}/{epoch}/{sample_id}" + (f"/{repeat}" if repeat else "")
+    text = f"{seed}/{epoch}/{sample_id}" + (f"\0{repeat}" if repeat else "")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -156,7 +156,7 @@ class Plan:
             if count:
                 members = [
                     self._walk(source, bucket, start_SB[source, bucket], draws_SB[source, bucket])
-                    for source in np.flatnonzero(draws_SB[:, bucket])
+                    for source in np.flatnonzero(draws_SB[:, bucket]).tolist()
                 ]
                 refs = np.concatenate(members)
                 parts.append(refs[self._order(len(refs), _SHUFFLE, epoch, bucket)].reshape(count, self.global_batch))

@@ -172,7 +172,11 @@ def read_sample(root: str | Path, entry: Entry, decode_video: bool = True, verif
     Raises:
         SampleError: for anything wrong with it: truncated, broken, missing or of the wrong size.
     """
-    files = read_members(root, entry, verify)
+    return parse_sample(read_members(root, entry, verify), entry, decode_video)
+
+
+def parse_sample(files: Mapping[str, bytes], entry: Entry, decode_video: bool = True) -> Sample:
+    """The sample of `read_sample` from its members' bytes (the loader decodes only its window of the clip itself)."""
     record = _json(files.get("json", b"{}"))
     if "txt" not in files:
         raise SampleError("missing member: txt")

@@ -1,0 +1,301 @@
+"""The DataModule: sources -> buckets -> plan -> loaders, for training, validation and filling the features cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+
+from idc.data.buckets import Assignment, BucketRule, assign
+from idc.data.features import FeatureStore, feature_key
+from idc.data.loader import PlanLoader, check_divisible
+from idc.data.plan import HeldOutPlan, MixSource, Plan
+from idc.data.quarantine import CorruptRate, Quarantine
+from idc.data.reader import ReadSettings
+from idc.data.sources import Catalogue, Source, source_name
+from idc.errors import UserError
+
+
+class Split:
+    """The sources of one split, read: their catalogue and the bucket of each entry."""
+
+    def __init__(self, sources: Sequence[Source], rule: BucketRule) -> None:
+        indexes = [source.index() for source in sources]
+        names = [source_name(source) for source in sources]
+        self.catalogue = Catalogue(indexes)
+        pairs = [(name, (entry.bucket for entry in index.entries)) for name, index in zip(names, indexes, strict=True)]
+        self.assignment: Assignment = assign(pairs, rule)
+        self.sources = [
+            MixSource(name, buckets, source.weight)
+            for name, buckets, source in zip(names, self.assignment.indices, sources, strict=True)
+        ]
+
+    def feature_keys(self) -> Iterator[tuple[int, str]]:
+        """(ref, feature key) of every kept entry."""
+        kept = np.flatnonzero(np.concatenate([source.buckets for source in self.sources]) >= 0)
+        for ref in kept.tolist():
+            entry = self.catalogue[ref][1]
+            yield ref, feature_key(entry.id, entry.sha256)
+
+    def only(self, refs: Sequence[int]) -> list[MixSource]:
+        """The sources with every other entry dropped."""
+        keep = np.zeros(len(self.catalogue), bool)
+        keep[list(refs)] = True
+        parts = np.split(keep, np.cumsum([len(source.buckets) for source in self.sources])[:-1])
+        return [
+            replace(source, buckets=np.where(part, source.buckets, -1))
+            for source, part in zip(self.sources, parts, strict=True)
+        ]
+
+
+class VideoDataModule(LightningDataModule):
+    """Stream shards in the order of a plan.
+
+    Light to construct: what can be checked without data is checked here.
+
+    Args:
+        sources: where training samples come from.
+        val_sources: held-out samples, also those of `test` and `predict`.
+        buckets: [frames, height, width] of each: 4n + 1 frames, sides in multiples of 16 pixels.
+        batch_size: samples of a training step over all ranks.
+        val_batch_size: the same for held-out samples; `batch_size` by default.
+        num_workers: reading processes a rank.
+        prefetch: batches that each of them reads ahead.
+        seed: of the order and of every sample's noise, time and window.
+        epoch_size: samples of a virtual epoch; by default all that fit a bucket.
+        reference_area: cap of a reference's area in pixels; n transformer tokens cover 256 n pixels.
+        max_subjects: references of a sample beyond these are left out, the first stay.
+        max_upscale, max_crop: see `BucketRule`.
+        random_window: draw the window and the crop of clips larger than their bucket; otherwise the first frames and
+            the centre. A features cache implies the latter.
+        features: folder of the features cache; the stage computes what is missing and calls `attach_features`.
+        decode_references: with cached features, decode the reference pictures all the same.
+        quarantine: file of the samples that could not be read; None keeps no file.
+        max_corrupt_rate: the run stops above this share of them.
+        allow_mix_change: resume although data, weights, buckets or batch size are not the checkpoint's.
+
+    Raises:
+        UserError: for a value that breaks its rule.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        buckets: list[list[int]],
+        batch_size: int,
+        val_sources: list[Source] | None = None,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        seed: int = 0,
+        epoch_size: int | None = None,
+        reference_area: int = 1024 * 256,
+        max_subjects: int = 3,
+        max_upscale: float = 1.1,
+        max_crop: float = 0.5,
+        random_window: bool = True,
+        features: str | None = None,
+        decode_references: bool = True,
+        quarantine: str | None = None,
+        max_corrupt_rate: float = 0.02,
+        allow_mix_change: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("prefetch", prefetch, 1),
+            ("seed", seed, 0),
+            ("epoch_size", epoch_size, 1),
+            ("reference_area", reference_area, 256),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{name}={value}: must be {least} or more")
+        CorruptRate(0, max_corrupt_rate)
+        self.rule = BucketRule(tuple(map(tuple, buckets)), max_subjects, max_upscale, max_crop)
+        self.sources, self.val_sources = list(sources), list(val_sources or ())
+        _check_names(self.sources, self.val_sources)
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
+        self.epoch_size, self.random_window = epoch_size, random_window
+        self.reference_area, self.decode_references = reference_area, decode_references
+        self.features, self.quarantine_path = features, quarantine
+        self.max_corrupt_rate, self.allow_mix_change = max_corrupt_rate, allow_mix_change
+        self._splits: dict[str, Split] = {}
+        self._store: FeatureStore | None = None
+
+    # Preparation ----------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Make toy shards that are missing (once a node)."""
+        for source in (*self.sources, *self.val_sources):
+            source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the indexes, assign buckets, and print on rank 0 what was kept and what was dropped and why."""
+        _, world = self._place()
+        if stage in (None, "fit"):
+            check_divisible(self.batch_size, world)
+            self._read("train", self.sources)
+        if self.val_sources:
+            self._read("held out", self.val_sources)
+        elif stage not in (None, "fit"):
+            raise UserError(f"val_sources=[]: {stage} runs on held-out data; name at least one source")
+
+    def _read(self, name: str, sources: Sequence[Source]) -> None:
+        if name not in self._splits:
+            self._splits[name] = Split(sources, self.rule)
+            self._show(name)
+
+    @rank_zero_only
+    def _show(self, name: str) -> None:
+        from rich.console import Console
+
+        size = self.batch_size if name == "train" else 1
+        table = self._splits[name].assignment.table(size)
+        table.title = f"{name}: {table.title}"
+        Console(stderr=True).print(table)
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, ranks) among the data-parallel processes."""
+        strategy = getattr(self.trainer, "strategy", None)
+        place = getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
+
+    # Features -------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What cached features depend on besides the encoders (a sample's content is in its key)."""
+        return {
+            "buckets": sorted(map(list, self.rule.parsed)),
+            "max_subjects": self.rule.max_subjects,
+            "max_upscale": self.rule.max_upscale,
+            "max_crop": self.rule.max_crop,
+            "reference_area": self.reference_area,
+            "window": "first frames, centre crop",
+        }
+
+    def missing(self, store: FeatureStore) -> int:
+        """How many kept samples of all splits, quarantined ones apart, have no features yet."""
+        return sum(len(self._missing(split, store)) for split in self._splits.values())
+
+    def encode_dataloaders(self, store: FeatureStore) -> list[PlanLoader]:
+        """Loaders over the samples without features, each once, with the window that is cached.
+
+        The last `padding` samples of a batch are to be left out; keys come from `feature_key`.
+        """
+        loaders = []
+        for name, split in self._splits.items():
+            refs = self._missing(split, store)
+            if refs:
+                size = self.batch_size if name == "train" else self.val_batch_size
+                settings = ReadSettings(self.reference_area, random_window=False)
+                loaders.append(self._held_out_loader(split, size, split.only(refs), settings))
+        return loaders
+
+    def attach_features(self, store: FeatureStore) -> None:
+        """Read features from `store` instead of decoding clips, from the next loader on.
+
+        Raises:
+            UserError: samples are missing in it.
+        """
+        store.refresh()
+        if missing := self.missing(store):
+            raise UserError(f"{store.path}: {missing} samples have no cached features; let the stage compute them")
+        self._store = store
+
+    def _missing(self, split: Split, store: FeatureStore) -> list[int]:
+        bad = Quarantine(self.quarantine_path).load().reasons
+        return [ref for ref, key in split.feature_keys() if key not in store and split.catalogue[ref][1].id not in bad]
+
+    # Loaders --------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The training plan (after `setup`)."""
+        split = self._splits["train"]
+        return Plan(split.sources, split.assignment.buckets, self.batch_size, self.seed, self.epoch_size)
+
+    def train_dataloader(self) -> PlanLoader:
+        """This rank's training batches; its state is in Lightning's checkpoints."""
+        plan = self.plan()
+        rank, world = self._place()
+        trainer = self.trainer
+        return PlanLoader(
+            plan,
+            self._splits["train"].catalogue,
+            self._settings(self.random_window),
+            rank=rank,
+            world=world,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch,
+            quarantine=Quarantine(self.quarantine_path),
+            max_corrupt_rate=self.max_corrupt_rate,
+            limit=None if trainer is None else batches_of(trainer.limit_train_batches, len(plan)),
+            overfit=bool(getattr(trainer, "overfit_batches", 0)),
+            allow_mix_change=self.allow_mix_change,
+        )
+
+    def val_dataloader(self) -> PlanLoader | list[PlanLoader]:
+        """Every held-out sample once, in fixed order and with fixed seeds; the same number of batches on all ranks."""
+        if "held out" not in self._splits:
+            return []
+        split = self._splits["held out"]
+        return self._held_out_loader(split, self.val_batch_size, split.sources, self._settings(random_window=False))
+
+    def test_dataloader(self) -> PlanLoader | list[PlanLoader]:
+        """The held-out samples."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> PlanLoader | list[PlanLoader]:
+        """The held-out samples."""
+        return self.val_dataloader()
+
+    def _settings(self, random_window: bool) -> ReadSettings:
+        keep_references = self._store is None or self.decode_references
+        return ReadSettings(self.reference_area, random_window and self._store is None, self._store, keep_references)
+
+    def _held_out_loader(
+        self, split: Split, size: int, sources: Sequence[MixSource], settings: ReadSettings
+    ) -> PlanLoader:
+        rank, world = self._place()
+        return PlanLoader(
+            HeldOutPlan(sources, split.assignment.buckets, size, self.seed, world),
+            split.catalogue,
+            settings,
+            rank=rank,
+            world=world,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch,
+            quarantine=Quarantine(self.quarantine_path),
+            max_corrupt_rate=self.max_corrupt_rate,
+        )
+
+
+def batches_of(limit: float | int | None, batches: int) -> int | None:
+    """How many of an epoch's batches Lightning's `limit_train_batches` leaves: a share (float) or a number (int)."""
+    if limit is None:
+        return None
+    return int(batches * limit) if isinstance(limit, float) else min(limit, batches)
+
+
+def _check_names(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Ids start with the source's name: two sources with one name would mix up quarantine and features."""
+    if not train:
+        raise UserError("sources=[]: name at least one source of training samples")
+    for sources in (train, held_out):
+        names = [source_name(source) for source in sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"two sources are called {twice!r}: give one of them another name=")
+    paths = {source_name(source): source.path for source in train}
+    for source in held_out:
+        name = source_name(source)
+        if paths.get(name, source.path) != source.path:
+            raise UserError(
+                f"the name {name!r} stands for {paths[name]} in sources and for {source.path} in val_sources: "
+                f"give one of them another name="
+            )

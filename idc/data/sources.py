@@ -1,0 +1,164 @@
+"""Where samples come from: folders of shards, toy shards made on demand, and a catalogue over several of them."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from idc.data import storage
+from idc.data.index import INDEX_NAME, Entry, ShardIndex, build_index
+from idc.data.plan import stable_hash
+from idc.errors import UserError
+
+if TYPE_CHECKING:
+    from idc.data.toy import ToyWorld
+
+TOY_RECORD = "toy.json"  # the settings that toy shards were made with; written when they are complete
+TOY_SHARD = 256  # samples
+
+
+class Source(Protocol):
+    """What the data module needs of a source."""
+
+    path: str
+    weight: float | None
+    name: str | None
+
+    def prepare(self) -> None:
+        """Make what is missing on disk; called once a node."""
+
+    def index(self) -> ShardIndex:
+        """The index, with this source's name in the ids."""
+
+
+@dataclass
+class ShardSource:
+    """A folder (or fsspec URL) of indexed shards.
+
+    Attributes:
+        path: folder or URL that holds `index.jsonl` (made by `idc shards index`).
+        weight: this source's share of the drawn samples relative to the other sources'. Give it to all or to none;
+            without, each source has the share of its samples, and each sample comes once an epoch.
+        name: first part of the samples' ids; the folder's name by default.
+    """
+
+    path: str
+    weight: float | None = None
+    name: str | None = None
+
+    def prepare(self) -> None:
+        """Nothing: the shards are there or `index` says what to do."""
+
+    def index(self) -> ShardIndex:
+        """Read the index. Raises `UserError` where it is missing or stale."""
+        return ShardIndex.load(self.path, source=source_name(self))
+
+
+@dataclass
+class ToyShards:
+    """Shards of the toy world, written on first use.
+
+    They are made anew where the settings differ from those on disk or an earlier attempt was interrupted. Processes
+    that ask at the same time wait for the one that writes.
+
+    Attributes:
+        path: local folder of their own.
+        count: number of clips.
+        seed: clip i is drawn from seed + i; keep the ranges of training and held-out data apart.
+        weight, name: as in `ShardSource`.
+        others: settings of `idc.data.toy.ToyWorld`, with its defaults.
+    """
+
+    path: str
+    count: int
+    seed: int = 0
+    weight: float | None = None
+    name: str | None = None
+    frames: int = 9
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0
+    subjects: tuple[float, ...] = (0.3, 0.4, 0.3)
+    reference_size: int = 32
+    curated: bool = True
+    combinations: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count={self.count}: must be 1 or more")
+        if storage.is_url(self.path):
+            raise UserError(f"path={self.path!r}: toy shards are written to a local folder")
+
+    def prepare(self) -> None:
+        """Write the shards unless they are there."""
+        if self._ready():
+            return
+        from filelock import FileLock
+
+        folder = Path(self.path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{os.path.normpath(self.path)}.lock"):
+            if not self._ready():
+                self._write(folder)
+
+    def index(self) -> ShardIndex:
+        """Read the index. Raises `UserError` where `prepare` has not run."""
+        return ShardIndex.load(self.path, source=source_name(self))
+
+    def world(self) -> ToyWorld:
+        """The world that the clips are drawn from. Raises `UserError` for settings it does not allow."""
+        from idc.data.toy import ToyWorld
+
+        return ToyWorld(**{field.name: getattr(self, field.name) for field in fields(ToyWorld)})
+
+    def _settings(self) -> dict[str, Any]:
+        return {"count": self.count, "seed": self.seed, "world": asdict(self.world())}
+
+    def _ready(self) -> bool:
+        try:
+            record = json.loads((Path(self.path) / TOY_RECORD).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return record.get("hash") == stable_hash(self._settings())
+
+    def _write(self, folder: Path) -> None:
+        foreign = [name for name in storage.list_tars(folder) if not name.startswith("toy-")]
+        if foreign:
+            raise UserError(f"{folder}: holds other shards ({foreign[0]}); give the toy shards a folder of their own")
+        for name in (TOY_RECORD, INDEX_NAME, *storage.list_tars(folder)):
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        settings = self._settings()
+        write_toy_shards(folder, self.count, self.seed, self.world())
+        build_index(folder, source_name(self)).save()
+        with storage.open_atomic(str(folder / TOY_RECORD)) as stream:
+            stream.write(json.dumps({"hash": stable_hash(settings), **settings}, indent=1).encode())
+
+
+def source_name(source: Source) -> str:
+    """The given name, or the folder's."""
+    return source.name or source.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+class Catalogue:
+    """Entries of several sources under one count: `catalogue[ref]` is (root, entry), in the sources' order."""
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        self._roots = [index.root for index in indexes]
+        self._entries = [index.entries for index in indexes]
+        self._starts = [0]
+        for index in indexes:
+            self._starts.append(self._starts[-1] + len(index))
+        self.hash = stable_hash([index.hash for index in indexes])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, ref: int) -> tuple[str, Entry]:
+        source = bisect.bisect_right(self._starts, ref) - 1
+        return self._roots[source], self._entries[source][ref - self._starts[source]]

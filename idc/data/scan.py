@@ -68,12 +68,18 @@ def scan_shard(path: str, shard: str) -> Iterator[Scanned | Problem]:
                     group = _Group(key)
                 if any(member.ext == ext for member in group.members):
                     raise UserError(f"{path}: the member {info.name!r} comes twice")
+                group.whole = False
                 stream.seek(info.offset_data)
                 data = _read(stream, info.size, group.digest, keep=ext in ("json", "txt"))
                 group.add(Member(ext, info.offset_data, info.size), data)
         except (tarfile.TarError, EOFError, OSError) as error:
-            # The sample at the damage may lack members: it is not indexed either.
-            yield Problem(shard, group.key if group else "", f"truncated or damaged tar: {error}")
+            # Between two members, the sample before is whole if it has all that its JSON names, which the index checks;
+            # within a member, or without a JSON to tell, it is lost.
+            key = group.key if group else ""
+            if group is not None and group.whole and "references" in group.record:
+                yield group.finish()
+                key = ""
+            yield Problem(shard, key, f"truncated or damaged tar: {error}")
             return
     if group is not None:
         yield group.finish()
@@ -88,8 +94,10 @@ class _Group:
         self.digest = hashlib.sha256()
         self.record: dict[str, Any] = {}
         self.caption = ""
+        self.whole = True  # no member is half read
 
     def add(self, member: Member, data: bytes) -> None:
+        self.whole = True
         self.members.append(member)
         if member.ext == "json":
             self.record = _record(data)

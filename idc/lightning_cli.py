@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from idc.data.module import VideoDataModule
-from idc.errors import UserError, nearest
+from idc.errors import UserError
+from idc.explain import explain, finish
 from idc.stages.base import Stage
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises one message in place of printing its usage and a nest of union types."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(explain(message, self._settings())) from None
+
+    def _settings(self) -> list[str]:
+        """Names of the settings that this parser and its subcommands know."""
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action.choices, dict):  # the subcommands, by name
+                for parser in action.choices.values():
+                    actions += parser._actions
+        return [action.dest for action in actions if action.dest not in ("help", "print_shtab", "print_config")]
 
 
 class CLI(LightningCLI):
@@ -24,25 +39,31 @@ class CLI(LightningCLI):
         # The text's width reaches the transformer through the stage, so nothing has to be linked here.
         parser.set_defaults({"trainer.enable_model_summary": False})
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, UserError) or "Does not validate" not in str(error):
+                raise
+            raise UserError(explain(str(error))) from None
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's old settings override the recipe and the command line."""
 
     def before_instantiate_classes(self) -> None:
-        from idc.callbacks.resume import newest_version
-
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        wanted = config.get("ckpt_path")
-        logger = config.trainer.logger
+        """`last` and `auto`: go on in the newest run's own folder, so that its curves go on too."""
+        config = self.config[self.subcommand]
+        wanted, logger = config.get("ckpt_path"), config.trainer.logger
         if wanted not in ("last", "auto") or not hasattr(logger, "init_args"):
             return
         root = Path(logger.init_args.save_dir) / str(logger.init_args.get("name") or "")
-        version = newest_version(root)
-        if version is not None:
-            logger.init_args.version = version
+        newest = newest_run(root)
+        if newest is not None:
+            logger.init_args.version = newest.name
         elif wanted == "last":
             raise UserError(
                 f"--ckpt_path last: no finished checkpoint under {root}; "
-                "leave --ckpt_path out for a new run, or use --ckpt_path auto"
+                "leave --ckpt_path out for a new run, or write --ckpt_path auto"
             )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -51,8 +72,16 @@ class CLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         wanted = kwargs.get("ckpt_path")
         if wanted is not None:
-            kwargs["ckpt_path"] = resolve_ckpt_path(wanted, self.trainer)
+            wanted = "last" if wanted == "auto" else wanted
+            run_dir = self.trainer.log_dir or self.trainer.default_root_dir
+            kwargs["ckpt_path"] = resolve_ckpt_path(wanted, run_dir, self.trainer.strategy)
         return kwargs
+
+
+def newest_run(root: Path) -> Path | None:
+    """The newest `version_*` folder under `root` that holds a checkpoint, by number; None where there is none."""
+    runs = [path for path in root.glob("version_*") if any(path.glob("checkpoints/step-*/manifest.json"))]
+    return max(runs, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -61,15 +90,19 @@ def run(command: str, args: Sequence[str]) -> int:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    CLI(
-        Stage,
-        VideoDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        args=[command, *args],
-    )
+    try:
+        CLI(
+            Stage,
+            VideoDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            args=[command, *args],
+        )
+    except UserError as error:
+        raise UserError(finish(str(error))) from error
     return 0

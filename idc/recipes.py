@@ -30,12 +30,11 @@ def check_command_line(args: Sequence[str]) -> None:
             f"--config order {' '.join(map(str, paths))}: a later file wins, so the order is "
             f"{', '.join(ORDER)}; write " + " ".join(f"--config {path}" for path, _ in by_rank)
         )
-    if paths and "stage" not in [layer for _, layer in layers]:
-        if all(layer is not None for _, layer in layers):
-            raise UserError(
-                f"--config {paths[0]}: an overlay changes a stage recipe and does not run alone; "
-                f"write --config recipes/sft.yaml --config {paths[0]}"
-            )
+    if paths and all(layer not in (None, "stage") for _, layer in layers):
+        raise UserError(
+            f"--config {paths[0]}: an overlay changes a stage recipe and does not run alone; "
+            f"write --config recipes/sft.yaml --config {paths[0]}"
+        )
 
 
 def _config_paths(args: Sequence[str]) -> list[Path]:

@@ -32,7 +32,7 @@ def panel(video_THWC: np.ndarray, references: list[np.ndarray], truth_THWC: np.n
     """One animated panel `T H W C`: the references stacked at the left, the clip, and the true clip if given."""
     from PIL import Image
 
-    frames, height, width, _ = video_THWC.shape
+    frames, height = video_THWC.shape[:2]
     column: list[np.ndarray] = []
     cell = height // max(2, len(references))
     if references:

@@ -78,15 +78,17 @@ class ConditionDropout:
 
     def draw(self, seeds_B: Tensor) -> list[Drop]:
         """One `Drop` a sample, from the sample's own seed."""
+        bounds = ((self.text, Drop.TEXT), (self.references, Drop.REFERENCES), (self.both, Drop.BOTH))
         drops = []
         for u in uniform_like(seeds_B, "condition_dropout").tolist():
-            for drop, probability in ((Drop.TEXT, self.text), (Drop.REFERENCES, self.references), (Drop.BOTH, self.both)):
-                if u < probability:
+            below = 0.0
+            for probability, drop in bounds:
+                below += probability
+                if u < below:
+                    drops.append(drop)
                     break
-                u -= probability
             else:
-                drop = Drop.NOTHING
-            drops.append(drop)
+                drops.append(Drop.NOTHING)
         return drops
 
 
@@ -183,9 +185,7 @@ class Encoders:
                 features[i][f"reference_{k}"] = latents_CTHW[:, 0]
 
     def _add_latents(self, features: list[dict[str, Tensor]], samples: Sequence[Sample]):
-        todo = [
-            i for i, sample in enumerate(samples) if "latents" not in features[i] and sample.video_CTHW is not None
-        ]
+        todo = [i for i, sample in enumerate(samples) if "latents" not in features[i] and sample.video_CTHW is not None]
         if not todo:
             return
         self._load()

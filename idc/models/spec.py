@@ -128,7 +128,7 @@ class TransformerSpec:
                     num_layers=self.num_layers,
                     **settings,
                 )
-                model.init_weights()
+                model.init_weights(self.init_seed)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.attention_backend is not None:
@@ -145,4 +145,5 @@ class TransformerSpec:
                 f"pretrained={self.pretrained!r}: no transformer there; expected "
                 f"{Path(self.subfolder) / 'config.json'} beside its .safetensors, as save_pretrained writes them"
             )
-        return IDCrafterTransformer.from_wan_pretrained(str(self.pretrained), subfolder=self.subfolder or None, **settings)
+        subfolder = self.subfolder or None
+        return IDCrafterTransformer.from_wan_pretrained(str(self.pretrained), subfolder=subfolder, **settings)

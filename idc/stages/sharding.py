@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 if TYPE_CHECKING:
     from idc.models.transformer import IDCrafterTransformer
@@ -38,15 +36,6 @@ def build_sharded(build: Callable[[str], IDCrafterTransformer], strategy: Any) -
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=strategy.root_device)
-    refresh_buffers(model)
+    model.refresh_rotary_tables()  # in no state dict, and `to_empty` left garbage in them
     set_model_state_dict(model, source, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model
-
-
-def refresh_buffers(model: nn.Module) -> None:
-    """Compute the rotary tables again: they are not in the state dict, and `to_empty` left garbage in them."""
-    rope = model.rope  # type: ignore[union-attr]
-    device = next(rope.buffers()).device  # type: ignore[union-attr]
-    with torch.device("cpu"):
-        fresh = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)  # type: ignore
-    model.rope = fresh.to(device)

@@ -95,7 +95,8 @@ def _copy(target: nn.Module, source: nn.Module) -> None:
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # 32 bits, because torch's CPU generator ignores all higher ones of a seed.
+    return torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
 
 
 def _normal(name: str, like: Tensor, seed: int, std: float) -> Tensor:

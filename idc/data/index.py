@@ -22,6 +22,7 @@ from idc.types import Bucket
 
 VERSION = 1
 INDEX_NAME = "index.jsonl"
+PARSED_AT_ONCE = 10_000  # lines in one call of the JSON parser, which is much faster than a call a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +253,10 @@ def _parse(lines: Sequence[bytes], source: str) -> list[Entry]:
     gc_was_on = gc.isenabled()
     gc.disable()  # a million new objects, none of them garbage: collections would take most of the time
     try:
-        for line in lines:
-            r = json.loads(line)
-            bucket = Bucket(r["frames"], r["height"], r["width"], r["subjects"])
-            entries.append(
-                Entry(
+        for first in range(0, len(lines), PARSED_AT_ONCE):
+            for r in json.loads(b"[" + b",".join(lines[first : first + PARSED_AT_ONCE]) + b"]"):
+                bucket = Bucket(r["frames"], r["height"], r["width"], r["subjects"])
+                entry = Entry(
                     source,
                     shared.setdefault(r["shard"], r["shard"]),
                     r["key"],
@@ -267,7 +267,7 @@ def _parse(lines: Sequence[bytes], source: str) -> list[Entry]:
                     shared.setdefault(r["decoder"], r["decoder"]),
                     r["caption_words"],
                 )
-            )
+                entries.append(entry)
     finally:
         if gc_was_on:
             gc.enable()

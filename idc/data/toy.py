@@ -175,7 +175,7 @@ def _crops(spec: ToySpec) -> list[NDArray[np.uint8]]:
     return pictures
 
 
-def to_uint8(canvas: NDArray[np.float32]) -> NDArray[np.uint8]:
+def to_uint8(canvas: NDArray[np.floating]) -> NDArray[np.uint8]:
     return (canvas * 255 + 0.5).astype(np.uint8)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 # Saturated against pale: subjects and backgrounds can be told apart by chroma alone, which the scorers rely on.
 COLOURS: dict[str, tuple[int, int, int]] = {

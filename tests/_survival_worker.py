@@ -6,14 +6,15 @@ Faults are real signals that the run sends to itself at a given place, which mak
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from idc.callbacks.resume import resolve_ckpt_path
 SAMPLES, GLOBAL_BATCH, WIDTH = 48, 4, 6
 STEPS = 20  # of 12 in an epoch
 SAVE_EVERY = 4
-PLACES = ("step", "state", "seal", "publish", "prune")
+PLACES = ("step", "state", "seal", "manifest", "publish", "prune")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Run:
     sharded: bool = False
     steps: int = STEPS
     ckpt_path: str | None = "last"
-    kill_place: str | None = None  # one of PLACES
+    kill_place: str | None = None  # one of PLACES, or "full"
     kill_step: int = 0
     signal_step: int | None = None  # the last rank sends itself SIGTERM while computing this step
     signal_batch: int | None = None  # ... or in this batch of a validation
@@ -175,6 +176,9 @@ class Recorder(Callback):
                 log.write(json.dumps({"step": self.seen, "batches": self.pending}) + "\n")
             self.pending = []
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        Path(f"{self.path}.error").write_text(f"{type(exception).__name__}: {exception}")
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -186,7 +190,7 @@ class Recorder(Callback):
 def train(run: Run, rank: int, port: int) -> None:
     """Run to the end, and write the state it reached to `<log>-<rank>.end`."""
     torch.set_num_threads(1)
-    if run.ranks > 1:
+    if run.ranks > 1 and port:  # this process is one rank; otherwise Lightning starts the others
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ["WORLD_SIZE"] = str(run.ranks)
     place_kill(run)
@@ -246,44 +250,50 @@ def whole(stage: Stage) -> dict[str, Tensor]:
 
 
 def place_kill(run: Run) -> None:
-    """SIGKILL this process at a place within the save of `kill_step`: what is on disk is what such a kill leaves."""
-    places = {"seal": (checkpoint_module, "_seal_own_files"), "publish": (checkpoint_module, "_publish")}
-    places |= {"prune": (Checkpoint, "_prune"), "manifest": (Manifest, "write"), "state": (Trainer, "_unused")}
-    if run.kill_place in ("seal", "publish", "prune", "manifest"):
-        owner, name = places[run.kill_place]
+    """SIGKILL this process at a place within the save of `kill_step`: what is on disk is what such a kill leaves.
+
+    "full" raises the error of a full disk instead.
+    """
+    owners = {"seal": (checkpoint_module, "_seal_own_files"), "manifest": (Manifest, "write")}
+    owners |= {"publish": (checkpoint_module, "_publish"), "prune": (Checkpoint, "_prune")}
+    name_of_step = f"step-{run.kill_step:08d}"
+    if run.kill_place in owners:
+        owner, name = owners[run.kill_place]
         original = getattr(owner, name)
 
         def deadly(*args: Any, **kwargs: Any) -> Any:
-            folder = Path(run.folder, "checkpoints")
-            if any(folder.glob(f"step-{run.kill_step:08d}*")):
+            if any(Path(run.folder, "checkpoints").glob(f"{name_of_step}*")):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
         setattr(owner, name, deadly)
-    elif run.kill_place == "state":
-        original = torch.save
+    elif run.kill_place in ("state", "full"):
+        save = torch.save
 
         def half(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-            original(obj, path, *args, **kwargs)
-            if f"step-{run.kill_step:08d}" in str(path):
+            if name_of_step in str(path):
+                save(obj, path, *args, **kwargs)
                 os.truncate(path, os.path.getsize(path) // 2)
+                if run.kill_place == "full":
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.kill(os.getpid(), signal.SIGKILL)
+            save(obj, path, *args, **kwargs)
 
         torch.save = half
 
 
-_context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver")
 
 
 def start(run: Run) -> list[multiprocessing.Process]:
     """Start all ranks of a run."""
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    _context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [_context.Process(target=train, args=(run, rank, port)) for rank in range(run.ranks)]
+    processes = [context.Process(target=train, args=(run, rank, port)) for rank in range(run.ranks)]
     for process in processes:
         process.start()
     return processes
@@ -312,9 +322,22 @@ def records(run: Run, rank: int = 0) -> dict[int, Any]:
     return found
 
 
+def mean_losses(run: Run) -> dict[int, float]:
+    """The loss of the global batch by step."""
+    ranks = [records(run, rank) for rank in range(run.ranks)]
+    return {step: sum(rank[step]["batches"][0][0] for rank in ranks) / run.ranks for step in ranks[0]}
+
+
+def mean_validation(run: Run) -> list[float]:
+    """The losses of the global validation batches in the order in which they were computed."""
+    ranks = [end(run, rank)["validation"] for rank in range(run.ranks)]
+    return [sum(losses) / run.ranks for losses in zip(*ranks, strict=True)]
+
+
 def end(run: Run, rank: int = 0) -> dict[str, Any]:
     return json.loads(Path(f"{run.log}-{rank}.end").read_text())
 
 
-describe = asdict
-new_run = partial(Run)
+if __name__ == "__main__":  # for Lightning's launcher, which starts this script once more for each further rank
+    settings = json.loads(sys.argv[1])
+    train(Run(**settings), int(os.environ.get("LOCAL_RANK", 0)), port=0)

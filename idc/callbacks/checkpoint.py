@@ -34,6 +34,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import idc
+from idc.callbacks.ema import tolerate
 from idc.callbacks.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 from idc.callbacks.plain import plain
 from idc.callbacks.resume import CHECKPOINTS, CONVERTED, step_directories
@@ -105,6 +106,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
     # Hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        tolerate(pl_module)  # a run without EMA resumes from one with it
         if stage != "fit" or is_dry_run(trainer):
             return
         for owner in (pl_module, getattr(trainer, "datamodule", None)):
@@ -187,7 +189,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
             # Trainer.save_checkpoint ends in a barrier, where the others would wait for a rank that failed; here the
             # exchange of errors below is that barrier.
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            strategy.save_checkpoint(state, unfinished / STATE)
+            _write(trainer, state, unfinished / STATE)
             del state
         except Exception as error:
             problem = _describe(error)
@@ -232,15 +234,13 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         )
 
     def _manifest(self, trainer: Trainer, files: Mapping[str, FileRecord]) -> Manifest:
-        name = type(trainer.strategy).__name__
-        sharded = "sharded" if isinstance(trainer.strategy, ModelParallelStrategy) else "file"
         return Manifest(
-            kind="deepspeed" if "DeepSpeed" in name else sharded,
+            kind=_kind(trainer),
             serial=1 + max((manifest.serial for manifest, _ in step_directories(self.directory)), default=0),
             step=trainer.global_step,
             epoch=trainer.current_epoch,
             world_size=trainer.world_size,
-            strategy=name,
+            strategy=type(trainer.strategy).__name__,
             versions={"idc": idc.__version__, "torch": str(torch.__version__), "lightning": lightning.__version__},
             files=files,
         )
@@ -290,6 +290,20 @@ def _is_ending(trainer: Trainer) -> bool:
     return (
         trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)
     )
+
+
+def _kind(trainer: Trainer) -> str:
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return "sharded"
+    return "deepspeed" if "DeepSpeed" in type(trainer.strategy).__name__ else "file"
+
+
+def _write(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    if _kind(trainer) != "file":
+        trainer.strategy.save_checkpoint(state, path)
+    elif trainer.is_global_zero:
+        # Lightning's writer makes two copies in memory and a third in the system's temporary folder.
+        torch.save(state, path)
 
 
 def _seal_own_files(directory: Path, rank: int) -> dict[str, FileRecord]:

@@ -93,13 +93,15 @@ class EMA(Callback):
             self._module = pl_module
             # One device restores weights before any hook of callbacks: attach when a state with averages comes in.
             pl_module.register_load_state_dict_pre_hook(_attach_for)
-            pl_module.register_load_state_dict_post_hook(_allow_missing)
+            tolerate(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         attach(pl_module)  # under FSDP2: after sharding, before the checkpoint is loaded
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.updated_at:  # fresh: pretrained weights may have been loaded since on_fit_start
+        if not self.updated_at:  # pretrained weights may have been loaded since on_fit_start
+            if trainer.global_step:
+                rank_zero_warn("The checkpoint has no averaged weights: EMA starts from its weights")
             with torch.no_grad():
                 for _, parameter, average in attach(pl_module).pairs(pl_module):
                     average.copy_(parameter)
@@ -238,9 +240,12 @@ def _attach_for(module: LightningModule, state_dict: dict[str, Any], prefix: str
         attach(module)
 
 
-def _allow_missing(module: nn.Module, incompatible: Any) -> None:
-    """A checkpoint without averages: they start from its weights."""
-    missing = [key for key in incompatible.missing_keys if key.startswith(_PREFIX)]
-    if missing:
-        rank_zero_warn("The checkpoint has no averaged weights: EMA starts from its weights")
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
+def tolerate(module: nn.Module) -> None:
+    """Let the module load checkpoints with or without averages, whether or not it has any. Shards must have them."""
+    if _settle_averages not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_settle_averages)
+
+
+def _settle_averages(module: nn.Module, incompatible: Any) -> None:
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [key for key in keys if not key.startswith(_PREFIX)]

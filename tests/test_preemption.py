@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import _survival_worker
+import pytest
+from _survival_worker import STEPS, Run, end, finish, mean_losses, mean_validation, records
+
+from idc.callbacks.manifest import Manifest
+from idc.callbacks.preemption import MARKER, Preemption
+from idc.callbacks.resume import find_resume
+from idc.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = Run(str(folder / "run"), str(folder / "log"))
+    assert finish(run) == [0]
+    return run
+
+
+def saved_step(run: Run) -> int:
+    found = find_resume(Path(run.folder, "checkpoints"))
+    assert found is not None
+    return Manifest.read(found).step
+
+
+def check_preempted_at(run: Run, step: int) -> None:
+    assert [end(run, rank)["step"] for rank in range(run.ranks)] == [step] * run.ranks
+    assert all(end(run, rank)["handler_restored"] for rank in range(run.ranks))
+    assert saved_step(run) == step
+    assert json.loads(Path(run.folder, "checkpoints", MARKER).read_text())["step"] == step
+
+
+def check_resumes_as(undisturbed: Run, preempted: Run, tolerance: float) -> None:
+    stopped, expected = end(preempted)["step"], mean_losses(undisturbed)
+    resumed = replace(preempted, signal_step=None, signal_batch=None, log=f"{preempted.log}-resumed")
+    assert finish(resumed) == [0] * resumed.ranks
+    assert not Path(resumed.folder, "checkpoints", MARKER).exists()
+    losses = {**mean_losses(preempted), **mean_losses(resumed)}
+    assert sorted(mean_losses(resumed)) == list(range(stopped + 1, STEPS + 1))
+    assert all(abs(losses[step] - expected[step]) <= tolerance for step in range(1, STEPS + 1))
+
+
+def test_signal_to_one_rank_of_two_ends_both_with_a_checkpoint_of_that_step(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), ranks=2, sharded=True, signal_step=10)
+    assert finish(run) == [0, 0]
+    check_preempted_at(run, 10)
+    check_resumes_as(undisturbed, run, tolerance=1e-5)
+
+
+def test_signal_on_the_last_batch_of_an_epoch_skips_the_validation_that_is_due(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), signal_step=12)
+    assert finish(run) == [0]
+    check_preempted_at(run, 12)
+    assert end(run)["validation"] == end(undisturbed)["validation"][: 1 + 3]  # the sanity check and the one at step 6
+    check_resumes_as(undisturbed, run, tolerance=0)
+
+
+def test_signal_in_a_validation_cuts_it_short_and_saves_the_next_step(undisturbed: Run, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), ranks=2, sharded=True, signal_batch=1)
+    assert finish(run) == [0, 0]
+    check_preempted_at(run, 7)
+    assert mean_validation(run) == pytest.approx(mean_validation(undisturbed)[: 1 + 2], abs=1e-5)
+    check_resumes_as(undisturbed, run, tolerance=1e-5)
+
+
+def test_signal_amid_accumulation_waits_for_the_optimizer_step(tmp_path: Path) -> None:
+    whole = Run(str(tmp_path / "whole"), str(tmp_path / "whole-log"), accumulate=3, steps=6)
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), accumulate=3, steps=6, signal_step=3)
+    assert finish(whole) == [0]
+    assert finish(run) == [0]
+    check_preempted_at(run, 3)
+    resumed = replace(run, signal_step=None)
+    assert finish(resumed) == [0]
+    assert records(resumed) == records(whole)
+
+
+def test_under_lightnings_launcher_the_whole_command_ends_with_status_0(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), ranks=2, sharded=True, signal_step=3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environment = {**os.environ, "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, _survival_worker.__file__, json.dumps(asdict(run))]
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Preempted at step 3" in done.stderr
+    check_preempted_at(run, 3)
+
+
+def test_unknown_signal_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"'SIGTREM'.*SIGTERM"):
+        Preemption(signals=["SIGTREM"])

@@ -90,6 +90,9 @@ def run(command: str, args: Sequence[str]) -> int:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # nobody writes into the velocity
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     try:
         CLI(
             Stage,

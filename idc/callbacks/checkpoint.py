@@ -55,7 +55,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
     LightningModule's own `on_train_batch_end` runs after it.
 
     Args:
-        dirpath: where checkpoints go; None for `<trainer.default_root_dir>/checkpoints`.
+        dirpath: where checkpoints go; None for `checkpoints` in the run's folder (the logger's).
         every_n_steps: optimiser steps between saves; None for no saves by steps.
         every_n_minutes: minutes since the last save, by the clock of any rank; None for no saves by time.
         keep_last: how many of the newest checkpoints stay.
@@ -116,7 +116,8 @@ class Checkpoint(lightning_callbacks.Checkpoint):
                 "save_distributed_checkpoint=False: ModelParallelStrategy must save shards (true, its default); "
                 "resuming on one device consolidates them"
             )
-        self._directory = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.default_root_dir, CHECKPOINTS)))
+        run_dir = trainer.log_dir or trainer.default_root_dir  # a collective: all ranks ask
+        self._directory = Path(trainer.strategy.broadcast(self.dirpath or Path(run_dir, CHECKPOINTS)))
         problem = self._open_directory() if trainer.is_global_zero else None
         if problem := trainer.strategy.broadcast(problem):
             raise UserError(problem)

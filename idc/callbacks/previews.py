@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from idc.types import Batch, Sample
@@ -76,6 +77,8 @@ def add_animation(logger: Any, tag: str, video_THWC: np.ndarray, fps: float, ste
 class Previews(Callback):
     """Samples the first held-out conditions after each validation, always from the same noise.
 
+    Every rank writes the MP4 files of its share; the event file shows rank 0's.
+
     Args:
         count: how many conditions, over all ranks.
         every_n_steps: not more often than this, whatever the validation interval; 0 is after every validation.
@@ -87,6 +90,7 @@ class Previews(Callback):
         self.count, self.every_n_steps, self.truth, self.seed = count, every_n_steps, truth, seed
         self._batches: list[Batch] = []
         self._last_step: int | None = None
+        self._folder = Path()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = []
@@ -111,6 +115,8 @@ class Previews(Callback):
         if self._last_step is not None and step - self._last_step < self.every_n_steps:
             return
         self._last_step = step
+        # Asking for log_dir is a collective: all ranks, once.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples" / f"step-{step:06d}"
         left = -(-self.count // trainer.world_size)
         for batch in self._batches:
             self._preview(trainer, pl_module, batch, min(left, len(batch)))
@@ -118,32 +124,27 @@ class Previews(Callback):
         self._batches = []
 
     def _preview(self, trainer: Trainer, stage: Any, batch: Batch, count: int) -> None:
+        real = min(count, len(batch) - batch.padding)
         samples = batch.samples[:count]
         videos = stage.sample_videos(samples, batch.bucket, torch.arange(count) + self.seed)
-        if trainer.global_rank > 0 and trainer.log_dir is None:
-            return
-        for i, (sample, video_CTHW) in enumerate(zip(samples, videos, strict=True)):
-            if i < count - batch.padding or not batch.padding:
-                self._write(trainer, stage, sample, to_uint8(video_CTHW))
+        for sample, video_CTHW in zip(samples[:real], videos[:real], strict=True):
+            self._write(trainer, stage, sample, to_uint8(video_CTHW))
 
     def _write(self, trainer: Trainer, stage: Any, sample: Sample, video_THWC: np.ndarray) -> None:
         from idc.data.video import encode_video
 
         name = hashlib.sha256(f"{sample.id}\n{sample.caption}".encode()).hexdigest()[:12]
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.mp4").write_bytes(encode_video(video_THWC, fps=sample.fps))
-        (folder / f"{name}.txt").write_text(sample.caption + "\n")
+        first_time = not any(self._folder.parent.glob(f"*/{name}.mp4"))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / f"{name}.mp4").write_bytes(encode_video(video_THWC, fps=sample.fps))
+        (self._folder / f"{name}.txt").write_text(sample.caption + "\n")
+        if not trainer.is_global_zero:
+            return
         truth = stage.decoded_truth(sample) if self.truth else None
         references = [to_uint8(subject.image_CHW) for subject in sample.subjects]
         shown = panel(video_THWC, references, None if truth is None else to_uint8(truth))
         for logger in trainer.loggers:
-            if hasattr(logger, "experiment") and hasattr(logger.experiment, "_get_file_writer"):
+            if isinstance(logger, TensorBoardLogger):
                 add_animation(logger, f"previews/{name}", shown, sample.fps, trainer.global_step)
-                if self._first_time(trainer, name):
+                if first_time:
                     logger.experiment.add_text(f"captions/{name}", sample.caption, trainer.global_step)
-
-    @staticmethod
-    def _first_time(trainer: Trainer, name: str) -> bool:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
-        return len(list(folder.glob(f"*/{name}.mp4"))) == 1

@@ -158,29 +158,42 @@ class ToyTextConditioner(TextConditioner):
         return {"dim": self.dim, "max_length": self.max_length, "context": self.context, "version": 1}
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        text_BLD = torch.zeros(len(captions), self.max_length, self.dim)
+        text_BLD = torch.zeros(len(captions), self.max_length, self.dim, dtype=torch.bfloat16)
         for text_LD, caption in zip(text_BLD, captions, strict=True):
             tokens = self.tokens(caption)
             text_LD[: len(tokens)] = tokens
         return text_BLD.to(self.device)
 
     def tokens(self, caption: str) -> Tensor:
-        """The tokens of one caption without padding, float32 `[L, D]`, on the CPU."""
-        words = [*re.findall(r"\w+|[^\w\s]", caption.lower())[: self.max_length - 1], "</s>"]
-        tokens = sinusoidal(len(words), self.dim)
-        for offset in range(-self.context, self.context + 1):
-            weight = 1 / (1 + abs(offset))
-            for i in range(max(0, -offset), min(len(words), len(words) - offset)):
-                tokens[i] += weight * _word_vector(words[i + offset], offset, self.dim)
-        power = 1 + sum(1 / (1 + abs(offset)) ** 2 for offset in range(-self.context, self.context + 1))
-        return tokens / math.sqrt(power)
+        """The tokens of one caption without padding, bfloat16 as Wan's, `[L, D]`, on the CPU."""
+        words = re.findall(r"\w+|[^\w\s]", caption.lower())[: self.max_length - 1]
+        return _toy_tokens((*words, "</s>"), self.dim, self.context)
+
+
+@lru_cache(maxsize=4096)
+def _toy_tokens(words: tuple[str, ...], dim: int, context: int) -> Tensor:
+    length, power = len(words), 1.0
+    tokens = sinusoidal(length, dim)
+    for offset in range(-context, context + 1):
+        weight = 1 / (1 + abs(offset))
+        power += weight**2
+        first, last = max(0, -offset), min(length, length - offset)
+        if first < last:
+            neighbours = [_word_vector(word, offset, dim) for word in words[first + offset : last + offset]]
+            tokens[first:last] += weight * torch.stack(neighbours)
+    return (tokens / math.sqrt(power)).bfloat16()
+
+
+@lru_cache(maxsize=256)
+def _positions(length: int, dim: int) -> Tensor:
+    frequencies = torch.exp(-math.log(1000 / (2 * math.pi)) * torch.arange(dim // 2) / max(1, dim // 2 - 1))
+    angles = torch.arange(length)[:, None] * frequencies
+    return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sinusoidal(length: int, dim: int) -> Tensor:
     """Sinusoidal positions `[length, dim]` of about unit variance, with wavelengths from 2 pi to 1000."""
-    frequencies = torch.exp(-math.log(1000 / (2 * math.pi)) * torch.arange(dim // 2) / max(1, dim // 2 - 1))
-    angles = torch.arange(length)[:, None] * frequencies
-    return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
+    return _positions(length, dim).clone()
 
 
 @lru_cache(maxsize=16384)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import torch
@@ -209,8 +209,14 @@ class ToyVLM(VLMConditioner):
         pooled = F.adaptive_avg_pool2d(image_CHW, self.grid * self.cells)
         patches_LD = F.unfold(pooled[None], self.cells, stride=self.cells)[0].T
         width = patches_LD.shape[1]
-        projection = torch.randn(width, self.dim, generator=generator(0, f"patch/{width}/{self.dim}"))
-        subject = torch.randn(self.dim, generator=generator(0, f"subject/{index}"))
+        projection = _fixed_normal(f"patch/{width}/{self.dim}", width, self.dim)
+        subject = _fixed_normal(f"subject/{index}", self.dim)
         positions_LD = sinusoidal(self.grid**2, self.dim)
         # About half the power to the picture; an average pixel has a mean square of about 0.5.
-        return (math.sqrt(2 / width) * patches_LD @ projection + 0.5 * (positions_LD + subject)) / math.sqrt(1.5)
+        summary = (math.sqrt(2 / width) * patches_LD @ projection + 0.5 * (positions_LD + subject)) / math.sqrt(1.5)
+        return summary.bfloat16()
+
+
+@lru_cache(maxsize=64)
+def _fixed_normal(stream: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator(0, stream))

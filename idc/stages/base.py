@@ -189,7 +189,7 @@ class Stage(LightningModule):
         """Sample latents `[B, *latent_shape]` for the conditions of `features`, from noise seeded per sample."""
 
         def branch(drop: Drop) -> Callable[[Tensor, Tensor], Tensor]:
-            return self.velocity_function(self.encoders.condition(features, drop).to(self.device))
+            return self.velocity_function(self.encoders.condition(features, drop).to(self.device, torch.float32))
 
         velocity = branch(Drop.NOTHING)
         if sampling.image_scale is not None and sampling.image_scale != sampling.scale:

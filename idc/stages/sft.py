@@ -60,7 +60,7 @@ class SFT(Stage):
         """|| v(z_t, t, C) - (eps - z_0) ||^2 per sample, a mean over dimensions, unweighted: float32 (B,)."""
         x0 = torch.stack([f["latents"] for f in features]).to(self.device, torch.float32)
         noise = noise_like(seeds_B, tuple(x0.shape[1:]), device=self.device, stream=stream)
-        condition = self.encoders.condition(features, drops).to(self.device)
+        condition = self.encoders.condition(features, drops).to(self.device, torch.float32)
         velocity = self.predict_velocity(interpolate(x0, noise, t_B), t_B, condition)
         return (velocity - velocity_target(x0, noise)).square().flatten(1).mean(1)
 
@@ -85,7 +85,7 @@ class SFT(Stage):
     def on_validation_epoch_end(self) -> None:
         means = {t: self.held_out[self._name(t)].compute() for t in self.validation_times}
         for t, mean in means.items():
-            self.log(f"val/loss_t{t:g}", mean)
-        self.log("val/loss", torch.stack(list(means.values())).mean(), prog_bar=True)
+            self.log(f"val/loss_t{t:g}", mean, sync_dist=True)  # equal on all ranks already
+        self.log("val/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
         for metric in self.held_out.values():
             metric.reset()

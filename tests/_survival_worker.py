@@ -46,6 +46,7 @@ class Run:
     ranks: int = 1
     sharded: bool = False
     steps: int = STEPS
+    min_steps: int | None = None
     ckpt_path: str | None = "last"
     kill_place: str | None = None  # one of PLACES, or "full"
     kill_step: int = 0
@@ -221,6 +222,7 @@ def make_trainer(run: Run, extra: list[Callback]) -> Trainer:
         strategy=strategy,
         precision=run.dtype,  # type: ignore[arg-type]
         max_steps=run.steps,
+        min_steps=run.min_steps,
         max_epochs=-1,
         val_check_interval=6 * run.accumulate,
         check_val_every_n_epoch=None,

@@ -306,6 +306,28 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         other.join(30)
 
 
+def test_saves_by_the_clock(tmp_path: Path) -> None:
+    trainer = make_trainer(Run(str(tmp_path), str(tmp_path / "log"), steps=3), [])
+    checkpoint = trainer.checkpoint_callback
+    assert isinstance(checkpoint, Checkpoint)
+    checkpoint.every_n_steps, checkpoint.every_n_minutes, checkpoint.save_on_end = None, 1e-12, False
+    checkpoint.keep_last = 5
+    trainer.fit(Stage(), Stream(0, 1))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [
+        f"step-0000000{step}" for step in (1, 2, 3)
+    ]
+
+
+def test_leftovers_of_any_kind_go_at_the_next_start(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-00000001.tmp-0123abcd" / STATE).mkdir(parents=True)
+    (checkpoints / "last.tmp-0123abcd").symlink_to("step-00000001")
+    trainer = make_trainer(Run(str(tmp_path), str(tmp_path / "log"), steps=1), [])
+    with pytest.warns(UserWarning, match="Removing the unfinished"):
+        trainer.fit(Stage(), Stream(0, 1))
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".lock", "last", "step-00000001"]
+
+
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"every_n_minutes": -1.0}, {"keep_last": 0}])
 def test_wrong_arguments_are_user_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):

@@ -10,7 +10,7 @@ from _survival_worker import SAMPLES, Run, Stage, Stream, make_trainer, validati
 from lightning.pytorch import Callback, Trainer
 
 from idc.callbacks.checkpoint import CheckpointError
-from idc.callbacks.ema import EMA, ema_state_dict, swapped
+from idc.callbacks.ema import EMA, attach, ema_state_dict, swapped
 from idc.callbacks.manifest import STATE
 from idc.errors import UserError
 
@@ -145,6 +145,20 @@ def test_saving_while_swapped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="averages stand in for the weights"):
         trainer.fit(Stage(), Stream(0, 1), validation_batches(0, 1))
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000004"]
+
+
+def test_names_are_the_original_ones_under_torch_compile() -> None:
+    stage = Stage()
+    stage.transformer = torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 2)))
+    weights = attach(stage)
+    assert [name for name, _ in weights.named_buffers()] == ["transformer/0/weight", "transformer/0/bias"]
+    with torch.no_grad():
+        for _, parameter, average in weights.pairs(stage):
+            average.copy_(parameter + 1)
+    exported = ema_state_dict(stage, "transformer")
+    assert exported.keys() == {"0.weight", "0.bias"}
+    original = dict(zip(("0.weight", "0.bias"), stage.transformer.parameters(), strict=True))
+    assert all(torch.equal(exported[name], parameter + 1) for name, parameter in original.items())
 
 
 def test_without_averages_swapped_and_export_leave_the_weights(tmp_path: Path) -> None:

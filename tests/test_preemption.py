@@ -85,6 +85,20 @@ def test_signal_amid_accumulation_waits_for_the_optimizer_step(tmp_path: Path) -
     assert records(resumed) == records(whole)
 
 
+def test_signal_at_the_last_step_does_not_requeue_a_finished_run_for_ever(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), steps=4, signal_step=4)
+    assert finish(run) == [0]
+    check_preempted_at(run, 4)
+    assert finish(replace(run, signal_step=None)) == [0]
+    assert not Path(run.folder, "checkpoints", MARKER).exists()
+
+
+def test_minimum_of_steps_does_not_delay_a_preemption(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), steps=10, min_steps=9, signal_step=2)
+    assert finish(run) == [0]
+    check_preempted_at(run, 2)
+
+
 def test_under_lightnings_launcher_the_whole_command_ends_with_status_0(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"), str(tmp_path / "log"), ranks=2, sharded=True, signal_step=3)
     with socket.socket() as probe:

@@ -34,13 +34,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import idc
-from idc.callbacks.ema import tolerate
+from idc.callbacks.ema import original_name, tolerate
 from idc.callbacks.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 from idc.callbacks.plain import plain
 from idc.callbacks.resume import CHECKPOINTS, CONVERTED, step_directories
 from idc.errors import UserError
-
-_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # torch.compile, activation checkpointing
 
 
 class CheckpointError(RuntimeError):
@@ -58,7 +56,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         dirpath: where checkpoints go; None for `checkpoints` in the run's folder (the logger's).
         every_n_steps: optimiser steps between saves; None for no saves by steps.
         every_n_minutes: minutes since the last save, by the clock of any rank; None for no saves by time.
-        keep_last: how many of the newest checkpoints stay.
+        keep_last: how many of the newest checkpoints stay; a save needs room for one more.
         save_on_end: save at the last step of the run too.
 
     Raises:
@@ -160,7 +158,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
             if key in checkpoint:
                 checkpoint[key] = plain(dict(checkpoint[key]), key)
                 checkpoint.pop("hparams_type", None)
-        names = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in pl_module.named_parameters()}
+        names = {id(parameter): original_name(name) for name, parameter in pl_module.named_parameters()}
         for optimizer, state in zip(trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             if all(isinstance(key, int) for group in state["param_groups"] for key in group["params"]) and all(
@@ -250,7 +248,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         """Remove all but the newest `keep_last`; a directory is renamed before its files go."""
         shutil.rmtree(self.directory / CONVERTED, ignore_errors=True)
         for _, path in step_directories(self.directory)[: -self.keep_last]:
-            doomed = path.with_name(f"{path.name}.tmp-old")
+            doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -259,19 +257,24 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / ".lock").open("a")
+        except OSError as error:
+            return f"dirpath={str(self.directory)!r}: cannot be written ({error})"
+        try:
             # A POSIX lock dies with the process and is not inherited by data workers, which outlive a kill -9.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             self._close()
             return (
                 f"dirpath={str(self.directory)!r}: another run is writing its checkpoints there; give each run its own"
             )
         except OSError as error:
-            self._close()
-            return f"dirpath={str(self.directory)!r}: cannot be written ({error})"
-        for path in self.directory.glob("step-*.tmp-*"):
+            rank_zero_warn(f"{self.directory} cannot be locked ({error}): make sure that no other run writes there")
+        for path in self.directory.glob("*.tmp-*"):
             rank_zero_warn(f"Removing the unfinished {path}")
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
         return None
 
     def _close(self) -> None:

@@ -31,7 +31,8 @@ class EMAWeights(nn.Module):
         _reshard(module)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                self.register_buffer(name.replace(".", "/"), parameter.detach().to(torch.float32, copy=True))
+                name = original_name(name).replace(".", "/")
+                self.register_buffer(name, parameter.detach().to(torch.float32, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMAWeights:
         """Follow the module to its device, but stay float32 where it is cast to half precision."""
@@ -44,7 +45,7 @@ class EMAWeights(nn.Module):
     def pairs(self, module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, parameter, average), whole tensors or this rank's shards of both."""
         _reshard(module)
-        parameters = dict(module.named_parameters())
+        parameters = {original_name(name): parameter for name, parameter in module.named_parameters()}
         for name, average in self.named_buffers():
             name = name.replace("/", ".")
             yield name, _local(parameters[name].detach()), _local(average)
@@ -55,6 +56,8 @@ class EMA(Callback):
 
     average <- d^n average + (1 - d^n) weight, with n = `every_n_steps` and d = min(decay, (1 + s) / (10 + s)) after s
     optimiser steps, so that early averages forget the initial weights.
+
+    It can be turned off, and (except under FSDP2, which loads only what a module has) turned on at a resume.
 
     Args:
         decay: d, in [0, 1): the decay per optimiser step.
@@ -198,6 +201,7 @@ def ema_state_dict(module: nn.Module, submodule: str = "") -> dict[str, Tensor]:
     exported = {}
     _reshard(module)
     for name, value in module.state_dict().items():
+        name = original_name(name)
         if name.startswith(prefix) and not name.startswith(_PREFIX):
             tensor = averages.get(name, value).detach()
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -231,6 +235,11 @@ def _reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+def original_name(name: str) -> str:
+    """A parameter's name without what torch.compile and activation checkpointing add to it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -241,7 +250,7 @@ def _attach_for(module: LightningModule, state_dict: dict[str, Any], prefix: str
 
 
 def tolerate(module: nn.Module) -> None:
-    """Let the module load checkpoints with or without averages, whether or not it has any. Shards must have them."""
+    """Let the module load checkpoints with or without averages, whether or not it has any (see `EMA` for FSDP2)."""
     if _settle_averages not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(_settle_averages)
 

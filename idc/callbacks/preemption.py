@@ -46,6 +46,7 @@ class Preemption(Callback):
         self.signals = tuple(signal.Signals[name] for name in signals)
         self.received: signal.Signals | None = None  # by this rank
         self.agreed = False  # by all ranks
+        self.stopped = False  # the run was ended for it
         self._previous: dict[signal.Signals, Any] = {}
         self._undo = contextlib.ExitStack()
 
@@ -60,7 +61,7 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.received, self.agreed = None, False
+        self.received, self.agreed, self.stopped = None, False, False
         # Lightning registers its handlers after all set-up hooks, then fetches data before the next hook: ours take
         # the place of its registration, so that no signal meets its handler in between.
         connector = trainer._signal_connector
@@ -69,10 +70,12 @@ class Preemption(Callback):
         if _checkpoint(trainer) is None:
             rank_zero_warn("Preemption without idc.callbacks.checkpoint.Checkpoint: a preempted run saves nothing")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and (marker := _marker(trainer)):
             marker.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,7 +93,7 @@ class Preemption(Callback):
             raise StopIteration  # the loop takes it as the end of the data
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.agreed and trainer.is_global_zero and (marker := _marker(trainer)):
+        if self.stopped and trainer.is_global_zero and (marker := _marker(trainer)):
             names = [self.received.name] if self.received else []
             marker.write_text(json.dumps({"step": trainer.global_step, "signal": names}) + "\n")
 
@@ -125,7 +128,7 @@ class Preemption(Callback):
         ):
             self._undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
-        trainer.should_stop = True
+        trainer.should_stop = self.stopped = True
 
 
 def requested(trainer: Trainer) -> bool:

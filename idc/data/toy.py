@@ -279,7 +279,8 @@ def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> tuple
     count = len(looks)
     radius = float(rng.uniform(*{1: (0.19, 0.24), 2: (0.165, 0.19), 3: (0.145, 0.155)}[count]))
     moves = {1: _alone, 2: _pair, 3: _trio}[count](rng, radius)
-    mirror_x, mirror_y, transpose = rng.random(3) < 0.5
+    # An orbit has its direction drawn already, and mirrored it would turn the other way.
+    mirror_x, mirror_y, transpose = (rng.random(3) < 0.5) & all(move[2] != "orbits" for move in moves)
 
     def place(point: Point) -> Point:
         x, y = (1 - point[0] if mirror_x else point[0]), (1 - point[1] if mirror_y else point[1])
@@ -329,11 +330,12 @@ def _pair(rng: np.random.Generator, radius: float) -> list[Move]:
     if scene == "approach":
         y, x = float(rng.uniform(0.3, 0.7)), 1 - edge - float(rng.uniform(0, 0.08))
         return [((edge, y), (x - 2 * touch, y), "meets", 1), ((x, y), (x, y), "stays", None)]
-    if scene == "orbit":  # quarter turns; mirrored scenes start elsewhere but turn the same way
-        start = float(rng.uniform(-np.pi, np.pi))
-        distance = 2.1 * radius
-        x, y = 0.5 + distance * np.cos(start), 0.5 + distance * np.sin(start)
-        return [((float(x), float(y)), (float(x), float(y)), "orbits", 1), ((0.5, 0.5), (0.5, 0.5), "stays", None)]
+    if scene == "orbit":  # a quarter turn about a target that makes room on the side of the turn
+        middle = float(rng.uniform(-np.pi, np.pi))
+        start, distance = middle - np.pi / 4, 2.1 * radius
+        x, y = 0.5 - 0.16 * float(np.cos(middle)), 0.5 - 0.16 * float(np.sin(middle))
+        orbiter = x + distance * float(np.cos(start)), y + distance * float(np.sin(start))
+        return [(orbiter, orbiter, "orbits", 1), ((x, y), (x, y), "stays", None)]
     ways = (1, -1) if scene == "cross" else (1, 1)
     return [_lane(rng, radius, y, "moves", way) for y, way in zip((low, high), ways, strict=True)]
 

@@ -27,14 +27,14 @@ def write_toy_shards(
     prefix: str = "toy",
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Write the clips with seeds `seed` to `seed + count - 1`; equal arguments give equal bytes.
+    """Write the clips with seeds `seed` to `seed + count - 1`; equal arguments give equal samples.
 
     Args:
         root: folder or fsspec URL of the shards; build its index afterwards with `build_index`.
         count: number of clips, at least 1.
         seed: of the first clip. Ranges that do not overlap hold different clips: `HELD_OUT_SEED` is for validation.
         world: sizes and odds; also which (shape, texture, colour) combinations may appear.
-        workers: processes that render and encode beside this one; 0 does it here. The bytes are the same.
+        workers: processes that render and encode beside this one; 0 does it here. The samples are the same.
         progress: called with the number of clips written so far.
 
     Returns:
@@ -62,8 +62,9 @@ def _encode(world: ToyWorld, seed: int) -> tuple[ToySpec, bytes, list[bytes]]:
     from idc.data.video import encode_video
 
     spec = world.spec(seed)
-    # Full chroma resolution and little loss: halved chroma would smear subjects of twenty pixels.
-    video = encode_video(render_clip(spec), spec.fps, crf=8, pixel_format="yuv444p", preset="veryfast")
+    # Full chroma: halved, it would smear subjects of twenty pixels. Lossless: x264 does not always choose the same bytes
+    # for equal input, but what they decode to is then the same.
+    video = encode_video(render_clip(spec), spec.fps, crf=0, pixel_format="yuv444p", preset="ultrafast")
     pictures = []
     for picture in render_references(spec):
         buffer = io.BytesIO()

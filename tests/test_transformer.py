@@ -295,3 +295,21 @@ def test_conditions_that_do_not_fit_are_named():
         run(tiny_model(vlm_dim=None), condition())
     with pytest.raises(UserError, match="no path leads"):
         run(tiny_model(id_layers=0), condition())
+
+
+def test_autocast_keeps_the_cache_exact_and_small():
+    model, given = tiny_model(), condition()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model.build_subject_cache(given)
+        assert {tensor.dtype for pair in cache.layers for tensor in pair} == {torch.bfloat16}
+        assert torch.equal(run(model, subject_cache=cache), run(model, given))
+
+
+def test_lora_is_added_to_a_structure_on_meta_under_the_same_names():
+    with torch.device("meta"):
+        structure = IDCrafterTransformer.from_config(tiny_model().config)
+    model = tiny_model()
+    for each in (structure, model):
+        set_trainable(each, "id_blocks+lora", rank=4)
+    assert list(structure.state_dict()) == list(model.state_dict())
+    assert set(trainable_parameters(structure)) == set(trainable_parameters(model))

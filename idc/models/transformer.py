@@ -336,7 +336,8 @@ class IDCrafterTransformer(WanTransformer3DModel):
         patch = self.config["patch_size"]
         grid = [size // p for size, p in zip(sizes, patch, strict=True)]
         video = video.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        # One reshape, which copies: FSDP puts a hook on the output and warns where that is a view.
+        return video.reshape(*video.shape[:2], *(g * p for g, p in zip(grid, patch, strict=True)))
 
     def _add_idle(self, video: Tensor, side: SubjectSide) -> Tensor:
         """Zero gradients for the parameters outside the blocks that this batch does not use (see `add_idle`)."""

@@ -44,9 +44,7 @@ def fit_reference(image_CHW: Tensor, max_area: int) -> Tensor:
     return resize(image_CHW[None], height, width)[0]
 
 
-def cover_crop(
-    video_TCHW: Tensor, height: int, width: int, offset: tuple[float, float] = (0.5, 0.5)
-) -> Tensor:
+def cover_crop(video_TCHW: Tensor, height: int, width: int, offset: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """Scale uint8 frames so that they cover (height, width), then crop.
 
     `offset` in [0, 1] says where the crop lies in what is left over: (0.5, 0.5) is the centre, (0, 0) the top left.

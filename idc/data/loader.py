@@ -40,8 +40,8 @@ class PlanLoader:
         max_corrupt_rate: the run stops above this share of unreadable samples, counted on this rank from 5 on.
         limit: batches of each epoch that the trainer uses (its `limit_train_batches`), if fewer than all.
         overfit: give the batches of epoch 0 at every epoch.
-        allow_mix_change: accept a state of other data, weights, buckets or batch size: the epoch's number is kept,
-            and where the batch size or the epoch's length differ, the position within the epoch is kept in samples.
+        allow_mix_change: accept a state of other data, weights, buckets or batch size: epoch and number of the next
+            batch are kept.
 
     Raises:
         UserError: a global batch that the ranks cannot share.
@@ -66,16 +66,14 @@ class PlanLoader:
         if isinstance(plan, Plan):
             check_divisible(plan.global_batch, world)
         self.plan, self.catalogue = plan, catalogue
-        self.rank, self.world = rank, world
         self.quarantine = (quarantine or Quarantine()).load()
         self.allow_mix_change = allow_mix_change
         self._held_out = isinstance(plan, HeldOutPlan)
         self._limit = len(plan) if limit is None else min(limit, len(plan))
-        self._overfit = overfit
         self._rate = CorruptRate(len(catalogue), max_corrupt_rate)
         self._epoch = self._next = 0
         reader = BatchReader(catalogue, plan.buckets, plan.pools, plan.seed, settings or ReadSettings())
-        self._tasks = _Tasks(self)
+        self._tasks = _Tasks(plan, catalogue, (rank, world), self.quarantine, self._limit, overfit)
         self._reader = DataLoader(
             reader,
             batch_size=None,
@@ -109,6 +107,12 @@ class PlanLoader:
             self._epoch, self._next = (epoch, done) if done < self._limit else (epoch + 1, 0)
             yield batch
 
+    def close(self) -> None:
+        """Stop the workers; the next iteration starts new ones."""
+        iterator, self._reader._iterator = self._reader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, the same on all ranks: plain numbers, strings, lists and dicts."""
         self.quarantine.load()
@@ -135,10 +139,7 @@ class PlanLoader:
                 + "; ".join(changes)
                 + ". Restore what the checkpoint had, or set allow_mix_change=true to go on with the new data"
             )
-        position = int(state["global_batch"])
-        if changes:
-            position = position * int(state["mix"]["batch_size"]) // self.plan.global_batch
-        self._epoch, self._next = int(state["epoch"]), position
+        self._epoch, self._next = int(state["epoch"]), int(state["global_batch"])
         if self._next >= self._limit:
             self._epoch, self._next = self._epoch + 1, 0
         self.quarantine.know(state["skip_list"])
@@ -154,23 +155,6 @@ class PlanLoader:
         if state["index_hash"] != self.catalogue.hash:
             changes.append(f"the shards' content is {self.catalogue.hash}, was {state['index_hash']} (index_hash)")
         return changes
-
-    def tasks(self, epoch: int, start: int) -> Iterator[Task]:
-        """This rank's part of each batch from `start` on."""
-        plan_epoch = 0 if self._overfit else epoch
-        batches = self.plan.batches(plan_epoch)
-        seeds_epoch = self.plan.seeds_epoch(plan_epoch)
-        for index in range(start, self._limit):
-            batch = batches[index]
-            part = batch.part(self.rank, self.world)
-            yield Task(index, seeds_epoch, part, self._known_bad(part.refs.tolist()))
-
-    def _known_bad(self, refs: list[int]) -> dict[str, str]:
-        reasons = self.quarantine.reasons
-        if not reasons:
-            return {}
-        ids = (self.catalogue[ref][1].id for ref in refs)
-        return {sample_id: reasons[sample_id] for sample_id in ids if sample_id in reasons}
 
     def _batch(self, parcel: Parcel, epoch: int) -> Batch:
         task = parcel.task
@@ -218,17 +202,42 @@ class PlanLoader:
 
 
 class _Tasks:
-    """The sampler of the inner DataLoader: tasks of the epoch that the loader has set."""
+    """The sampler of the inner DataLoader: this rank's part of each batch of `epoch`, from batch `start` on.
 
-    def __init__(self, loader: PlanLoader) -> None:
-        self._loader = loader
+    It must not refer to the loader: workers of a DataLoader that dies in a reference cycle miss their notice to stop
+    (the queue's finalizer runs first) and are waited for, five seconds each.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | HeldOutPlan,
+        catalogue: Catalogue,
+        place: tuple[int, int],
+        quarantine: Quarantine,
+        limit: int,
+        overfit: bool,
+    ) -> None:
+        self.plan, self.catalogue, self.quarantine = plan, catalogue, quarantine
+        self.place, self.limit, self.overfit = place, limit, overfit
         self.epoch = self.start = 0
 
-    def __iter__(self) -> Iterator[Task]:
-        return self._loader.tasks(self.epoch, self.start)
-
     def __len__(self) -> int:
-        return len(self._loader)
+        return self.limit - self.start
+
+    def __iter__(self) -> Iterator[Task]:
+        epoch = 0 if self.overfit else self.epoch
+        batches = self.plan.batches(epoch)
+        seeds_epoch = self.plan.seeds_epoch(epoch)
+        for index in range(self.start, self.limit):
+            part = batches[index].part(*self.place)
+            yield Task(index, seeds_epoch, part, self._known_bad(part.refs.tolist()))
+
+    def _known_bad(self, refs: list[int]) -> dict[str, str]:
+        reasons = self.quarantine.reasons
+        if not reasons:
+            return {}
+        ids = (self.catalogue[ref][1].id for ref in refs)
+        return {sample_id: reasons[sample_id] for sample_id in ids if sample_id in reasons}
 
 
 def check_divisible(global_batch: int, world: int, name: str = "batch_size") -> None:
@@ -243,7 +252,7 @@ def check_divisible(global_batch: int, world: int, name: str = "batch_size") -> 
 
 
 def _finish(sample: Sample) -> Sample:
-    """Video uint8 `[T, C, H, W]` -> float `[C, T, H, W]` in [-1, 1], here because uint8 travels at a quarter of the cost."""
+    """Video uint8 `[T, C, H, W]` -> float `[C, T, H, W]` in [-1, 1]; uint8 until here travels at a quarter."""
     if sample.video_CTHW is None:
         return sample
     video_CTHW = to_float(sample.video_CTHW.permute(1, 0, 2, 3))

@@ -124,10 +124,11 @@ class VideoDataModule(LightningDataModule):
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.epoch_size, self.random_window = epoch_size, random_window
         self.reference_area, self.decode_references = reference_area, decode_references
-        self.features, self.quarantine_path = features, quarantine
+        self.features, self.quarantine = features, Quarantine(quarantine)
         self.max_corrupt_rate, self.allow_mix_change = max_corrupt_rate, allow_mix_change
         self._splits: dict[str, Split] = {}
         self._store: FeatureStore | None = None
+        self._loaders: list[PlanLoader] = []
 
     # Preparation ----------------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class VideoDataModule(LightningDataModule):
         self._store = store
 
     def _missing(self, split: Split, store: FeatureStore) -> list[int]:
-        bad = Quarantine(self.quarantine_path).load().reasons
+        bad = self.quarantine.load().reasons
         return [ref for ref, key in split.feature_keys() if key not in store and split.catalogue[ref][1].id not in bad]
 
     # Loaders --------------------------------------------------------------------------------------------------
@@ -223,18 +224,11 @@ class VideoDataModule(LightningDataModule):
     def train_dataloader(self) -> PlanLoader:
         """This rank's training batches; its state is in Lightning's checkpoints."""
         plan = self.plan()
-        rank, world = self._place()
         trainer = self.trainer
-        return PlanLoader(
+        return self._loader(
             plan,
             self._splits["train"].catalogue,
             self._settings(self.random_window),
-            rank=rank,
-            world=world,
-            num_workers=self.num_workers,
-            prefetch=self.prefetch,
-            quarantine=Quarantine(self.quarantine_path),
-            max_corrupt_rate=self.max_corrupt_rate,
             limit=None if trainer is None else batches_of(trainer.limit_train_batches, len(plan)),
             overfit=bool(getattr(trainer, "overfit_batches", 0)),
             allow_mix_change=self.allow_mix_change,
@@ -262,18 +256,37 @@ class VideoDataModule(LightningDataModule):
     def _held_out_loader(
         self, split: Split, size: int, sources: Sequence[MixSource], settings: ReadSettings
     ) -> PlanLoader:
+        _, world = self._place()
+        plan = HeldOutPlan(sources, split.assignment.buckets, size, self.seed, world)
+        return self._loader(plan, split.catalogue, settings)
+
+    def _loader(
+        self, plan: Plan | HeldOutPlan, catalogue: Catalogue, settings: ReadSettings, **kwargs: Any
+    ) -> PlanLoader:
         rank, world = self._place()
-        return PlanLoader(
-            HeldOutPlan(sources, split.assignment.buckets, size, self.seed, world),
-            split.catalogue,
+        loader = PlanLoader(
+            plan,
+            catalogue,
             settings,
             rank=rank,
             world=world,
             num_workers=self.num_workers,
             prefetch=self.prefetch,
-            quarantine=Quarantine(self.quarantine_path),
+            quarantine=self.quarantine,
             max_corrupt_rate=self.max_corrupt_rate,
+            **kwargs,
         )
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop all reading processes."""
+        while self._loaders:
+            self._loaders.pop().close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """As `teardown`, which Lightning leaves out then."""
+        self.teardown()
 
 
 def batches_of(limit: float | int | None, batches: int) -> int | None:

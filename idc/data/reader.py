@@ -112,7 +112,7 @@ def _window(files: Mapping[str, bytes], entry: Entry, bucket: Bucket, seed: int,
 
 
 class Task(NamedTuple):
-    """Batch `number` of an epoch, to be read: `epoch` enters the seeds, `bad` are known-bad samples among the refs (id -> reason)."""
+    """Batch `number` of an epoch; `epoch` enters the seeds, `bad` (id -> reason) are known-bad ones of the refs."""
 
     number: int
     epoch: int

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from idc.data.toy import ToyWorld
 
 TOY_RECORD = "toy.json"  # the settings that toy shards were made with; written when they are complete
-TOY_SHARD = 256  # samples
+TOY_CLIPS_A_WORKER = 512  # below, starting a process takes longer than it saves
 
 
 class Source(Protocol):
@@ -134,10 +134,30 @@ class ToyShards:
             (folder / name).unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
         settings = self._settings()
-        write_toy_shards(folder, self.count, self.seed, self.world())
+        workers = min(os.cpu_count() or 1, self.count // TOY_CLIPS_A_WORKER)
+        _write_with_progress(folder, self.count, self.seed, self.world(), workers)
         build_index(folder, source_name(self)).save()
         with storage.open_atomic(str(folder / TOY_RECORD)) as stream:
             stream.write(json.dumps({"hash": stable_hash(settings), **settings}, indent=1).encode())
+
+
+def _write_with_progress(folder: Path, count: int, seed: int, world: ToyWorld, workers: int) -> None:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from idc.data.toy_shards import write_toy_shards
+
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"toy clips in {folder}", total=count)
+        write_toy_shards(
+            folder,
+            count,
+            seed,
+            world,
+            workers if workers > 1 else 0,
+            progress=lambda done: bar.update(task, completed=done),
+        )
 
 
 def source_name(source: Source) -> str:

@@ -1,0 +1,126 @@
+"""The feature store: round trip, interruption, several writers, fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from idc.data.features import FeatureStore, feature_key
+from idc.errors import UserError
+
+
+def features(number: int) -> dict[str, Tensor]:
+    """What the encoders of a sample with a reference make; sizes differ between samples."""
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "latents": torch.randn(16, 3, 8, 4 + number % 3, generator=generator),
+        "text": torch.randn(5 + number, 32, generator=generator).bfloat16(),
+        "vlm_no_text": torch.zeros(0, 7),
+        "reference_0": torch.randn(16, 1, 4, 4, generator=generator).half(),
+    }
+
+
+def chunk(first: int, last: int) -> dict[str, dict[str, Tensor]]:
+    return {f"toy/shard-000000/{i:04d}@abc": features(i) for i in range(first, last)}
+
+
+def check(store: FeatureStore, number: int) -> bool:
+    read, expected = store.read(f"toy/shard-000000/{number:04d}@abc"), features(number)
+    return read.keys() == expected.keys() and all(
+        read[name].dtype == expected[name].dtype and torch.equal(read[name], expected[name]) for name in expected
+    )
+
+
+def test_what_was_written_is_read_with_dtype_and_shape(tmp_path: Path):
+    store = FeatureStore(tmp_path, {"codec": "a"})
+    store.write(chunk(0, 5))
+    store.write(chunk(5, 7))
+    opened = FeatureStore(tmp_path, {"codec": "a"})
+    assert len(opened) == 7
+    assert all(check(opened, i) for i in (6, 0, 3, 5, 1))
+    assert set(opened.read("toy/shard-000000/0002@abc", ["text"])) == {"text"}
+    assert opened.missing(["toy/shard-000000/0002@abc", "x", "y"]) == ["x", "y"]
+    assert "x" not in opened
+    with pytest.raises(KeyError):
+        opened.read("x")
+
+
+def test_views_and_shared_tensors_are_stored_whole(tmp_path: Path):
+    base = torch.arange(12.0).view(3, 4)
+    store = FeatureStore(tmp_path, "f")
+    store.write({"a": {"column": base[:, 1], "row": base[2], "same": base[2]}, "b": {"row": base[2]}})
+    read = FeatureStore(tmp_path, "f").read("a")
+    assert torch.equal(read["column"], base[:, 1])
+    assert torch.equal(read["same"], base[2])
+
+
+def test_another_fingerprint_is_another_store_and_old_ones_are_reported(tmp_path: Path):
+    old = FeatureStore(tmp_path, {"codec": "a", "area": 256})
+    old.write(chunk(0, 2))
+    new = FeatureStore(tmp_path, {"codec": "b", "area": 256})
+    assert len(new) == 0
+    assert new.others() == {str(old.path): {"codec": "a", "area": 256}}
+    assert FeatureStore(tmp_path, {"area": 256, "codec": "a"}).path == old.path  # the order of keys does not matter
+
+
+def test_a_chunk_cut_short_does_not_count_and_can_be_written_again(tmp_path: Path):
+    store = FeatureStore(tmp_path, "f")
+    store.write(chunk(0, 3))
+    store.write(chunk(3, 6))
+    (sidecar, *_) = [path for path in store.path.glob("*.json") if "0004" in path.read_text()]
+    sidecar.unlink()  # killed between the tensors and the list of keys
+    tensors = sidecar.with_suffix(".safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    again = FeatureStore(tmp_path, "f")
+    missing = again.missing(chunk(0, 6))
+    assert missing == list(chunk(3, 6))
+    again.write(chunk(3, 6))
+    assert all(check(FeatureStore(tmp_path, "f"), i) for i in range(6))
+
+
+def write_part(root: str, first: int) -> None:
+    FeatureStore(root, "f").write(chunk(first, first + 4))
+
+
+def read_part(store: FeatureStore, queue: multiprocessing.Queue) -> None:
+    queue.put([check(store, i) for i in range(12)])
+
+
+def test_processes_write_their_own_chunks_and_read_after_a_fork(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_part, args=(str(tmp_path), first)) for first in (0, 4, 8)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+    store = FeatureStore(tmp_path, "f")
+    assert check(store, 0)  # opens a chunk here, which the child must not share
+    queue = context.Queue()
+    reader = context.Process(target=read_part, args=(store, queue))
+    reader.start()
+    assert queue.get(timeout=30) == [True] * 12
+    reader.join()
+    assert check(pickle.loads(pickle.dumps(store)), 5)
+
+
+def test_a_store_sees_what_others_wrote_after_refresh(tmp_path: Path):
+    one, two = FeatureStore(tmp_path, "f"), FeatureStore(tmp_path, "f")
+    one.write(chunk(0, 2))
+    assert len(two) == 0
+    two.refresh()
+    assert check(two, 1)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"a": {}}])
+def test_empty_chunks_are_refused(tmp_path: Path, wrong: dict):
+    with pytest.raises(UserError, match="at least one"):
+        FeatureStore(tmp_path, "f").write(wrong)
+
+
+def test_keys_tell_contents_apart():
+    assert feature_key("toy/a/1", "0" * 64) != feature_key("toy/a/1", "1" * 64)

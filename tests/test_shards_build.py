@@ -382,6 +382,7 @@ def test_index_lint_and_show(built, tmp_path, capsys):
         (["lint", "{videos}"], "no .tar shards here"),
         (["show", "{videos}"], "no shards here"),
         (["show", "{built}", "--key", "carphone_pristine-0"], "did you mean 'carphone_pristine-"),
+        (["show", "{built}", "--key", "zzz"], "no sample 'zzz'; the first are 'carphone_pristine-"),
         (["show", "{built}", "--out", "page.gif"], "give a name ending in .png"),
         (["show", "pipe:ls"], "pipe: URLs run a shell"),
     ],

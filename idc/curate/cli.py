@@ -152,7 +152,9 @@ def _show(arguments: argparse.Namespace) -> int:
     index = ShardIndex.load(arguments.root)
     entries = [entry for entry in index.entries if arguments.key in (None, entry.key)]
     if not entries:
-        raise UserError(f"no sample {arguments.key!r}{nearest(arguments.key, [e.key for e in index.entries[:5000]])}")
+        hint = nearest(arguments.key, [entry.key for entry in index.entries[:5000]])
+        first = ", ".join(repr(entry.key) for entry in index.entries[:3])
+        raise UserError(f"no sample {arguments.key!r}{hint if 'did you mean' in hint else f'; the first are {first}'}")
     table = Table(Column("shard/key", overflow="fold", min_width=24), "frames", "size", "fps", "subjects", "caption")
     samples = []
     for entry in entries[: arguments.limit]:

@@ -116,6 +116,11 @@ def test_resume_with_validation_in_between_and_a_limited_epoch(shards: dict, tmp
     assert fit(data(shards), 8, tmp_path / "c.ckpt", **settings).seen == straight.seen[4:]
 
 
+def test_overfitting_sees_the_same_batches_and_validation_is_optional(shards: dict):
+    seen = fit(data(shards, val_sources=[]), 6, overfit_batches=2).seen
+    assert [step[2:] for step in seen[:2]] == [step[2:] for step in seen[2:4]] == [step[2:] for step in seen[4:]]
+
+
 def test_held_out_samples_come_once_with_fixed_seeds(shards: dict):
     recorder = fit(data(shards, val_batch_size=3), 10, val_check_interval=5)
     first, second = recorder.validated[:2], recorder.validated[2:]

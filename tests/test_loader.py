@@ -17,7 +17,7 @@ from PIL import Image
 from idc.data.index import ShardIndex, build_index
 from idc.data.loader import PlanLoader
 from idc.data.plan import HeldOutPlan, MixSource, Plan, seed_for
-from idc.data.quarantine import Quarantine, Record, TooManyCorruptError
+from idc.data.quarantine import CorruptRate, Quarantine, Record, TooManyCorruptError
 from idc.data.reader import ReadSettings
 from idc.data.shards import ShardWriter
 from idc.data.sources import Catalogue
@@ -344,6 +344,19 @@ def test_above_the_rate_the_run_stops_with_counts_and_the_file(tmp_path: Path):
         list(loader)
     listed = len((tmp_path / "bad.jsonl").read_text().splitlines())
     assert str(listed) == str(error.value).split()[0]
+
+
+def test_early_failures_in_good_data_do_not_stop_a_run_and_the_rate_holds_at_the_end():
+    quarantine = Quarantine()
+    rate = CorruptRate(1000, 0.02)
+    rate.count(range(150), dict.fromkeys(range(5), "broken"))
+    rate.check(quarantine, epoch_ends=False)  # 5 of 150 may be chance
+    with pytest.raises(TooManyCorruptError, match="5 of 150"):
+        rate.check(quarantine, epoch_ends=True)
+    rate.count(range(1000), {7: "broken"})
+    rate.check(quarantine, epoch_ends=True)  # 6 of 1000, each counted once
+    with pytest.raises(UserError, match=r"max_corrupt_rate=1.5"):
+        CorruptRate(10, 1.5)
 
 
 def test_a_bucket_without_a_readable_sample_is_an_error(tmp_path: Path):

@@ -39,9 +39,9 @@ def resize(images_NCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def fit_reference(image_CHW: Tensor, max_area: int) -> Tensor:
-    """A uint8 reference at `reference_size`."""
+    """A float reference in [-1, 1] at `reference_size`; clamped, as bicubic overshoots at edges."""
     height, width = reference_size(image_CHW.shape[1], image_CHW.shape[2], max_area)
-    return resize(image_CHW[None], height, width)[0]
+    return resize(image_CHW[None], height, width)[0].clamp(-1, 1)
 
 
 def cover_crop(video_TCHW: Tensor, height: int, width: int, offset: tuple[float, float] = (0.5, 0.5)) -> Tensor:

@@ -186,19 +186,20 @@ class PlanLoader:
         """Quarantine what failed, and raise above the rate or where a bucket has nothing that can be read."""
         failed = {ref: reason for slot in parcel.slots for ref, reason in slot.failed}
         self._rate.count([*parcel.task.part.refs.tolist(), *(slot.ref for slot in parcel.slots), *failed], failed)
-        if not failed:
-            return
+        if failed:
+            self._put_aside(failed, epoch)
+        self._rate.check(self.quarantine, epoch_ends=parcel.task.number + 1 == self._limit)
+        if any(slot.sample is None for slot in parcel.slots):
+            bucket = self.plan.buckets[parcel.task.part.bucket]
+            reason = list(failed.values())[-1]
+            raise UserError(f"no readable sample found in bucket {tuple(bucket)} ({len(failed)} failed; {reason})")
+
+    def _put_aside(self, failed: dict[int, str], epoch: int) -> None:
         entries = {ref: self.catalogue[ref][1] for ref in failed}
         self.quarantine.add(
             Record(entries[ref].id, entries[ref].shard, entries[ref].key, reason, epoch)
             for ref, reason in failed.items()
         )
-        ref, reason = next(reversed(failed.items()))
-        last = f"{entries[ref].id}: {reason}"
-        self._rate.check(self.quarantine, last)
-        if any(slot.sample is None for slot in parcel.slots):
-            bucket = self.plan.buckets[parcel.task.part.bucket]
-            raise UserError(f"no readable sample found in bucket {tuple(bucket)} ({len(failed)} failed; {last})")
 
 
 class _Tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Quarantine:
     one write. A line cut by a kill is passed over. A mended sample comes back once its line is deleted.
 
     Args:
-        path: the file; None keeps records in memory only.
+        path: the file; None keeps records in memory only, each rank its own.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -102,6 +103,9 @@ class Quarantine:
 class CorruptRate:
     """Counts samples asked for and samples that failed, each once, and stops the run above a rate.
 
+    Within an epoch three standard deviations are allowed on top, or a few early failures in good data would stop a run;
+    at an epoch's end the rate holds exactly.
+
     Args:
         samples: how many there are in all.
         maximum: failed / asked for, in [0, 1].
@@ -113,23 +117,26 @@ class CorruptRate:
             raise UserError(f"max_corrupt_rate={maximum}: must be in [0, 1]; 0.01 allows one sample in a hundred")
         self._asked, self._failed = bytearray(samples), bytearray(samples)
         self._asked_count = self._failed_count = 0
+        self._last_reason = ""
         self.maximum, self.minimum = maximum, minimum
 
-    def count(self, asked: Iterable[int], failed: Iterable[int]) -> None:
-        """Count the samples of a batch by their ref."""
+    def count(self, asked: Iterable[int], failed: Mapping[int, str]) -> None:
+        """Count the samples of a batch by their ref; `failed` gives reasons."""
         for ref in asked:
             self._asked_count += not self._asked[ref]
             self._asked[ref] = 1
-        for ref in failed:
+        for ref, self._last_reason in failed.items():
             self._failed_count += not self._failed[ref]
             self._failed[ref] = 1
 
-    def check(self, quarantine: Quarantine, last_reason: str) -> None:
+    def check(self, quarantine: Quarantine, epoch_ends: bool) -> None:
         """Raise `TooManyCorruptError` with the counts and the file's path where the rate is exceeded."""
-        if self._failed_count >= self.minimum and self._failed_count > self.maximum * self._asked_count:
+        expected = self.maximum * self._asked_count
+        allowed = expected if epoch_ends else expected + 3 * sqrt(expected)
+        if self._failed_count >= self.minimum and self._failed_count > allowed:
             where = f"listed in {quarantine.path}" if quarantine.path else "not written to a file"
             raise TooManyCorruptError(
                 f"{self._failed_count} of {self._asked_count} samples could not be read "
                 f"({self._failed_count / self._asked_count:.1%}, max_corrupt_rate={self.maximum:.1%}); {where}; "
-                f"the last one: {last_reason}"
+                f"the last reason: {self._last_reason}"
             )

@@ -63,8 +63,8 @@ class ShardSource:
 class ToyShards:
     """Shards of the toy world, written on first use.
 
-    They are made anew where the settings differ from those on disk or an earlier attempt was interrupted. Processes
-    that ask at the same time wait for the one that writes.
+    They are made anew where the settings or the toy world's code differ from those on disk, or an earlier attempt was
+    interrupted. Processes that ask at the same time wait for the one that writes.
 
     Attributes:
         path: local folder of their own.
@@ -117,7 +117,7 @@ class ToyShards:
         return ToyWorld(**{field.name: getattr(self, field.name) for field in fields(ToyWorld)})
 
     def _settings(self) -> dict[str, Any]:
-        return {"count": self.count, "seed": self.seed, "world": asdict(self.world())}
+        return {"count": self.count, "seed": self.seed, "world": asdict(self.world()), "code": _toy_code()}
 
     def _ready(self) -> bool:
         try:
@@ -139,6 +139,12 @@ class ToyShards:
         build_index(folder, source_name(self)).save()
         with storage.open_atomic(str(folder / TOY_RECORD)) as stream:
             stream.write(json.dumps({"hash": stable_hash(settings), **settings}, indent=1).encode())
+
+
+def _toy_code() -> str:
+    """Digest of the source of the toy world, the same on all nodes (a rendered clip's need not be)."""
+    files = sorted(Path(__file__).parent.glob("toy*.py"))
+    return stable_hash([path.read_text() for path in files if "scor" not in path.name and "track" not in path.name])
 
 
 def _write_with_progress(folder: Path, count: int, seed: int, world: ToyWorld, workers: int) -> None:

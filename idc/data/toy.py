@@ -286,22 +286,16 @@ def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> tuple
         x, y = (1 - point[0] if mirror_x else point[0]), (1 - point[1] if mirror_y else point[1])
         return (y, x) if transpose else (x, y)
 
-    order = rng.permutation(count)
-    return tuple(
-        ToySubject(
-            *looks[index],
-            radius=round(radius, 4),
-            start=place(moves[order[index]][0]),
-            end=place(moves[order[index]][1]),
-            action=moves[order[index]][2],
-            target=None if moves[order[index]][3] is None else int(np.flatnonzero(order == moves[order[index]][3])[0]),
-            sweep=float(np.pi / 2) if moves[order[index]][2] == "orbits" else 0.0,
-        )
-        for index in range(count)
-    )
+    order = [int(index) for index in rng.permutation(count)]  # subject k makes move order[k]
+    subjects = []
+    for look, (start, end, action, other) in zip(looks, (moves[index] for index in order), strict=True):
+        target = None if other is None else order.index(other)
+        sweep = float(np.pi / 2) if action == "orbits" else 0.0
+        subjects.append(ToySubject(*look, round(radius, 4), place(start), place(end), action, target, sweep))
+    return tuple(subjects)
 
 
-Move = tuple[Point, Point, str, int | None]
+Move = tuple[Point, Point, str, int | None]  # start, end, action, the other move that it is about
 
 
 def _lane(rng: np.random.Generator, radius: float, y: float, action: str, way: int = 1) -> Move:

@@ -58,7 +58,8 @@ class ToyScore:
         separation: 1 - leaks / chances, a chance being an attribute of a found subject of which another asked
             subject has a different value.
         total: 0.2 background + 0.2 count + 0.6 mean over the asked subjects of
-            presence x mean(colour, shape, texture, motion), a missing one counting 0.
+            presence x mean(colour, shape, texture, motion), a missing one counting 0; a background that cannot be
+            judged counts 0.
         missing, extra, doubled, swapped: numbers of asked subjects without a track, of tracks beyond the asked
             number, of tracks that look in all three attributes like a subject that has a better one, and of pairs
             that wear each other's colour.
@@ -207,7 +208,7 @@ def _summary(
         total=0.2 * (background or 0.0) + 0.2 * count + 0.6 * float(np.mean([_worth(s) for s in subjects])),
         missing=asked - len(found),
         extra=max(0, len(tracks) - asked),
-        doubled=_doubled(spec, tracks, subjects),
+        doubled=_doubled(spec, tracks),
         swapped=_swapped(spec, subjects),
         subjects=subjects,
         reasons=reasons,
@@ -219,7 +220,7 @@ def _worth(subject: SubjectScore) -> float:
     return subject.presence * float(np.mean(parts if subject.motion is None else [*parts, subject.motion]))
 
 
-def _doubled(spec: ToySpec, tracks: list[Track], subjects: tuple[SubjectScore, ...]) -> int:
+def _doubled(spec: ToySpec, tracks: list[Track]) -> int:
     looks = [tuple(track.looks[name] for name in ATTRIBUTES) for track in tracks]
     asked = [tuple(getattr(subject, name) for name in ATTRIBUTES) for subject in spec.subjects]
     return sum(max(0, looks.count(look) - 1) for look in asked)

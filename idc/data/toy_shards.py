@@ -62,8 +62,8 @@ def _encode(world: ToyWorld, seed: int) -> tuple[ToySpec, bytes, list[bytes]]:
     from idc.data.video import encode_video
 
     spec = world.spec(seed)
-    # Full chroma: halved, it would smear subjects of twenty pixels. Lossless: x264 does not always choose the same bytes
-    # for equal input, but what they decode to is then the same.
+    # Full chroma: halved, it would smear subjects of twenty pixels. Lossless: x264 does not always choose the same
+    # bytes for equal input, but what they decode to is then the same.
     video = encode_video(render_clip(spec), spec.fps, crf=0, pixel_format="yuv444p", preset="ultrafast")
     pictures = []
     for picture in render_references(spec):

@@ -1,8 +1,8 @@
 """Turn jsonargparse's nested messages into one line: the setting, the value, the rule, the nearest valid choice.
 
-A wrong setting deep in a recipe is reported by one parser inside another, each wrapping the message of the inner one in
-"does not validate against any of the union subtypes". The inner parser knows its own settings, so it explains first; the
-outer ones only add where it happened.
+A wrong setting deep in a recipe is reported by one parser inside another, each wrapping the message of the inner one
+in "does not validate against any of the union subtypes". The inner parser knows its own settings, so it explains
+first; the outer ones only add where it happened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from idc.errors import nearest
 
 _AT = "\x1f"  # between the place and the explanation, until the outermost parser is done
 _BOILERPLATE = re.compile(
-    r"Parser key|Does not validate|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>|Problem with given class"
+    r"Parser key|Does not validate|Subtypes:|Errors:$|Given value|Problem with given class"
+    r"|Expected a <class 'NoneType'>"
 )
 _UNKNOWN = (
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from idc.callbacks.preemption import requested
 from idc.types import Batch, Sample
 
 GIF_SIDE, GIF_FRAMES = 256, 16
@@ -108,20 +109,39 @@ class Previews(Callback):
         if sum(map(len, self._batches)) < -(-self.count // trainer.world_size):
             self._batches.append(batch)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(trainer)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for sample, video_CTHW in zip(batch.samples[: len(batch) - batch.padding], outputs, strict=False):
+            self._write(trainer, pl_module, sample, to_uint8(video_CTHW))
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if trainer.sanity_checking or step == self._last_step:
+        if trainer.sanity_checking or step == self._last_step or requested(trainer):
             return
         if self._last_step is not None and step - self._last_step < self.every_n_steps:
             return
         self._last_step = step
-        # Asking for log_dir is a collective: all ranks, once.
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples" / f"step-{step:06d}"
+        self._enter(trainer)
         left = -(-self.count // trainer.world_size)
         for batch in self._batches:
             self._preview(trainer, pl_module, batch, min(left, len(batch)))
             left -= len(batch)
         self._batches = []
+
+    def _enter(self, trainer: Trainer) -> None:
+        """Choose the folder. Asking for log_dir is a collective: all ranks, once."""
+        run_dir = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = run_dir / "samples" / f"step-{trainer.global_step:06d}"
 
     def _preview(self, trainer: Trainer, stage: Any, batch: Batch, count: int) -> None:
         real = min(count, len(batch) - batch.padding)

@@ -6,6 +6,7 @@ of ranks or workers. It counts batches handed to the trainer, not batches read a
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -82,6 +83,7 @@ class PlanLoader:
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
             collate_fn=_same,
+            worker_init_fn=_ignore_preemption,
             # A generator of its own: torch draws the workers' seeds from it, and the run's own stream stays untouched.
             generator=torch.Generator(),
         )
@@ -262,3 +264,9 @@ def _finish(sample: Sample) -> Sample:
 
 def _same(parcel: Any) -> Any:
     return parcel
+
+
+def _ignore_preemption(worker: int) -> None:
+    """A scheduler signals the whole process group: the run wants its readers alive until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

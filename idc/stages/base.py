@@ -26,7 +26,7 @@ from idc.models.conditioners import TextConditioner
 from idc.models.conditioning import Drop, Encoders, Features
 from idc.models.spec import Lora, Trainable, TransformerSpec
 from idc.models.vlm import VLMConditioner
-from idc.types import Bucket, Condition, Sample
+from idc.types import Batch, Bucket, Condition, Sample
 
 if TYPE_CHECKING:
     from idc.models.transformer import IDCrafterTransformer
@@ -220,6 +220,10 @@ class Stage(LightningModule):
         latents_BCTHW = self.sample_latents([dict(s.features or {}) for s in blind], seeds_B, shape, sampling)
         self.transformer.train(was_training)
         return self.encoders.codec.decode(latents_BCTHW)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Videos for a held-out batch, from noise seeded per sample; the `Previews` callback writes them."""
+        return self.sample_videos(batch.samples, batch.bucket, batch.seeds_B)
 
     def decoded_truth(self, sample: Sample) -> Tensor | None:
         """The sample's own clip `[3, T, H, W]`: as it was decoded, or from its cached latents."""

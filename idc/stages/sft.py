@@ -83,9 +83,18 @@ class SFT(Stage):
                 self.held_out[self._name(t)].update(loss_B[:real])
 
     def on_validation_epoch_end(self) -> None:
+        self._log_held_out("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_held_out("test")
+
+    def _log_held_out(self, split: str) -> None:
         means = {t: self.held_out[self._name(t)].compute() for t in self.validation_times}
         for t, mean in means.items():
-            self.log(f"val/loss_t{t:g}", mean, sync_dist=True)  # equal on all ranks already
-        self.log("val/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
+            self.log(f"{split}/loss_t{t:g}", mean, sync_dist=True)  # equal on all ranks already
+        self.log(f"{split}/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
         for metric in self.held_out.values():
             metric.reset()

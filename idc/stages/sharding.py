@@ -34,7 +34,9 @@ def build_sharded(build: Callable[[str], IDCrafterTransformer], strategy: Any) -
     model = build("meta")
     for layer in [*model.blocks, *model.id_blocks]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default the root keeps its gathered weights after a forward without a backward (a preview), and whatever
+    # reads or swaps parameters then would see stale ones.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.to_empty(device=strategy.root_device)
     model.refresh_rotary_tables()  # in no state dict, and `to_empty` left garbage in them
     set_model_state_dict(model, source, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

@@ -30,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"idc: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if "huggingface" not in str(error).lower():
+            raise
+        print(
+            f"idc: error: the model hub gave nothing: {str(error).splitlines()[0]} Give a local folder.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("idc: interrupted", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ SFT = "recipes/sft.yaml"
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    # Lightning's log handler holds the stream of whichever test imported it, and that one is closed.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *args: str) -> str:

@@ -305,6 +305,17 @@ def test_autocast_keeps_the_cache_exact_and_small():
         assert torch.equal(run(model, subject_cache=cache), run(model, given))
 
 
+def test_the_time_embedding_is_a_float32_island_under_autocast():
+    model, seen = tiny_model(), []
+    model.condition_embedder.time_embedder.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        run(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run(model)
+    assert seen[1].dtype == torch.float32
+    assert torch.equal(seen[0], seen[1])
+
+
 def test_lora_is_added_to_a_structure_on_meta_under_the_same_names():
     with torch.device("meta"):
         structure = IDCrafterTransformer.from_config(tiny_model().config)

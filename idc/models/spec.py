@@ -6,12 +6,12 @@ Light on purpose: the command line instantiates it before anything heavy is impo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from idc.errors import UserError
+from idc.models.frozen import resolve
 
 if TYPE_CHECKING:
     from idc.models.transformer import IDCrafterTransformer
@@ -71,6 +71,9 @@ class TransformerSpec:
         gradient_checkpointing: recompute each layer in the backward pass.
         attention_backend: one of diffusers' attention backends ("_native_cudnn", "_flash_3", ...); None is SDPA.
         init_seed: seeds a from-scratch initialisation and that of new blocks, the same on every rank.
+
+    Raises:
+        UserError: for settings that contradict each other, or a local `pretrained` without a transformer in it.
     """
 
     pretrained: str | None = None
@@ -98,15 +101,13 @@ class TransformerSpec:
                 "id_blocks.cross_modal=false leaves no path from the subjects to the video; "
                 "set id_blocks.joint_references=true with it"
             )
+        if self.pretrained is not None:
+            resolve(self.pretrained, self.subfolder, "config.json and the .safetensors of a transformer")
         if self.attention_head_dim % 2:
             raise UserError(f"attention_head_dim={self.attention_head_dim}: must be even, for the rotary embedding")
 
     def build(self, text_dim: int, vlm_dim: int | None, device: torch.device | str = "cpu") -> IDCrafterTransformer:
-        """The model in float32 on `device` ("meta" for the structure alone).
-
-        Raises:
-            UserError: where `pretrained` is not a transformer's folder.
-        """
+        """The model in float32 on `device` ("meta" for the structure alone)."""
         from idc.models.transformer import IDCrafterTransformer
 
         settings = self.id_blocks.settings()
@@ -138,12 +139,5 @@ class TransformerSpec:
     def _load(self, settings: dict[str, Any]) -> IDCrafterTransformer:
         from idc.models.transformer import IDCrafterTransformer
 
-        folder = Path(str(self.pretrained))
-        looks_local = folder.is_absolute() or str(folder).startswith(".") or folder.exists()
-        if looks_local and not (folder / self.subfolder / "config.json").is_file():
-            raise UserError(
-                f"pretrained={self.pretrained!r}: no transformer there; expected "
-                f"{Path(self.subfolder) / 'config.json'} beside its .safetensors, as save_pretrained writes them"
-            )
         subfolder = self.subfolder or None
         return IDCrafterTransformer.from_wan_pretrained(str(self.pretrained), subfolder=subfolder, **settings)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
@@ -29,6 +30,14 @@ from idc.models.subjects import JointAttnProcessor, JointSequence, SubjectSide, 
 from idc.types import Condition
 
 WAN_SETTINGS = tuple(inspect.signature(WanTransformer3DModel.__init__).parameters)[1:]
+
+
+class TimeEmbedding(TimestepEmbedding):
+    """Wan's time MLP in the precision of its weights also under autocast, which would run it in bfloat16."""
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        with torch.autocast(sample.device.type, enabled=False):
+            return super().forward(sample, condition)
 
 
 class IDCrafterTransformer(WanTransformer3DModel):
@@ -85,6 +94,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         arguments = locals()
         super().__init__(**{name: arguments[name] for name in WAN_SETTINGS})
         dim = num_attention_heads * attention_head_dim
+        self.condition_embedder.time_embedder = TimeEmbedding(freq_dim, dim)
         stages = (id_intra_subject, id_inter_subject, id_cross_modal)
         self.id_blocks = nn.ModuleList(
             HierarchyBlock(dim, num_attention_heads, eps, *stages) for _ in range(id_layers if any(stages) else 0)

@@ -192,8 +192,8 @@ class _Reader:
 
         # One for all frames: by itself every frame sets up its own conversion, on all cores from PyAV 17 on, and for
         # clips of 64 pixels that takes four times as long as decoding them.
-        options = {"threads": threads} if int(av.__version__.split(".")[0]) >= 17 else {}
-        self._to_rgb = partial(VideoReformatter().reformat, format="rgb24", **options)
+        options: Any = {"threads": threads} if int(av.__version__.split(".")[0]) >= 17 else {}
+        self._to_rgb: Any = partial(VideoReformatter().reformat, format="rgb24", **options)
         self._errors = (av.FFmpegError, ValueError, OSError)
         self._source, self._threads = source, threads
         self.container: Any = None

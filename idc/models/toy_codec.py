@@ -38,9 +38,13 @@ class CosineCodec(Codec):
     at 64x64 the round trip has 25.0 dB (28.0 dB at the first frame and for still pictures).
     """
 
+    _loaded_on: torch.device | None = None
+
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Move to `device`; `dtype` is ignored, the transform runs in float32."""
-        self.device = torch.device(device)
+        if self._loaded_on == torch.device(device):
+            return self
+        self.device = self._loaded_on = torch.device(device)
         self._first = _basis(FIRST, 1).to(self.device)
         self._later = _basis(LATER, 4).to(self.device)
         self._mean, self._std = (

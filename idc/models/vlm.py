@@ -50,14 +50,14 @@ class VLMConditioner(Frozen):
             if image.ndim != 3 or image.shape[0] != 3:
                 raise UserError(f"reference image of shape {tuple(image.shape)}: must be [3, H, W]")
         with self.inference():
-            samples = [self._encode_one(c, r) for c, r in zip(captions, references, strict=True)]
+            samples = self._encode_each(captions, references)
         lengths_B = torch.tensor([len(tokens) for tokens in samples], device=self.device)
         tokens_BLD = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
         return tokens_BLD, torch.arange(tokens_BLD.shape[1], device=self.device) < lengths_B[:, None]
 
     @abstractmethod
-    def _encode_one(self, caption: str, references: Sequence[Tensor]) -> Tensor:
-        """The tokens `[L, D]` of one sample, on the conditioner's device."""
+    def _encode_each(self, captions: Sequence[str], references: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The tokens `[L, D]` of each sample, on the conditioner's device, as if it came alone."""
 
 
 SYSTEM = "Describe each reference subject, and how the text asks it to look, act and meet the others in the video."
@@ -167,6 +167,9 @@ class QwenVLConditioner(VLMConditioner):
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self._model.config.image_token_id).int()
         return inputs, len(head_ids)
 
+    def _encode_each(self, captions: Sequence[str], references: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return [self._encode_one(*sample) for sample in zip(captions, references, strict=True)]
+
     def _encode_one(self, caption: str, references: Sequence[Tensor]) -> Tensor:
         inputs, head = self.inputs(caption, references)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -201,20 +204,31 @@ class ToyVLM(VLMConditioner):
     def _identity(self) -> dict[str, Any]:
         return {"dim": self.dim, "grid": self.grid, "cells": self.cells, "words": self._words.fingerprint, "version": 1}
 
-    def _encode_one(self, caption: str, references: Sequence[Tensor]) -> Tensor:
-        summaries = [self._summary(k, image.float().cpu()) for k, image in enumerate(references)]
-        return torch.cat([*summaries, self._words.tokens(caption)]).to(self.device)
+    def _encode_each(self, captions: Sequence[str], references: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        # The variants of a sample (with and without its text) share their pictures: each is summarised once.
+        places = {(k, id(image)): image for images in references for k, image in enumerate(images)}
+        summaries = dict(zip(places, self._summaries([k for k, _ in places], list(places.values())), strict=True))
+        samples = []
+        for caption, images in zip(captions, references, strict=True):
+            pictures = [summaries[k, id(image)] for k, image in enumerate(images)]
+            samples.append(torch.cat([*pictures, self._words.tokens(caption)]).to(self.device))
+        return samples
 
-    def _summary(self, index: int, image_CHW: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(image_CHW, self.grid * self.cells)
-        patches_LD = F.unfold(pooled[None], self.cells, stride=self.cells)[0].T
-        width = patches_LD.shape[1]
+    def _summaries(self, indexes: Sequence[int], images: Sequence[Tensor]) -> list[Tensor]:
+        """The tokens of picture i as subject `indexes[i]`, `[grid * grid, dim]` each, bfloat16."""
+        if not images:
+            return []
+        side = self.grid * self.cells
+        pooled = torch.stack([F.adaptive_avg_pool2d(image.float().cpu(), side) for image in images])
+        patches_NLD = F.unfold(pooled, self.cells, stride=self.cells).mT
+        count, _, width = patches_NLD.shape
         projection = _fixed_normal(f"patch/{width}/{self.dim}", width, self.dim)
-        subject = _fixed_normal(f"subject/{index}", self.dim)
-        positions_LD = sinusoidal(self.grid**2, self.dim)
-        # About half the power to the picture; an average pixel has a mean square of about 0.5.
-        summary = (math.sqrt(2 / width) * patches_LD @ projection + 0.5 * (positions_LD + subject)) / math.sqrt(1.5)
-        return summary.bfloat16()
+        subjects = torch.stack([_fixed_normal(f"subject/{index}", self.dim) for index in indexes])
+        offsets = 0.5 * (sinusoidal(self.grid**2, self.dim) + subjects[:, None])
+        # One small product a picture (bmm), so that no result depends on the others in the batch. About half the power
+        # to the picture; an average pixel has a mean square of about 0.5.
+        projected = torch.bmm(math.sqrt(2 / width) * patches_NLD, projection.expand(count, -1, -1))
+        return list(((projected + offsets) / math.sqrt(1.5)).bfloat16())
 
 
 @lru_cache(maxsize=64)

@@ -36,7 +36,7 @@ class Throughput(Callback):
             self._waited += self._batch_started - self._batch_ended
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         now = time.perf_counter()
         self._busy += now - self._batch_started

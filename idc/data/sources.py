@@ -6,9 +6,9 @@ import bisect
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from idc.data import storage
 from idc.data.index import INDEX_NAME, Entry, ShardIndex, build_index
@@ -45,17 +45,35 @@ class ShardSource:
         weight: this source's share of the drawn samples relative to the other sources'. Give it to all or to none;
             without, each source has the share of its samples, and each sample comes once an epoch.
         name: first part of the samples' ids; the folder's name by default.
+        part: `train` and `held_out` share the folder by source video (`split_by_video`); `all` takes everything.
+        held_out: the share of the videos that are held out.
     """
 
     path: str
     weight: float | None = None
     name: str | None = None
+    part: Literal["all", "train", "held_out"] = "all"
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held_out={self.held_out}: a share between 0 and 1, both excluded; 0.1 is usual")
 
     def prepare(self) -> None:
         """Nothing: the shards are there or `index` says what to do."""
 
     def index(self) -> ShardIndex:
         """Read the index. Raises `UserError` where it is missing or stale."""
+        index = self._index()
+        if self.part == "all":
+            return index
+        train, held_out = split_by_video(index.entries, self.held_out)
+        chosen = train if self.part == "train" else held_out
+        if not chosen:
+            raise UserError(f"{self.path}: {len(index)} samples are too few to hold some out; part='all' takes all")
+        return replace(index, entries=chosen, hash=stable_hash([index.hash, self.part, self.held_out]))
+
+    def _index(self) -> ShardIndex:
         return ShardIndex.load(self.path, source=source_name(self))
 
 
@@ -164,6 +182,26 @@ def _write_with_progress(folder: Path, count: int, seed: int, world: ToyWorld, w
             workers if workers > 1 else 0,
             progress=lambda done: bar.update(task, completed=done),
         )
+
+
+def split_by_video(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
+    """(training, held-out) entries, with no video in both.
+
+    The video is a key without its last "-part", as `idc shards build` writes them. Which are held out depends on their
+    names alone, so that new videos do not move old ones to the other side by more than the share asks. Where all
+    entries come from one video, its last ones are held out.
+    """
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.key.rpartition("-")[0] or entry.key, []).append(entry)
+    if len(groups) == 1:
+        last = max(1, round(share * len(entries))) if len(entries) > 1 else 0
+        ordered = sorted(entries, key=lambda entry: entry.key)
+        return ordered[: len(ordered) - last], ordered[len(ordered) - last :]
+    drawn = sorted(groups, key=lambda video: stable_hash(["held out", video]))
+    chosen = set(drawn[: max(1, round(share * len(groups)))])
+    held_out = [entry for video, members in groups.items() for entry in members if video in chosen]
+    return [entry for video, members in groups.items() for entry in members if video not in chosen], held_out
 
 
 def source_name(source: Source) -> str:

@@ -209,7 +209,7 @@ class Encoders:
 
 
 def _references(features: Features) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     while (latents_CHW := features.get(f"reference_{len(found)}")) is not None:
         found.append(latents_CHW)
     return found

@@ -121,8 +121,8 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.encoders.place(self.trainer.strategy.root_device, torch.float32)
-        store = getattr(self.trainer.datamodule, "features", None)
-        if store is not None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(datamodule, "features", None) is not None:
             from idc.stages.features import fill_cache
 
             fill_cache(self.trainer, self.encoders)
@@ -140,6 +140,11 @@ class Stage(LightningModule):
         """Clip by the global norm and log the norm before clipping, in one pass over the gradients."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        if hasattr(self.trainer.model, "get_global_grad_norm"):  # DeepSpeed clips inside its engine
+            norm = self.trainer.model.get_global_grad_norm()
+            if norm is not None:
+                self.log("train/grad_norm", norm)
+            return
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.parameters() if p.requires_grad], gradient_clip_val or float("inf")
         )
@@ -172,7 +177,7 @@ class Stage(LightningModule):
         """velocity(x, t) for the samplers, with the subject side computed once where that is exact."""
         assert self.transformer is not None
         cache = None
-        if not self.transformer.config.id_joint_references:
+        if not self.transformer.config["id_joint_references"]:
             with self.autocast():
                 cache = self.transformer.build_subject_cache(condition)
 

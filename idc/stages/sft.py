@@ -5,7 +5,8 @@ Departures: w(t) is a choice of the recipe (the paper names none), and so is how
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,12 +51,20 @@ class SFT(Stage):
             raise UserError(f"validation_times={self.validation_times}: each must be above 0 and at most 1 (noise)")
         self.held_out = torch.nn.ModuleDict({self._name(t): MeanMetric() for t in self.validation_times})
 
+    def _held_out(self, t: float) -> MeanMetric:
+        return cast(MeanMetric, self.held_out[self._name(t)])
+
     @staticmethod
     def _name(t: float) -> str:
         return f"t{t:g}".replace(".", "_")  # a module's name has no dots
 
     def losses(
-        self, features: list[Features], seeds_B: Tensor, t_B: Tensor, drops: list[Drop] | Drop, stream: str = "noise"
+        self,
+        features: Sequence[Features],
+        seeds_B: Tensor,
+        t_B: Tensor,
+        drops: list[Drop] | Drop,
+        stream: str = "noise",
     ) -> Tensor:
         """|| v(z_t, t, C) - (eps - z_0) ||^2 per sample, a mean over dimensions, unweighted: float32 (B,)."""
         x0 = torch.stack([f["latents"] for f in features]).to(self.device, torch.float32)
@@ -80,7 +89,7 @@ class SFT(Stage):
             t_B = torch.full((len(batch),), t, device=self.device)
             loss_B = self.losses(features, batch.seeds_B, t_B, Drop.NOTHING, stream=f"validation_noise_{t:g}")
             if real:
-                self.held_out[self._name(t)].update(loss_B[:real])
+                self._held_out(t).update(loss_B[:real])
 
     def on_validation_epoch_end(self) -> None:
         self._log_held_out("val")
@@ -92,9 +101,9 @@ class SFT(Stage):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
-        means = {t: self.held_out[self._name(t)].compute() for t in self.validation_times}
+        means = {t: self._held_out(t).compute() for t in self.validation_times}
         for t, mean in means.items():
             self.log(f"{split}/loss_t{t:g}", mean, sync_dist=True)  # equal on all ranks already
         self.log(f"{split}/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
-        for metric in self.held_out.values():
-            metric.reset()
+        for t in self.validation_times:
+            self._held_out(t).reset()

@@ -1,6 +1,6 @@
 """A small training run in a process of its own, to be killed, preempted and resumed by the tests.
 
-`start` forks runs from one server process that has imported torch and lightning, so that each costs about a second.
+`start` forks runs from the server of `_server`, so that each costs about a second.
 Faults are real signals that the run sends to itself at a given place, which makes them repeatable.
 """
 
@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _server import free_port, join, launch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -284,34 +284,15 @@ def place_kill(run: Run) -> None:
         torch.save = half
 
 
-context = multiprocessing.get_context("forkserver")
-
-
 def start(run: Run) -> list[multiprocessing.Process]:
     """Start all ranks of a run."""
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    context.set_forkserver_preload([__name__])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [context.Process(target=train, args=(run, rank, port)) for rank in range(run.ranks)]
-    for process in processes:
-        process.start()
-    return processes
+    port = free_port()
+    return launch(train, [(run, rank, port) for rank in range(run.ranks)])
 
 
 def finish(run: Run, timeout: float = 60) -> list[int | None]:
     """Run to the end; the exit codes of all ranks (-9 for a killed one, None for one that hung and was killed)."""
-    processes = start(run)
-    codes = []
-    for process in processes:
-        process.join(timeout)
-        codes.append(process.exitcode)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    return codes
+    return join(start(run), timeout)
 
 
 def records(run: Run, rank: int = 0) -> dict[int, Any]:

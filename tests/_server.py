@@ -1,0 +1,45 @@
+"""Processes forked from one server that has imported torch, lightning and the kit, so that each starts in a moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# One server serves all tests of a session, and what it has imported is decided before its first process.
+PRELOAD = ("_survival_worker", "_sft_worker")
+
+context = multiprocessing.get_context("forkserver")
+
+
+def launch(target: Callable[..., None], calls: Sequence[Sequence[Any]]) -> list[multiprocessing.Process]:
+    """Start `target(*arguments)` in a process of its own for each of `calls`."""
+    here = str(Path(__file__).parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    context.set_forkserver_preload(list(PRELOAD))
+    processes = [context.Process(target=target, args=tuple(arguments)) for arguments in calls]
+    for process in processes:
+        process.start()
+    return processes  # type: ignore[return-value]
+
+
+def join(processes: Sequence[multiprocessing.Process], timeout: float = 60) -> list[int | None]:
+    """Exit codes (-9 for a killed process, None for one that hung and was killed)."""
+    codes = []
+    for process in processes:
+        process.join(timeout)
+        codes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return codes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,21 @@
+"""What several test files share: toy shards that are made once a session, with their features cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards `train` (48 clips) and `held_out` (8) of 5 frames of 32x32, one cache of features, and
+    nothing that a run adds to (see `_sft_worker.tiny_overlay`)."""
+    from _sft_worker import WORLD
+
+    from idc.data.sources import ToyShards
+
+    folder = tmp_path_factory.mktemp("toy")
+    ToyShards(str(folder / "train"), 48, 0, **WORLD).prepare()
+    ToyShards(str(folder / "held_out"), 8, 1_000_000, **WORLD).prepare()
+    return folder

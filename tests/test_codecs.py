@@ -167,7 +167,7 @@ def test_fingerprint_follows_settings_and_weights_not_loading(root, tmp_path, va
 
 def test_weights_are_frozen_and_loading_twice_loads_once(root):
     codec = WanVAECodec(str(root)).load()
-    weights = codec._vae
-    assert codec.load()._vae is weights
+    weights = codec._model
+    assert codec.load()._model is weights
     assert not weights.training
     assert not any(parameter.requires_grad for parameter in weights.parameters())

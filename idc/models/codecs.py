@@ -96,22 +96,21 @@ class WanVAECodec(Codec):
         tiling: bool = False,
     ) -> None:
         self.path, self.subfolder, self.dtype, self.tiling = path, subfolder, torch_dtype(dtype), tiling
-        self._vae: Any = None
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         self.device = torch.device(device)
-        if self._vae is None:
+        if self._model is None:
             resolve(self.path, self.subfolder, "a Wan VAE: config.json and diffusion_pytorch_model.safetensors")
             from diffusers import AutoencoderKLWan
 
-            self._vae = AutoencoderKLWan.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=self.dtype)
-            if self._vae.config.z_dim != self.channels:
-                z_dim, self._vae = self._vae.config.z_dim, None
+            self._model = AutoencoderKLWan.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=self.dtype)
+            if self._model.config.z_dim != self.channels:
+                z_dim, self._model = self._model.config.z_dim, None
                 raise UserError(f"path={self.path!r}: a VAE of {z_dim} latent channels; Wan2.1's has {self.channels}")
-            self._vae.eval().requires_grad_(False)
+            self._model.eval().requires_grad_(False)
             if self.tiling:
-                self._vae.enable_tiling()
-        self._vae.to(self.device)
+                self._model.enable_tiling()
+        self._model.to(self.device)
         return self
 
     def _identity(self) -> dict[str, Any]:
@@ -127,10 +126,10 @@ class WanVAECodec(Codec):
             return self._normalise(posterior.mean.float() + posterior.std.float() * noise.to(self.device))
 
     def _posterior(self, video_BCTHW: Tensor) -> Any:
-        return self._vae.encode(video_BCTHW.to(self.dtype)).latent_dist
+        return self._model.encode(video_BCTHW.to(self.dtype)).latent_dist
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        config = self._vae.config
+        config = self._model.config
         mean, std = (torch.tensor(values, device=self.device) for values in (config.latents_mean, config.latents_std))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
@@ -143,4 +142,4 @@ class WanVAECodec(Codec):
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         mean, std = self._statistics()
-        return self._vae.decode((latents_BCTHW.float() * std + mean).to(self.dtype)).sample
+        return self._model.decode((latents_BCTHW.float() * std + mean).to(self.dtype)).sample

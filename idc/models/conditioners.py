@@ -75,7 +75,6 @@ class UMT5Conditioner(TextConditioner):
             raise UserError(f"max_length={max_length}: must be at least 1; Wan's is 512")
         self.path, self.text_encoder, self.tokenizer = path, text_encoder, tokenizer
         self.max_length, self.dtype, self._dim = max_length, torch_dtype(dtype), dim
-        self._model: Any = None
         self._tokenizer: Any = None
 
     @cached_property

@@ -101,7 +101,7 @@ class Encoders:
 
     def __init__(self, codec: Codec, text: TextConditioner, vlm: VLMConditioner | None = None) -> None:
         self.codec, self.text, self.vlm = codec, text, vlm
-        self._placement: tuple[torch.device, torch.dtype] | None = None
+        self._parts = tuple(part for part in (codec, text, vlm) if part is not None)
 
     @property
     def fingerprint(self) -> str:
@@ -109,15 +109,15 @@ class Encoders:
         parts = [self.codec.fingerprint, self.text.fingerprint, self.vlm.fingerprint if self.vlm else "no vlm"]
         return hashlib.sha256("\n".join(["features-v1", *parts]).encode()).hexdigest()[:16]
 
-    def place(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Say where the encoders shall run; nothing is loaded yet."""
-        self._placement = (device, dtype)
+    def place(self, device: torch.device) -> None:
+        """Say where the encoders shall run; each loads at its first use."""
+        for part in self._parts:
+            part.device = device
 
-    def _load(self) -> None:
-        device, dtype = self._placement or (torch.device("cpu"), torch.float32)
-        for part in (self.codec, self.text, self.vlm):
-            if part is not None:
-                part.load(device, dtype)
+    def unload(self) -> None:
+        """Free the encoders' memory, as when everything that training needs is cached."""
+        for part in self._parts:
+            part.unload()
 
     @torch.no_grad()
     def features(self, samples: Sequence[Sample], drops: Sequence[Drop] | None = None) -> list[dict[str, Tensor]]:
@@ -136,7 +136,9 @@ class Encoders:
         self._add_latents(features, samples)
         return features
 
-    def _add_text(self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]):
+    def _add_text(
+        self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]
+    ) -> None:
         names = ["text", "text_null"]
         todo = [
             (i, name, samples[i].caption if name == "text" else "")
@@ -146,13 +148,14 @@ class Encoders:
         ]
         if not todo:
             return
-        self._load()
         captions = sorted({caption for _, _, caption in todo})
         encoded = dict(zip(captions, self.text.encode(captions), strict=True))
         for i, name, caption in todo:
             features[i][name] = _without_padding(encoded[caption])
 
-    def _add_vlm(self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]):
+    def _add_vlm(
+        self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]
+    ) -> None:
         assert self.vlm is not None
         todo = [
             (i, choice)
@@ -162,7 +165,6 @@ class Encoders:
         ]
         if not todo:
             return
-        self._load()
         captions = ["" if choice in (Drop.TEXT, Drop.BOTH) else samples[i].caption for i, choice in todo]
         references = [[s.image_CHW for s in samples[i].subjects] if choice.references else [] for i, choice in todo]
         tokens_BLD, mask_BL = self.vlm.encode(captions, references)
@@ -171,24 +173,21 @@ class Encoders:
 
     def _add_references(
         self, features: list[dict[str, Tensor]], samples: Sequence[Sample], drops: Sequence[Drop | None]
-    ):
+    ) -> None:
         by_size: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
         for i, (sample, drop) in enumerate(zip(samples, drops, strict=True)):
             for k, subject in enumerate(sample.subjects):
                 if f"reference_{k}" not in features[i] and (drop is None or drop.references):
                     by_size.setdefault(tuple(subject.image_CHW.shape), []).append((i, k, subject.image_CHW))
-        if by_size:
-            self._load()
         for group in by_size.values():
             images_BCTHW = torch.stack([image for _, _, image in group]).unsqueeze(2)
             for (i, k, _), latents_CTHW in zip(group, self.codec.encode(images_BCTHW), strict=True):
                 features[i][f"reference_{k}"] = latents_CTHW[:, 0]
 
-    def _add_latents(self, features: list[dict[str, Tensor]], samples: Sequence[Sample]):
+    def _add_latents(self, features: list[dict[str, Tensor]], samples: Sequence[Sample]) -> None:
         todo = [i for i, sample in enumerate(samples) if "latents" not in features[i] and sample.video_CTHW is not None]
         if not todo:
             return
-        self._load()
         video_BCTHW = torch.stack([samples[i].video_CTHW for i in todo])  # type: ignore[misc]
         for i, latents_CTHW in zip(todo, self.codec.encode(video_BCTHW), strict=True):
             features[i]["latents"] = latents_CTHW

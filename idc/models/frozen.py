@@ -26,6 +26,7 @@ class Frozen(ABC):
     """
 
     device: torch.device = torch.device("cpu")
+    _model: Any = None  # what is heavy
 
     @abstractmethod
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
@@ -34,6 +35,10 @@ class Frozen(ABC):
         `dtype` is for encoders that have no dtype setting of their own: a setting wins, so that the fingerprint
         does not depend on where the encoder runs.
         """
+
+    def unload(self) -> None:
+        """Free what `load` built; the next use builds it again."""
+        self._model = None
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -104,7 +104,6 @@ class QwenVLConditioner(VLMConditioner):
             raise UserError(f"min_pixels={min_pixels}: must be positive and at most max_pixels={max_pixels}")
         self.path, self.max_pixels, self.min_pixels = path, max_pixels, min_pixels
         self.dtype, self._dim = torch_dtype(dtype), dim
-        self._model: Any = None
         self._tokenizer: Any = None
         self._images: Any = None
 

@@ -120,7 +120,7 @@ class Stage(LightningModule):
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
 
     def setup(self, stage: str) -> None:
-        self.encoders.place(self.trainer.strategy.root_device, torch.float32)
+        self.encoders.place(self.trainer.strategy.root_device)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if getattr(datamodule, "features", None) is not None:
             from idc.stages.features import fill_cache
@@ -140,8 +140,9 @@ class Stage(LightningModule):
         """Clip by the global norm and log the norm before clipping, in one pass over the gradients."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
-        if hasattr(self.trainer.model, "get_global_grad_norm"):  # DeepSpeed clips inside its engine
-            norm = self.trainer.model.get_global_grad_norm()
+        engine: Any = self.trainer.model
+        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed clips inside its engine
+            norm = engine.get_global_grad_norm()
             if norm is not None:
                 self.log("train/grad_norm", norm)
             return

@@ -25,6 +25,7 @@ def fill_cache(trainer: Trainer, encoders: Encoders) -> None:
         for loader in data.encode_dataloaders(store):
             _encode(trainer, loader, encoders, store)
         trainer.strategy.barrier("features")
+        encoders.unload()
     data.attach_features(store)
 
 

@@ -40,7 +40,7 @@ class CosineCodec(Codec):
 
     Normalisation is half a whitening: a coefficient of standard deviation s is divided by sqrt(s x mean s). Latents
     then have unit variance as a whole, and deviations by channel from 0.4 (fine detail) to 2.3 (brightness), so that
-    noise hides detail before it hides layout. Models learned backgrounds and colours sooner than with full whitening.
+    noise hides detail before it hides layout.
     """
 
     _loaded_on: torch.device | None = None

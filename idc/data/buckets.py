@@ -35,7 +35,7 @@ class BucketRule:
     """
 
     shapes: Sequence[Sequence[int]]
-    max_subjects: int = 3
+    max_subjects: int = 4
     max_upscale: float = 1.1
     max_crop: float = 0.5
     parsed: tuple[Bucket, ...] = field(init=False)

@@ -94,7 +94,7 @@ class VideoDataModule(LightningDataModule):
         seed: int = 0,
         epoch_size: int | None = None,
         reference_area: int = 1024 * 256,
-        max_subjects: int = 3,
+        max_subjects: int = 4,
         max_upscale: float = 1.1,
         max_crop: float = 0.5,
         random_window: bool = True,

@@ -140,4 +140,12 @@ class TransformerSpec:
         from idc.models.transformer import IDCrafterTransformer
 
         subfolder = self.subfolder or None
-        return IDCrafterTransformer.from_wan_pretrained(str(self.pretrained), subfolder=subfolder, **settings)
+        model = IDCrafterTransformer.from_wan_pretrained(str(self.pretrained), subfolder=subfolder, **settings)
+        for name, value in settings.items():
+            saved = model.config[name]
+            if saved != value:
+                raise UserError(
+                    f"{name}={value}: {self.pretrained} was saved with {saved}, and its blocks cannot be changed; "
+                    f"set it to {saved}, or start from plain Wan weights"
+                )
+        return model

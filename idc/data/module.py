@@ -73,7 +73,8 @@ class VideoDataModule(LightningDataModule):
         random_window: draw the window and the crop of clips larger than their bucket; otherwise the first frames and
             the centre. A features cache implies the latter.
         features: folder of the features cache; the stage computes what is missing and calls `attach_features`.
-        decode_references: with cached features, decode the reference pictures all the same.
+        decode_references: with cached features, decode the training samples' reference pictures all the same (those
+            of held-out samples are: previews show them).
         quarantine: file of the samples that could not be read; None keeps no file.
         max_corrupt_rate: the run stops above this share of them.
         allow_mix_change: resume although data, weights, buckets or batch size are not the checkpoint's.
@@ -225,10 +226,11 @@ class VideoDataModule(LightningDataModule):
         """This rank's training batches; its state is in Lightning's checkpoints."""
         plan = self.plan()
         trainer = self.trainer
+        keep_references = self._store is None or self.decode_references
         return self._loader(
             plan,
             self._splits["train"].catalogue,
-            self._settings(self.random_window),
+            replace(self._settings(self.random_window), decode_references=keep_references),
             limit=None if trainer is None else batches_of(trainer.limit_train_batches, len(plan)),
             overfit=bool(getattr(trainer, "overfit_batches", 0)),
             allow_mix_change=self.allow_mix_change,
@@ -250,8 +252,7 @@ class VideoDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def _settings(self, random_window: bool) -> ReadSettings:
-        keep_references = self._store is None or self.decode_references
-        return ReadSettings(self.reference_area, random_window and self._store is None, self._store, keep_references)
+        return ReadSettings(self.reference_area, random_window and self._store is None, self._store)
 
     def _held_out_loader(
         self, split: Split, size: int, sources: Sequence[MixSource], settings: ReadSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,12 +71,28 @@ class CLI(LightningCLI):
         from idc.callbacks.resume import resolve_ckpt_path
 
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("weights_only") is None:
+            kwargs["weights_only"] = True  # nothing that came from elsewhere is unpickled
         wanted = kwargs.get("ckpt_path")
         if wanted is not None:
             wanted = "last" if wanted == "auto" else wanted
             run_dir = self.trainer.log_dir or self.trainer.default_root_dir
             kwargs["ckpt_path"] = resolve_ckpt_path(wanted, run_dir, self.trainer.strategy)
         return kwargs
+
+
+def _quiet() -> None:
+    """Leave out messages that are no news to a user of the recipes."""
+    for message in (
+        "does not have many workers",
+        "LeafSpec",
+        "args parameter is intended to run from within Python",
+        "exists and is not empty",
+        "returned a view tensor",  # FSDP2: nobody writes into the velocity
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.addFilter(lambda record: "litlogger" not in str(record.msg))
 
 
 def newest_run(root: Path) -> Path | None:
@@ -88,11 +105,7 @@ def run(command: str, args: Sequence[str]) -> int:
     """Run one of Lightning's subcommands. Returns the exit status."""
     # Absolute interpolations (${model.x}) fail under subcommands unless they are made relative first.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # nobody writes into the velocity
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    _quiet()
     try:
         CLI(
             Stage,
@@ -103,7 +116,7 @@ def run(command: str, args: Sequence[str]) -> int:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "idc"},
             args=[command, *args],
         )
     except UserError as error:

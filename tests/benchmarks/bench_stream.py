@@ -181,7 +181,9 @@ def main() -> None:
 
     console = Console()
     for title, summary in results.items():
-        table = Table("", "clips/s", "ratio to webdataset", "rounds", title=f"{title}, {options.clips} clips of 9x64x64")
+        table = Table(
+            "", "clips/s", "ratio to webdataset", "rounds", title=f"{title}, {options.clips} clips of 9x64x64"
+        )
         for name, s in summary.items():
             rate = f"{s['clips_per_second']:.0f} ({s['min']:.0f} to {s['max']:.0f})"
             table.add_row(name, rate, f"{s['ratio']:.2f} ({s['ratio_min']:.2f} to {s['ratio_max']:.2f})", str(s["n"]))

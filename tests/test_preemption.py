@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -114,3 +115,15 @@ def test_under_lightnings_launcher_the_whole_command_ends_with_status_0(tmp_path
 def test_unknown_signal_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"'SIGTREM'.*SIGTERM"):
         Preemption(signals=["SIGTREM"])
+
+
+def test_one_interrupt_asks_and_a_second_one_stops_at_once() -> None:
+    callback = Preemption()
+    callback._install()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert callback.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        callback._restore()

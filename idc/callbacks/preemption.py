@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -33,13 +34,13 @@ class Preemption(Callback):
     """Ends training after the current step when a signal has come.
 
     Args:
-        signals: names of the signals to listen to.
+        signals: names of the signals to listen to. A second SIGINT (Ctrl-C) stops at once, without a save.
 
     Raises:
         UserError: an unknown signal.
     """
 
-    def __init__(self, signals: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> None:
+    def __init__(self, signals: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR1")) -> None:
         for name in signals:
             if name not in signal.Signals.__members__:
                 raise UserError(f"signals: there is no {name!r}{nearest(name, signal.Signals.__members__)}")
@@ -110,6 +111,10 @@ class Preemption(Callback):
             self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            os.write(2, b"\nInterrupted: finishing the step and saving; Ctrl-C again stops at once\n")
         self.received = signal.Signals(number)
 
     def _restore(self) -> None:

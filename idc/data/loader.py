@@ -267,6 +267,6 @@ def _same(parcel: Any) -> Any:
 
 
 def _ignore_preemption(worker: int) -> None:
-    """A scheduler signals the whole process group: the run wants its readers alive until it has saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """A scheduler, or Ctrl-C, signals the whole process group: the run wants its readers alive until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

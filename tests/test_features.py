@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -114,6 +115,35 @@ def test_a_store_sees_what_others_wrote_after_refresh(tmp_path: Path):
     assert len(two) == 0
     two.refresh()
     assert check(two, 1)
+
+
+DTYPES = (torch.int8, torch.float64, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.float32)
+
+
+def test_tensors_of_every_size_and_dtype_lie_where_they_are_read(tmp_path: Path):
+    mixed = {
+        f"{dtype}_{'x'.join(map(str, shape))}": (torch.arange(60) % 7)[: math.prod(shape)].view(shape).to(dtype)
+        for dtype in DTYPES
+        for shape in ((), (1,), (3, 5), (0, 4))
+    }
+    FeatureStore(tmp_path, "f").write({"a": mixed, "b": {"odd": torch.ones(3, dtype=torch.int8)}})
+    read = FeatureStore(tmp_path, "f").read("a")
+    assert read.keys() == mixed.keys()
+    for name, tensor in mixed.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(read[name].double(), tensor.double())
+
+
+def test_writing_into_a_read_tensor_leaves_the_file_alone(tmp_path: Path):
+    store = FeatureStore(tmp_path, "f")
+    store.write(chunk(0, 1))
+    store.read(next(iter(chunk(0, 1))))["latents"].zero_()
+    assert check(FeatureStore(tmp_path, "f"), 0)
+
+
+def test_a_dtype_that_cannot_be_read_back_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"phase is torch\.complex64"):
+        FeatureStore(tmp_path, "f").write({"a": {"phase": torch.zeros(2, dtype=torch.complex64)}})
 
 
 @pytest.mark.parametrize("wrong", [{}, {"a": {}}])

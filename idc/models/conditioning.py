@@ -21,7 +21,6 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from idc.errors import UserError
@@ -195,9 +194,7 @@ class Encoders:
     def condition(self, features: Sequence[Features], drops: Sequence[Drop] | Drop = Drop.NOTHING) -> Condition:
         """Assemble the batch's condition; `drops` is one for all or one a sample."""
         each = [drops] * len(features) if isinstance(drops, Drop) else list(drops)
-        text_BLD = torch.stack(
-            [_pad_tokens(f[drop.text], self.text.max_length) for f, drop in zip(features, each, strict=True)]
-        )
+        text_BLD = _pad_tokens([f[drop.text] for f, drop in zip(features, each, strict=True)], self.text.max_length)
         vlm_BLD, vlm_mask_BL = None, None
         if self.vlm is not None:
             vlm_BLD, vlm_mask_BL = _stack_tokens([f[drop.vlm] for f, drop in zip(features, each, strict=True)])
@@ -220,15 +217,19 @@ def _without_padding(tokens_LD: Tensor) -> Tensor:
     return tokens_LD[: int(real[-1]) + 1 if len(real) else 1]
 
 
-def _pad_tokens(tokens_LD: Tensor, length: int) -> Tensor:
-    return F.pad(tokens_LD, (0, 0, 0, length - tokens_LD.shape[0]))
+def _pad_tokens(tokens: Sequence[Tensor], length: int) -> Tensor:
+    """`[L, D]` of several lengths to zero-padded `[B, length, D]`."""
+    padded_BLD = tokens[0].new_zeros(len(tokens), length, tokens[0].shape[1])
+    for padded_LD, tokens_LD in zip(padded_BLD, tokens, strict=True):
+        padded_LD[: len(tokens_LD)] = tokens_LD
+    return padded_BLD
 
 
 def _stack_tokens(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Zero-pad to the longest; the mask is None where there is nothing to mask."""
     lengths = [t.shape[0] for t in tokens]
     longest = max(lengths)
-    stacked = torch.stack([_pad_tokens(t, longest) for t in tokens])
+    stacked = _pad_tokens(tokens, longest)
     if min(lengths) == longest:
         return stacked, None
     positions = torch.arange(longest, device=stacked.device)
@@ -241,20 +242,22 @@ def _stack_references(references: Sequence[Sequence[Tensor]]) -> tuple[tuple[Ten
     if subjects == 0:
         return (), None
     example = next(r[0] for r in references if r)
-    sizes_BN2 = torch.zeros(len(references), subjects, 2, dtype=torch.long)
-    for b, row in enumerate(references):
-        for k, latents_CHW in enumerate(row):
-            sizes_BN2[b, k] = torch.tensor(latents_CHW.shape[-2:])
-    stacked = []
+    # In plain numbers: this runs at every training step, and one small tensor a reference would cost a millisecond.
+    sizes = [[tuple(r.shape[-2:]) for r in row] + [(0, 0)] * (subjects - len(row)) for row in references]
+    stacked, ragged = [], False
     for k in range(subjects):
-        height, width = sizes_BN2[:, k].amax(0).tolist()
+        each = [row[k] for row in sizes]
+        if min(map(min, each)) > 0 and len(set(each)) == 1:
+            stacked.append(torch.stack([row[k] for row in references]))
+            continue
+        ragged = True
+        height, width = (max(size[axis] for size in each) for axis in (0, 1))
         padded = example.new_zeros(len(references), example.shape[0], height, width)
         for b, row in enumerate(references):
             if k < len(row):
                 padded[b, :, : row[k].shape[-2], : row[k].shape[-1]] = row[k]
         stacked.append(padded)
-    ragged = any((sizes_BN2[:, k] != sizes_BN2[0, k]).any() for k in range(subjects)) or not sizes_BN2.all()
-    return tuple(stacked), sizes_BN2.to(example.device) if ragged else None
+    return tuple(stacked), torch.tensor(sizes, device=example.device) if ragged else None
 
 
 def feature_names(subjects: int, vlm: bool) -> Iterable[str]:

@@ -10,7 +10,32 @@ from pathlib import Path
 from typing import Any
 
 # One server serves all tests of a session, and what it has imported is decided before its first process.
-PRELOAD = ("_survival_worker", "_sft_worker")
+PRELOAD = (
+    "_survival_worker",
+    "_sft_worker",
+    "idc.lightning_cli",
+    "idc.stages.sft",
+    "idc.stages.features",
+    "idc.stages.sharding",
+    "idc.models.transformer",
+    "idc.models.toy_codec",
+    "idc.models.trainable",
+    "idc.callbacks.previews",
+    "idc.callbacks.progress",
+    "idc.callbacks.throughput",
+    "idc.data.toy",
+    "idc.data.video",
+    "accelerate",
+    "av",
+    "filelock",
+    "omegaconf",
+    "peft",
+    "rich.progress",
+    "tensorboard.compat.proto.summary_pb2",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+)
 
 context = multiprocessing.get_context("forkserver")
 

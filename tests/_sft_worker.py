@@ -12,20 +12,18 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils.tensorboard
 import yaml
 from _server import free_port, join, launch
 from _survival_worker import place_kill
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import idc.data.module
-import idc.lightning_cli
-import idc.stages.sft
 from idc.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -107,12 +105,14 @@ class Recorder(Callback):
 
     Args:
         log: the file without its rank.
-        kill_step: SIGKILL this process when it has computed that step and not yet saved it.
+        kill_step, kill_after: this many seconds after that step (before it is saved) an alarm ends this process,
+            whatever it is doing then.
         signal_step: the last rank sends itself SIGTERM in that step.
     """
 
-    def __init__(self, log: str, kill_step: int = 0, signal_step: int = 0) -> None:
+    def __init__(self, log: str, kill_step: int = 0, kill_after: float = 0.0, signal_step: int = 0) -> None:
         self.path, self.kill_step, self.signal_step = log, kill_step, signal_step  # `log` is Lightning's
+        self.kill_after = kill_after
 
     def _write(self, trainer: Trainer, **record: Any) -> None:
         with open(f"{self.path}-{trainer.global_rank}", "a") as stream:
@@ -123,7 +123,8 @@ class Recorder(Callback):
     ) -> None:
         self._write(trainer, loss=float(outputs["loss"]), ids=batch.ids, seeds=batch.seeds_B.tolist())
         if trainer.global_step == self.kill_step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, max(self.kill_after, 1e-6))
         if trainer.global_step == self.signal_step and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -132,10 +133,12 @@ class Recorder(Callback):
         self._write(trainer, validation=values)
 
 
-def recorder(log: Path, **faults: int) -> dict[str, Any]:
-    """The recorder as an overlay; it adds to the recipe's callbacks."""
-    entry = {"class_path": "_sft_worker.Recorder", "init_args": {"log": str(log), **faults}}
-    return {"trainer": {"callbacks+": [entry]}}
+def observed(overlay: dict[str, Any], log: str, **faults: Any) -> dict[str, Any]:
+    """`overlay` with the recorder among its callbacks, or, if it names none, added to the recipe's."""
+    entry = {"class_path": "_sft_worker.Recorder", "init_args": {"log": log, **faults}}
+    named = overlay["trainer"].get("callbacks")
+    # `callbacks+` beside `callbacks` in one file would replace them.
+    return merge(overlay, {"trainer": {"callbacks+": [entry]} if named is None else {"callbacks": [*named, entry]}})
 
 
 def callbacks(save_every: int = 3, ema: float = 0.9, count: int = 2) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def callbacks(save_every: int = 3, ema: float = 0.9, count: int = 2) -> dict[str
                     "init_args": {"every_n_steps": save_every, "keep_last": 2},
                 },
                 {"class_path": "idc.callbacks.preemption.Preemption"},
-            ]
+            ],
         }
     }
 
@@ -165,8 +168,9 @@ class Fit:
     args: tuple[str, ...] = ()
     ranks: int = 1
     overlays: tuple[Path, ...] = ()  # further files, between the recipe and ours
-    kill_place: str | None = None  # see `_survival_worker.PLACES`
+    kill_place: str | None = None  # "step", or one of `_survival_worker.PLACES` within the save of `kill_step`
     kill_step: int = 0
+    kill_after: float = 0.0
     signal_step: int = 0
     log: str = "log"
     environment: dict[str, str] = field(default_factory=dict)
@@ -179,9 +183,11 @@ class Fit:
     def command(self) -> list[str]:
         """The arguments of `idc`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        faults = {"signal_step": self.signal_step}
-        faults["kill_step"] = self.kill_step if self.kill_place == "step" else 0
-        own = written(self.folder / f"{self.log}.yaml", merge(self.overlay, recorder(self.folder / self.log, **faults)))
+        faults: dict[str, Any] = {"signal_step": self.signal_step}
+        if self.kill_place == "step":
+            faults |= {"kill_step": self.kill_step, "kill_after": self.kill_after}
+        content = observed(self.overlay, str(self.folder / self.log), **faults)
+        own = written(self.folder / f"{self.log}.yaml", content)
         files = [argument for path in (*self.overlays, own) for argument in ("--config", str(path))]
         return ["fit", "--config", str(RECIPE), *files, *self.args]
 
@@ -190,11 +196,9 @@ class Fit:
         command, port = self.command(), free_port()
         return join(launch(_rank, [(self, command, rank, port) for rank in range(self.ranks)]), timeout)
 
-    def resumed(self, **changes: Any) -> Fit:
-        """The same run from its last checkpoint, without the fault."""
-        return replace(
-            self, kill_place=None, signal_step=0, **{"args": (*self.args, "--ckpt_path", "last"), **changes}
-        )
+    def errors(self) -> str:
+        """The end of what the ranks wrote to their standard error, for a failed assertion."""
+        return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("*.err")))
 
     def lines(self, rank: int = 0) -> list[dict[str, Any]]:
         """All that a rank has recorded, over all starts."""

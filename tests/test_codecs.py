@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _tiny_real import tiny_vae
 
 from idc.errors import UserError
 from idc.models.codecs import WanVAECodec
@@ -11,10 +12,7 @@ from idc.models.codecs import WanVAECodec
 
 @pytest.fixture(scope="module")
 def vae():
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(0)
-    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    return tiny_vae()
 
 
 @pytest.fixture(scope="module")

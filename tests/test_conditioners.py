@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
+from _tiny_real import save_qwen, save_umt5
 
 from idc.errors import UserError
 from idc.models.conditioners import ToyTextConditioner, UMT5Conditioner, clean_caption
 from idc.models.vlm import QwenVLConditioner, ToyVLM, qwen_prompt
 
-WORDS = ["a", "red", "blue", "ball", "cube", "and", "the", "cat", "meets", "another", "on", "green", "floor"]
-NUMBERS = ["Subject", "1", "2", "3", ":"]
 CAPTIONS = [
     "a red ball",
     "",
@@ -22,34 +21,13 @@ CAPTIONS = [
 ]
 
 
-def save_tokenizer(folder, special: list[str], end: str | None = None, **roles) -> int:
-    """Save a word-level tokenizer as a real one is saved; return the size of its vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *NUMBERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if end is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, vocabulary[end])])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **roles)
-    fast.save_pretrained(folder)
-    return len(vocabulary)
-
-
 # --- UMT5 -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def wan_root(tmp_path_factory):
-    from transformers import UMT5Config, UMT5EncoderModel
-
     root = tmp_path_factory.mktemp("wan")
-    special = ["<pad>", "</s>", "<unk>"]
-    size = save_tokenizer(root / "tokenizer", special, end="</s>", pad_token="<pad>", eos_token="</s>")
-    torch.manual_seed(0)
-    config = UMT5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
+    save_umt5(root)
     return root
 
 
@@ -140,34 +118,8 @@ def test_a_missing_tokenizer_is_named(tmp_path, wan_root):
 
 @pytest.fixture(scope="module")
 def qwen_root(tmp_path_factory):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
     root = tmp_path_factory.mktemp("qwen")
-    chat = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    special = ["<pad>", "<unk>", *chat]
-    size = save_tokenizer(root, special, pad_token="<pad>", extra_special_tokens=chat)
-    roles = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    text = {
-        "vocab_size": size,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [1],
-    }
-    ids = {f"{role}_token_id": special.index(f"<|{name}|>") for role, name in roles.items()}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(root)
+    save_qwen(root)
     return root
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _shards import corrupt
 from PIL import Image
 
 from idc.data.index import ShardIndex, build_index
@@ -250,34 +250,11 @@ def test_held_out_data_is_the_same_at_every_epoch_and_complete_over_ranks(index:
 # Corrupt samples ------------------------------------------------------------------------------------------------------
 
 
-def corrupt(root: Path, index: ShardIndex) -> dict[str, str]:
-    """Damage four samples in four ways after indexing; returns id -> what its reason must say."""
-    index = ShardIndex.load(root, source="toy", check_stale=False)
-    last_shard = index.entries[-1].shard
-    inside = [entry for entry in index.entries if entry.shard != last_shard]
-    broken, missing, wrong = inside[3], inside[20], inside[33]
-    data = bytearray((root / inside[0].shard).read_bytes())
-    mp4 = next(member for member in broken.members if member.ext == "mp4")
-    data[mp4.offset : mp4.offset + mp4.size] = bytes(mp4.size)  # broken mp4
-    json_member = next(member for member in missing.members if member.ext == "json")
-    data[json_member.offset - 512 : json_member.offset] = bytes(512)  # missing member: its header is gone
-    text = next(member for member in wrong.members if member.ext == "txt")
-    header = tarfile.TarInfo(f"{wrong.key}.txt")
-    header.size = text.size + 1  # wrong size
-    data[text.offset - 512 : text.offset] = header.tobuf()
-    (root / inside[0].shard).write_bytes(data)
-    tail = index.entries[-1]
-    end = max(member.offset + member.size for member in tail.members)
-    with open(root / last_shard, "r+b") as stream:
-        stream.truncate(end - 10)  # truncated tar
-    return {broken.id: "broken", missing.id: "missing member", wrong.id: "wrong size", tail.id: "truncated"}
-
-
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardIndex, dict[str, str]]:
     root = tmp_path_factory.mktemp("damaged")
     index = write_shards(root, 400, per_shard=396)
-    return index, corrupt(root, index)
+    return index, corrupt(root)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

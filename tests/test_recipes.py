@@ -1,0 +1,334 @@
+"""Recipes: all of them parse, in every combination that a user may write, and each changes what it says and no more.
+
+What the overlays change is in golden/recipes.json; after a change that is meant, write it anew by
+
+    IDC_WRITE_GOLDEN=1 python -m pytest tests/test_recipes.py -k exactly
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from _sft_worker import ROOT, Fit, callbacks, fit_here, merge, scalars, shards, tiny_overlay, toy, written
+from _tiny_real import save_qwen, save_wan
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from idc.cli import main
+from idc.data.module import VideoDataModule
+from idc.lightning_cli import CLI, Parser
+from idc.models.spec import IDBlocks, TransformerSpec
+from idc.recipes import ORDER
+from idc.stages.base import Stage
+
+RECIPES = ROOT / "recipes"
+SFT = RECIPES / "sft.yaml"
+GOLDEN = Path(__file__).parent / "golden" / "recipes.json"
+
+
+def files(layer: str) -> list[Path]:
+    found = sorted((RECIPES / layer).glob("*.yaml"))
+    assert found, layer
+    return found
+
+
+OVERLAYS = [path for layer in ORDER[1:] for path in files(layer)]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+class ParserOnly(CLI):
+    """The command line up to the parser: nothing is instantiated and nothing runs."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.used = parser
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def parser() -> LightningArgumentParser:
+    """The parser of `idc`, made once: making it takes longer than parsing."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    cli = ParserOnly(
+        Stage,
+        VideoDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        args=["fit", "--config", str(SFT)],
+    )
+    os.chdir(before)
+    return cli.used
+
+
+def parse(parser: LightningArgumentParser, *paths: Path, args: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The merged configuration of `idc fit` as plain values."""
+    files = [argument for path in paths for argument in ("--config", str(path))]
+    config = parser.parse_args(["fit", *files, *args])["fit"].as_dict()
+    del config["config"]  # the files' names
+    return json.loads(json.dumps(config, default=str))
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; a list is a leaf."""
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, config
+
+
+def changes(base: dict[str, Any], changed: dict[str, Any]) -> dict[str, list[Any]]:
+    """key -> [before, after] of all that differs; "absent" where a side lacks the key."""
+    before, after = dict(flatten(base)), dict(flatten(changed))
+    keys = sorted(before.keys() | after.keys())
+    return {
+        key: [before.get(key, "absent"), after.get(key, "absent")]
+        for key in keys
+        if before.get(key, "absent") != after.get(key, "absent")
+    }
+
+
+@pytest.fixture(scope="module")
+def base(parser: LightningArgumentParser) -> dict[str, Any]:
+    return parse(parser, SFT)
+
+
+# What the files say -------------------------------------------------------------------------------------------------
+
+
+def test_each_overlay_changes_exactly_what_it_claims(parser: LightningArgumentParser, base: dict[str, Any]) -> None:
+    """Ablations against the toy base; so do the others, whose long lists a person should see before they change."""
+    found = {str(path.relative_to(RECIPES)): changes(base, parse(parser, SFT, path)) for path in OVERLAYS}
+    if os.environ.get("IDC_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    for name, expected in golden.items():
+        assert found[name] == expected, name
+
+
+BLOCKS = "model.init_args.transformer.id_blocks"
+ABLATIONS = {
+    "no_hierarchical_attention": {f"{BLOCKS}.intra_subject": False, f"{BLOCKS}.inter_subject": False},
+    "no_vlm_encoder": {f"{BLOCKS}.use_vlm": False},
+    "no_intra_subject": {f"{BLOCKS}.intra_subject": False},
+    "no_inter_subject": {f"{BLOCKS}.inter_subject": False},
+    "no_cross_modal": {f"{BLOCKS}.cross_modal": False, f"{BLOCKS}.joint_references": True},
+    "vanilla": {f"{BLOCKS}.intra_subject": False, f"{BLOCKS}.inter_subject": False},
+}
+
+
+def test_the_ablations_are_the_rows_of_tables_2_and_s5(parser: LightningArgumentParser, base: dict[str, Any]) -> None:
+    """Each but `no_curated_data` switches the blocks alone, as listed above; that one swaps the training clips."""
+    assert {path.stem for path in files("ablations")} == {*ABLATIONS, "no_curated_data"}
+    golden = json.loads(GOLDEN.read_text())
+    for name, expected in ABLATIONS.items():
+        found = golden[f"ablations/{name}.yaml"]
+        assert {key: after for key, (_, after) in found.items()} == expected, name
+    ((key, (before, after)),) = golden["ablations/no_curated_data.yaml"].items()
+    assert key == "data.init_args.sources"
+    (mine, other) = (source["init_args"] for source in (before[0], after[0]))
+    assert {name for name in mine if mine[name] != other[name]} == {"path", "curated"}
+    assert other["curated"] is False
+
+
+@pytest.mark.parametrize("scale", files("scale"), ids=lambda path: path.stem)
+def test_scale_hardware_and_ablation_parse_together(scale: Path, parser: LightningArgumentParser) -> None:
+    """Every ablation and all hardware over each scale; what each of them changes arrives."""
+    golden = json.loads(GOLDEN.read_text())
+    for number, ablation in enumerate(files("ablations")):
+        hardware = files("hardware")[number % len(files("hardware"))]
+        config = dict(flatten(parse(parser, SFT, scale, hardware, ablation)))
+        for path in (hardware, ablation):
+            for key, (_, after) in golden[str(path.relative_to(RECIPES))].items():
+                if after != "absent":
+                    assert config.get(key, "absent") == after, f"{path.stem}: {key}"
+        assert config["model.init_args.transformer.num_layers"] == {"wan1.3b": 30, "wan14b": 40}[scale.stem]
+
+
+def test_hardware_and_ablations_touch_different_settings() -> None:
+    """So each pair of them is as good as those above."""
+    for hardware in files("hardware"):
+        for ablation in files("ablations"):
+            keys = [dict(flatten(yaml.safe_load(path.read_text()))).keys() for path in (hardware, ablation)]
+            assert not keys[0] & keys[1]
+
+
+@pytest.mark.parametrize("data", files("data"), ids=lambda path: path.stem)
+def test_data_goes_over_a_scale(data: Path, parser: LightningArgumentParser) -> None:
+    for scale in files("scale"):
+        config = parse(parser, SFT, scale, data)
+        assert config["data"]["init_args"]["buckets"] == [[9, 64, 64]]
+        assert config["model"]["init_args"]["codec"]["class_path"] == "idc.models.codecs.WanVAECodec"
+
+
+# Overlays -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_overlay_refers_to_the_base_and_the_command_line_wins(
+    parser: LightningArgumentParser, tmp_path: Path
+) -> None:
+    one = written(
+        tmp_path / "one.yaml", {"model": {"init_args": {"schedule": {"warmup_steps": "${trainer.max_steps}"}}}}
+    )
+    two = written(tmp_path / "two.yaml", {"trainer": {"val_check_interval": "${trainer.max_steps}", "max_steps": 7}})
+    config = parse(parser, SFT, one, two)
+    assert config["model"]["init_args"]["schedule"]["warmup_steps"] == 7
+    assert config["trainer"]["val_check_interval"] == 7
+    config = parse(parser, SFT, one, two, args=("--trainer.max_steps", "9", "--data.init_args.batch_size=4"))
+    assert config["trainer"]["max_steps"] == config["model"]["init_args"]["schedule"]["warmup_steps"] == 9
+    assert config["data"]["init_args"]["batch_size"] == 4
+
+
+def test_the_printed_configuration_parses_to_itself(
+    parser: LightningArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlays = [RECIPES / name for name in ("scale/wan1.3b.yaml", "hardware/fsdp.yaml", "ablations/vanilla.yaml")]
+    arguments = [argument for path in (SFT, *overlays) for argument in ("--config", str(path))]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *arguments, "--print_config"])
+    assert end.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert parse(parser, printed) == parse(parser, SFT, *overlays)
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ablation", files("ablations"), ids=lambda path: path.stem)
+def test_each_ablation_trains_and_previews(ablation: Path, toy_data: Path, tmp_path: Path) -> None:
+    steps = {"trainer": {"max_steps": 2, "val_check_interval": 2}}
+    overlay = merge(tiny_overlay(toy_data, tmp_path / "runs", features=False), callbacks(count=1), steps)
+    if ablation.stem == "no_curated_data":
+        source = toy(f"{tmp_path}/not_curated", 16, 0, curated=False)
+        overlay = merge(overlay, {"data": {"init_args": {"sources": [source]}}})
+    run = Fit(tmp_path, overlay, overlays=(ablation,))
+    assert fit_here(run) == 0
+    assert sorted(run.steps()) == [1, 2]
+    assert len(list(run.run.glob("samples/step-000002/*.mp4"))) == 1
+    used = yaml.safe_load((run.run / "config.yaml").read_text())
+    for key, value in ABLATIONS.get(ablation.stem, {}).items():
+        assert dict(flatten(used))[key] == value
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random weights of the real classes: `wan` and `qwen`, as the hub has them."""
+    root = tmp_path_factory.mktemp("weights")
+    save_wan(root / "wan")
+    save_qwen(root / "qwen")
+    return root
+
+
+def test_the_1_3b_recipe_trains_the_real_classes_from_local_folders(
+    weights: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """With gradient checkpointing and bfloat16 as the recipe has them; from live and cached features alike."""
+    wan, qwen = {"path": str(weights / "wan")}, {"path": str(weights / "qwen"), "max_pixels": 16 * 28 * 28}
+    real = {
+        "transformer": {"pretrained": str(weights / "wan"), "id_blocks": {"layers": 2}},
+        "codec": {"init_args": wan},
+        "text": {"init_args": {**wan, "max_length": 16}},
+        "vlm": {"init_args": qwen},
+        "sampling": {"steps": 2, "scale": 2.5, "shift": 3.0},
+    }
+    found = []
+    for features in (False, True):
+        folder = tmp_path / f"features_{features}"
+        overlay = merge(tiny_overlay(toy_data, folder / "runs"), callbacks(count=1))
+        overlay["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+        overlay["model"] = {"init_args": real}
+        overlay["data"]["init_args"] |= {
+            "sources": [shards(str(toy_data / "train"))],
+            "val_sources": [shards(str(toy_data / "held_out"))],
+            "features": str(folder / "features") if features else None,
+            "num_workers": 0,
+        }
+        run = Fit(folder, overlay, overlays=(RECIPES / "scale" / "wan1.3b.yaml",))
+        assert fit_here(run) == 0
+        assert "train/grad_norm" in scalars(run.run)
+        assert len(list(run.run.glob("samples/step-000002/*.mp4"))) == 1
+        used = yaml.safe_load((run.run / "config.yaml").read_text())["model"]["init_args"]
+        assert used["compute_dtype"] == "bfloat16"
+        assert used["transformer"]["gradient_checkpointing"] is True
+        found.append(run)
+    live, cached = found
+    assert [step["ids"] for step in live.steps().values()] == [step["ids"] for step in cached.steps().values()]
+    assert cached.losses() == pytest.approx(live.losses(), rel=1e-5)
+    assert cached.validation()[2] == pytest.approx(live.validation()[2], rel=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "backbone"), [("wan1.3b", 1_418_996_800), ("wan14b", 14_288_491_584)])
+def test_the_scale_recipes_build_the_published_sizes(scale: str, backbone: int) -> None:
+    """On the meta device, from the sizes that stand in the recipe: Wan's parameters, and the block's beside them."""
+    settings = yaml.safe_load((RECIPES / "scale" / f"{scale}.yaml").read_text())["model"]["init_args"]["transformer"]
+    settings |= {"pretrained": None, "id_blocks": IDBlocks(**settings["id_blocks"])}
+    model = TransformerSpec(**settings).build(4096, 3584, "meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    wan = [p.numel() for name, p in model.named_parameters() if not name.startswith("id_")]
+    assert sum(wan) == backbone
+    assert len(model.id_blocks) == 20
+    assert sum(p.numel() for p in model.parameters()) > backbone + sum(p.numel() for p in model.id_blocks.parameters())
+
+
+# Imports ------------------------------------------------------------------------------------------------------------
+
+WALK = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] in {refused!r} else find(name, *args)
+import idc
+names = [m.name for m in pkgutil.walk_packages(idc.__path__, "idc.") if m.name != "idc.__main__"]
+for name in names:
+    importlib.import_module(name)
+loaded = {refused!r} & {{name.split(".")[0] for name in sys.modules}}
+assert not loaded, loaded
+print(len(names))
+"""
+
+
+def test_every_module_imports_on_the_core_dependencies() -> None:
+    refused = {"torchvision", "deepspeed", "flash_attn", "pytest", "hypothesis", "skvideo", "ruff", "mypy"}
+    command = [sys.executable, "-c", WALK.format(refused=refused)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == len([path for path in (ROOT / "idc").rglob("*.py") if path.name != "__main__.py"]) - 1
+
+
+def test_no_module_names_torchvision() -> None:
+    """It is no dependency, and with a mismatched one transformers' and diffusers' imports break."""
+    for path in (ROOT / "idc").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not line.strip().startswith(("import torchvision", "from torchvision")), path
+
+
+def test_the_layers_hold() -> None:
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS

@@ -198,7 +198,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         initialise_id_blocks(self, draw_seed(seed), self.config["id_gate_bias"])
 
     def init_weights(self, seed: int | None = None) -> None:
-        """Initialise everything for training from scratch, as Wan and `init_id_blocks` do; the output starts at 0."""
+        """Initialise everything for training from scratch (`initialise_backbone`, then `init_id_blocks`)."""
         seed = draw_seed(seed)
         initialise_backbone(self, seed)
         self.init_id_blocks(seed)

@@ -141,6 +141,19 @@ def test_writing_into_a_read_tensor_leaves_the_file_alone(tmp_path: Path):
     assert check(FeatureStore(tmp_path, "f"), 0)
 
 
+def test_any_label_is_read_back(tmp_path: Path):
+    labels = ["7/text", 'a "3/b"', ',"0/x', "}{", "é"]
+    stored = {label: torch.tensor([float(i)]) for i, label in enumerate(labels)}
+    FeatureStore(tmp_path, "f").write({"a": stored, "b": {"x": torch.zeros(1)}})
+    store = FeatureStore(tmp_path, "f")
+    assert {label: tensor.item() for label, tensor in store.read("a").items()} == dict(
+        zip(labels, range(5), strict=True)
+    )
+    assert set(store.read("b")) == {"x"}
+    with pytest.raises(KeyError, match="absent"):
+        store.read("b", ["x", "absent"])
+
+
 def test_a_dtype_that_cannot_be_read_back_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"phase is torch\.complex64"):
         FeatureStore(tmp_path, "f").write({"a": {"phase": torch.zeros(2, dtype=torch.complex64)}})

@@ -16,10 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ from idc.errors import UserError
 
 OPEN_CHUNKS = 128  # memory maps a process keeps open
 
-Place = tuple[int, int, torch.dtype, tuple[int, ...]]  # first byte, last + 1, what they are
-Chunk = tuple[Tensor, dict[int, dict[str, Place]]]
+_decode = json.JSONDecoder().raw_decode
+_ENTRY = re.compile(r'[{,]"(\d+)/')  # the start of a key: a quote within one is escaped
 
 _DTYPES = {
     "F64": torch.float64,
@@ -72,7 +73,7 @@ class FeatureStore:
         self.path = self.root / stable_hash(fingerprint)
         self._place: dict[str, tuple[str, int]] = {}
         self._chunks: set[str] = set()
-        self._handles: OrderedDict[str, Chunk] = OrderedDict()
+        self._handles: OrderedDict[str, _Chunk] = OrderedDict()
         self._pid = os.getpid()
         self.refresh()
 
@@ -142,41 +143,58 @@ class FeatureStore:
             KeyError: unknown sample or name.
         """
         name, number = self._place[key]
-        data, places = self._open(name)
-        mine = places[number]
-        if names is not None:
-            mine = {label: mine[label] for label in names}
-        return {label: data[start:end].view(dtype).view(shape) for label, (start, end, dtype, shape) in mine.items()}
+        chunk = self._open(name)
+        features = {}
+        for start in chunk.entries[number]:
+            stored, end = _decode(chunk.header, start)
+            label = stored.split("/", 1)[1]
+            if names is None or label in names:
+                entry, _ = _decode(chunk.header, end + 1)
+                first, last = entry["data_offsets"]
+                features[label] = chunk.data[first:last].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        if names is not None and len(features) < len(set(names)):
+            raise KeyError(f"{key}: {sorted(set(names) - set(features))}")
+        return features
 
-    def _open(self, name: str) -> Chunk:
-        """The chunk's memory map and the places in it by sample and name; each process opens its own."""
+    def _open(self, name: str) -> _Chunk:
+        """The chunk, mapped into memory; each process opens its own."""
         if self._pid != os.getpid():
             self._handles, self._pid = OrderedDict(), os.getpid()
         if name in self._handles:
             self._handles.move_to_end(name)
             return self._handles[name]
-        self._handles[name] = _map_chunk(self.path / f"{name}.safetensors")
+        self._handles[name] = _Chunk.map(self.path / f"{name}.safetensors")
         if len(self._handles) > OPEN_CHUNKS:
             self._handles.popitem(last=False)
         return self._handles[name]
 
 
-def _map_chunk(path: Path) -> Chunk:
-    """A private memory map of the file; nothing but the header is read yet.
+class _Chunk(NamedTuple):
+    """A safetensors file mapped into memory; tensors are views of `data`.
 
-    `safetensors.safe_open` does the same at forty microseconds a tensor and access, many times what it takes to make a
-    view: with nine small tensors a sample that was most of the time that training waited for data.
+    `safetensors.safe_open` does the same at several times the cost for each tensor, which with nine small ones a sample
+    was most of the time that training waited for data. The header is parsed entry by entry, when a sample is read: at
+    once it would take longer than the reading, where a run draws from more chunks than it keeps open.
+
+    Attributes:
+        data: the bytes after the header; private, so that writing into a tensor leaves the file alone.
+        header: JSON, `{"<number>/<name>": {"dtype": ..., "shape": ..., "data_offsets": ...}, ...}`.
+        entries: by number, where in the header its entries start.
     """
-    with open(path, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    places: dict[int, dict[str, Place]] = {}
-    for stored, entry in header.items():
-        if stored != "__metadata__":
-            number, label = stored.split("/", 1)
-            place = (*entry["data_offsets"], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            places.setdefault(int(number), {})[label] = place
-    return torch.from_numpy(np.memmap(path, np.uint8, mode="c"))[8 + size :], places
+
+    data: Tensor
+    header: str
+    entries: dict[int, list[int]]
+
+    @classmethod
+    def map(cls, path: Path) -> _Chunk:
+        with open(path, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(size).decode()
+        entries: dict[int, list[int]] = {}
+        for match in _ENTRY.finditer(header):
+            entries.setdefault(int(match[1]), []).append(match.start() + 1)
+        return cls(torch.from_numpy(np.memmap(path, np.uint8, mode="c"))[8 + size :], header, entries)
 
 
 def _write(path: Path, data: bytes) -> None:

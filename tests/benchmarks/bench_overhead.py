@@ -167,7 +167,7 @@ def profile(steps: int, batch: int, args: tuple[str, ...]) -> None:
         profiler = cProfile.Profile()
         fit: Callable[..., None] = command.trainer.fit
         profiler.runcall(fit, command.model, datamodule=command.datamodule)
-    pstats.Stats(profiler).sort_stats("cumulative").print_stats(60)
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(250)
 
 
 def main() -> None:

@@ -252,7 +252,7 @@ def _check_header(header: bytes, entry: Entry, member: Member) -> None:
     """Raise unless the tar header before a member's bytes is that member's."""
     expected = f"{entry.key}.{member.ext}"
     if header.startswith(expected.encode() + b"\0") and header[124:136] == b"%011o\0" % member.size:
-        return  # nearly always, and parsing the rest of the header would take a third of the reading time
+        return  # nearly always; parsing the whole header is 15% of reading a sample whose features are cached
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

@@ -53,6 +53,8 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """`last` and `auto`: go on in the newest run's own folder, so that its curves go on too."""
+        if self.subcommand is None:  # used as a library, with run=False
+            return
         config = self.config[self.subcommand]
         wanted, logger = config.get("ckpt_path"), config.trainer.logger
         if wanted not in ("last", "auto") or not hasattr(logger, "init_args"):

@@ -111,11 +111,7 @@ def trainer_of_recipe(folder: str, steps: int, batch: int, extra: list[Any], arg
     from idc.lightning_cli import CLI, Parser
     from idc.stages.base import Stage
 
-    class Unrun(CLI):
-        def before_instantiate_classes(self) -> None:
-            """Nothing: without a subcommand there is no run to continue."""
-
-    command = Unrun(
+    command = CLI(
         Stage,
         VideoDataModule,
         run=False,

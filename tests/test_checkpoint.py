@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _server import context
 from _survival_worker import (
     PLACES,
     SAVE_EVERY,
@@ -18,7 +19,6 @@ from _survival_worker import (
     Run,
     Stage,
     Stream,
-    context,
     end,
     finish,
     make_trainer,

@@ -61,6 +61,12 @@ def _load(path: Path) -> dict:
         raise UserError(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must be a mapping of settings, found {type(content).__name__}")
+    trainer = content.get("trainer")
+    if isinstance(trainer, dict) and {"callbacks", "callbacks+"} <= set(trainer):
+        # The parser would drop the former without a word.
+        raise UserError(
+            f"--config {path}: trainer has both callbacks and callbacks+; write all of them under callbacks"
+        )
     return content
 
 

@@ -94,6 +94,13 @@ def test_a_broken_recipe_is_named_with_its_line(tmp_path: Path) -> None:
         recipes.check_command_line([f"--config={broken}"])
 
 
+def test_callbacks_and_more_callbacks_in_one_file_are_refused(tmp_path: Path) -> None:
+    both = tmp_path / "both.yaml"
+    both.write_text("trainer: {callbacks: [], callbacks+: []}\n")
+    with pytest.raises(UserError, match=r"both.yaml: trainer has both callbacks and callbacks\+"):
+        recipes.check_command_line(["--config", str(both)])
+
+
 def test_overlays_of_a_users_own_may_stand_anywhere_after_the_stage(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("trainer: {max_steps: 3}\n")

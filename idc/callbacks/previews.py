@@ -2,7 +2,7 @@
 
 TensorBoard's own `add_video` needs a moviepy that no longer exists, so the animation is a GIF inside an image
 summary; it is kept to 256 pixels and 16 frames, and the true clip lies beside it as
-`<log dir>/samples/step-XXXXXX/<prompt hash>.mp4`.
+`<log dir>/samples/step-XXXXXX/<prompt hash>.mp4` (`samples/predict/` from `idc predict`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from idc.callbacks.preemption import requested
-from idc.types import Batch, Sample
+from idc.types import Batch, Bucket, Sample
 
 GIF_SIDE, GIF_FRAMES = 256, 16
 
@@ -76,12 +77,12 @@ def add_animation(logger: Any, tag: str, video_THWC: np.ndarray, fps: float, ste
 
 
 class Previews(Callback):
-    """Samples the first held-out conditions after each validation, always from the same noise.
+    """Samples the first held-out conditions of every bucket after each validation, always from the same noise.
 
     Every rank writes the MP4 files of its share; the event file shows rank 0's.
 
     Args:
-        count: how many conditions, over all ranks.
+        count: how many conditions, over all buckets and ranks.
         every_n_steps: not more often than this, whatever the validation interval; 0 is after every validation.
         truth: put the held-out clip itself at the right of the panel.
         seed: of the noise.
@@ -89,12 +90,12 @@ class Previews(Callback):
 
     def __init__(self, count: int = 8, every_n_steps: int = 0, truth: bool = True, seed: int = 0) -> None:
         self.count, self.every_n_steps, self.truth, self.seed = count, every_n_steps, truth, seed
-        self._batches: list[Batch] = []
+        self._batches: dict[Bucket, Batch] = {}
         self._last_step: int | None = None
         self._folder = Path()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches = []
+        self._batches = {}
 
     def on_validation_batch_end(
         self,
@@ -105,9 +106,8 @@ class Previews(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # Every rank keeps as many batches, so that the sampling below runs the same forwards on all of them.
-        if sum(map(len, self._batches)) < -(-self.count // trainer.world_size):
-            self._batches.append(batch)
+        # Ranks go through the same buckets, so the sampling below runs the same forwards on all of them.
+        self._batches.setdefault(batch.bucket, batch)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._enter(trainer)
@@ -133,20 +133,25 @@ class Previews(Callback):
         self._last_step = step
         self._enter(trainer)
         left = -(-self.count // trainer.world_size)
-        for batch in self._batches:
-            self._preview(trainer, pl_module, batch, min(left, len(batch)))
-            left -= len(batch)
-        self._batches = []
+        for done, batch in enumerate(self._batches.values()):
+            share = -(-left // (len(self._batches) - done))
+            if share:
+                self._preview(trainer, pl_module, batch, min(share, len(batch)))
+            left -= min(share, len(batch))
+        self._batches = {}
 
     def _enter(self, trainer: Trainer) -> None:
         """Choose the folder. Asking for log_dir is a collective: all ranks, once."""
         run_dir = Path(trainer.log_dir or trainer.default_root_dir)
-        self._folder = run_dir / "samples" / f"step-{trainer.global_step:06d}"
+        fn = trainer.state.fn
+        # Outside of fit, Lightning does not know the checkpoint's step.
+        name = f"step-{trainer.global_step:06d}" if fn in (None, TrainerFn.FITTING) else fn.value
+        self._folder = run_dir / "samples" / name
 
     def _preview(self, trainer: Trainer, stage: Any, batch: Batch, count: int) -> None:
         real = min(count, len(batch) - batch.padding)
         samples = batch.samples[:count]
-        videos = stage.sample_videos(samples, batch.bucket, torch.arange(count) + self.seed)
+        videos = stage.sample_videos(samples, batch.bucket, batch.seeds_B[:count] + self.seed)
         for sample, video_CTHW in zip(samples[:real], videos[:real], strict=True):
             self._write(trainer, stage, sample, to_uint8(video_CTHW))
 

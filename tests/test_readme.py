@@ -1,4 +1,4 @@
-"""The README says what is so: its commands exist, its files exist, its recipes parse, and it has two set-up commands."""
+"""The README says what is so: commands and files exist, recipes parse, there are two set-up commands."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_the_shards_commands_of_the_readme_are_understood(capsys: pytest.Capture
         with pytest.raises(SystemExit) as exit_:
             shards([verb, "--help"])
         assert exit_.value.code == 0
-        flags = {word for c, *rest in commands() if c == "shards" and rest[0] == verb for word in rest if word[:2] == "--"}
+        flags = {
+            word for c, *rest in commands() if c == "shards" and rest[0] == verb for word in rest if word[:2] == "--"
+        }
         text = capsys.readouterr().out
         assert all(flag in text for flag in flags), flags
 

@@ -115,7 +115,7 @@ class TransformerSpec:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(self.init_seed)
             if self.pretrained is not None:
-                model = self._load(settings)
+                model = self._load({**settings, "text_dim": text_dim})
             else:
                 model = IDCrafterTransformer(
                     patch_size=tuple(self.patch_size),
@@ -139,13 +139,14 @@ class TransformerSpec:
     def _load(self, settings: dict[str, Any]) -> IDCrafterTransformer:
         from idc.models.transformer import IDCrafterTransformer
 
-        subfolder = self.subfolder or None
-        model = IDCrafterTransformer.from_wan_pretrained(str(self.pretrained), subfolder=subfolder, **settings)
+        blocks = {name: value for name, value in settings.items() if name != "text_dim"}
+        model = IDCrafterTransformer.from_wan_pretrained(
+            str(self.pretrained), subfolder=self.subfolder or None, torch_dtype=torch.float32, **blocks
+        )
         for name, value in settings.items():
-            saved = model.config[name]
-            if saved != value:
+            if (saved := model.config[name]) != value:
                 raise UserError(
-                    f"{name}={value}: {self.pretrained} was saved with {saved}, and its blocks cannot be changed; "
-                    f"set it to {saved}, or start from plain Wan weights"
+                    f"{name}={value}: {self.pretrained} was saved with {name}={saved}, which cannot be changed; "
+                    "make the recipe say so, or start from other weights"
                 )
         return model

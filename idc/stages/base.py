@@ -130,7 +130,10 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(parameters)
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf") and self.schedule.decay != "constant":
+            raise UserError("trainer.max_steps=-1: a cosine schedule needs to know its end; set max_steps")
+        total = int(steps) if steps != float("inf") else 0
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -181,6 +181,15 @@ def test_what_does_not_fit_is_dropped_and_shown(shards: dict, tmp_path: Path, ca
     assert "4 frames" in table
 
 
+def test_too_little_data_is_refused_before_the_stage_sets_up(shards: dict):
+    class Expensive(Recorder):
+        def setup(self, stage: str) -> None:
+            raise AssertionError("the stage would fill the features cache now")
+
+    with pytest.raises(UserError, match="an epoch of 32 samples does not fill one global batch of 40"):
+        Trainer(**TRAINER | {"max_steps": 1}).fit(Expensive(), datamodule=data(shards, batch_size=40))
+
+
 def test_training_from_a_feature_store_reads_no_video(shards: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = data(shards, random_window=False)
     module.setup("fit")

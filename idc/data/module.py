@@ -139,11 +139,17 @@ class VideoDataModule(LightningDataModule):
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the indexes, assign buckets, and print on rank 0 what was kept and what was dropped and why."""
+        """Read the indexes, assign buckets, and print on rank 0 what was kept and what was dropped and why.
+
+        Raises:
+            UserError: a source without index or usable samples, or an epoch that does not fill one batch. It is raised
+                here so that it comes before the stage fills the features cache, which may take hours.
+        """
         _, world = self._place()
         if stage in (None, "fit"):
             check_divisible(self.batch_size, world)
             self._read("train", self.sources)
+            self.plan()
         if self.val_sources:
             self._read("held out", self.val_sources)
         elif stage not in (None, "fit"):

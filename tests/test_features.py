@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import pickle
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,6 +86,53 @@ def test_a_chunk_cut_short_does_not_count_and_can_be_written_again(tmp_path: Pat
     assert missing == list(chunk(3, 6))
     again.write(chunk(3, 6))
     assert all(check(FeatureStore(tmp_path, "f"), i) for i in range(6))
+
+
+def cut(tensors: Path) -> None:
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+
+
+def without_size(tensors: Path) -> None:
+    sidecar = tensors.with_suffix(".json")
+    sidecar.write_text(json.dumps({"ids": json.loads(sidecar.read_text())["ids"]}))
+
+
+def half_a_list(tensors: Path) -> None:
+    tensors.with_suffix(".json").write_text('{"ids": [')
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut, r"has \d+ bytes, \d+ when written"),
+        (Path.unlink, r"cannot be read \(No such file"),
+        (without_size, "did not note its size"),
+        (half_a_list, "unreadable list"),
+    ],
+)
+@pytest.mark.parametrize("step", [3, 1])
+def test_a_damaged_chunk_is_named_once_and_encoded_again(tmp_path: Path, damage: Callable, says: str, step: int):
+    """Whether it comes again under its own name (all three at once) or in other chunks (one by one)."""
+    store = FeatureStore(tmp_path, "f")
+    store.write(chunk(0, 3))
+    (tensors,) = store.path.glob("*.safetensors")
+    store.write(chunk(3, 6))
+    damage(tensors)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = FeatureStore(tmp_path, "f")
+        again.refresh()
+    (line,) = [str(warning.message) for warning in caught]
+    assert re.search(rf"{tensors.name} .*{says}.*: its samples are encoded again", line)
+    assert again.missing(chunk(0, 6)) == list(chunk(0, 3))
+    for first in range(0, 3, step):
+        again.write(chunk(first, first + step))
+    if damage is half_a_list and step == 1:
+        tensors.with_suffix(".json").unlink()  # whose samples nobody knows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = FeatureStore(tmp_path, "f")
+    assert all(check(whole, i) for i in range(6))
 
 
 def write_part(root: str, first: int) -> None:

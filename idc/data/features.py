@@ -2,7 +2,9 @@
 
     root/<fingerprint>/fingerprint.json    what the encoders were
     root/<fingerprint>/<chunk>.safetensors tensors "<number in chunk>/<name>", any dtype and shape
-    root/<fingerprint>/<chunk>.json        {"ids": [...]}: written last, so a chunk without it does not count
+    root/<fingerprint>/<chunk>.json        {"ids": [...], "bytes": size of the tensors' file}: written last
+
+A chunk counts once its .json is there and its tensors' file has the size that the .json says.
 
 Usual names: latents, text, vlm, vlm_no_references, vlm_no_text, reference_0, reference_1 ...
 
@@ -73,6 +75,7 @@ class FeatureStore:
         self.path = self.root / stable_hash(fingerprint)
         self._place: dict[str, tuple[str, int]] = {}
         self._chunks: set[str] = set()
+        self._warned: set[str] = set()
         self._handles: OrderedDict[str, _Chunk] = OrderedDict()
         self._pid = os.getpid()
         self.refresh()
@@ -87,13 +90,24 @@ class FeatureStore:
         return key in self._place
 
     def refresh(self) -> None:
-        """Look for chunks that were completed since."""
+        """Look for chunks that were completed since. A damaged one does not count; a warning names its file, once."""
+        from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+        damaged = {}
         for sidecar in sorted(self.path.glob("*.json")):
             if sidecar.name == "fingerprint.json" or sidecar.stem in self._chunks:
                 continue
-            ids = json.loads(sidecar.read_bytes())["ids"]
+            ids, wrong = _check_chunk(sidecar)
+            if wrong:
+                damaged[sidecar.stem] = ids, wrong
+                continue
             self._place.update({key: (sidecar.stem, number) for number, key in enumerate(ids)})
             self._chunks.add(sidecar.stem)
+        for name, (ids, wrong) in damaged.items():
+            # The samples of a damaged chunk may have come into others since; then it harms nobody.
+            if name not in self._warned and (not ids or self.missing(ids)):
+                rank_zero_warn(f"{self.path / name}.safetensors {wrong}: its samples are encoded again")
+                self._warned.add(name)
 
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those without features, in order."""
@@ -130,8 +144,9 @@ class FeatureStore:
             for number, key in enumerate(ids)
             for label, tensor in features[key].items()
         }
-        _write(self.path / f"{name}.safetensors", save(_without_aliases(tensors)))
-        _write(self.path / f"{name}.json", json.dumps({"ids": ids}).encode())
+        data = save(_without_aliases(tensors))
+        _write(self.path / f"{name}.safetensors", data)
+        _write(self.path / f"{name}.json", json.dumps({"ids": ids, "bytes": len(data)}).encode())
         self._handles.pop(name, None)
         self._place.update({key: (name, number) for number, key in enumerate(ids)})
         self._chunks.add(name)
@@ -195,6 +210,22 @@ class _Chunk(NamedTuple):
         for match in _ENTRY.finditer(header):
             entries.setdefault(int(match[1]), []).append(match.start() + 1)
         return cls(torch.from_numpy(np.memmap(path, np.uint8, mode="c"))[8 + size :], header, entries)
+
+
+def _check_chunk(sidecar: Path) -> tuple[list[str], str]:
+    """(keys, what is wrong with the chunk or an empty string), from the size alone: opening all would take long."""
+    try:
+        record = json.loads(sidecar.read_bytes())
+        ids, expected = list(record["ids"]), record.get("bytes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], f"has an unreadable list of samples ({sidecar.name})"
+    if expected is None:
+        return ids, "is of a version that did not note its size"
+    try:
+        size = os.stat(sidecar.with_suffix(".safetensors")).st_size
+    except OSError as error:
+        return ids, f"cannot be read ({error.strerror})"
+    return ids, "" if size == expected else f"has {size} bytes, {expected} when written"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -203,6 +203,24 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(built, vide
     assert snapshot(built) == before
 
 
+def test_a_video_that_is_gone_is_a_drop(tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    (folder / "dangling.mp4").symlink_to(tmp_path / "absent.mp4")
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    shutil.copy(CLIPS / CARPHONE, folder / "real.mp4")
+    report = build_shards(folder, out, TINY, progress=False)
+    assert [(drop.video, drop.reason) for drop in report.drops] == [
+        ("dangling.mp4", "unreadable video"),
+        ("loop.mp4", "unreadable video"),
+    ]
+    assert report.samples == 7
+    (folder / "real.mp4").unlink()
+    (folder / "real.mp4").symlink_to("gone.mp4")
+    again = build_shards(folder, out, TINY, progress=False)
+    assert (again.skipped, again.samples, again.changed) == (3, 7, ["real.mp4"])
+
+
 @pytest.mark.parametrize("looks", [30, 50])
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch, looks):
     folder = tmp_path / "videos"

@@ -100,7 +100,7 @@ def build_shards(
     done = journal.finished()
     todo = [name for name in names if name not in done]
     report = BuildReport(videos=len(names), skipped=len(names) - len(todo))
-    report.changed = [name for name in names if name in done and done[name] != (videos / name).stat().st_size]
+    report.changed = [name for name in names if name in done and done[name] != _size(videos / name)]
     kept = journal.keys()
     with _Committer(out, journal, settings, samples_per_shard) as committer:
         for name, items in _track(_cut_all(videos, todo, settings, workers), len(todo), progress):
@@ -110,7 +110,7 @@ def build_shards(
                     drops.append(item)
                 elif item.key not in kept:
                     committer.add(item, name)
-            committer.finish_video(name, (videos / name).stat().st_size, drops)
+            committer.finish_video(name, _size(videos / name), drops)
     report.drops = journal.drops()
     report.samples = len(journal.keys())
     with storage.open_atomic(str(out / DROPS)) as stream:
@@ -143,6 +143,14 @@ def find_videos(folder: Path, out: Path) -> list[str]:
     if not names:
         raise UserError(f"--videos {folder}: no video files in it")
     return sorted(names)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or -1 where it cannot be read: a dangling link, or a file removed meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _may_be_video(name: str) -> bool:

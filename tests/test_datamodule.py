@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from _server import free_port, join, launch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from test_loader import write_shards
 
 from idc.data.features import FeatureStore, feature_key
@@ -167,6 +171,32 @@ def test_two_ranks_share_the_global_batch_of_one(shards: dict):
     assert len({len(val) for _, val in pair}) == 1
     with pytest.raises(UserError, match=r"batch_size=6.*4 ranks.*4 and 8"):
         loaders(4)
+
+
+def encode_on_a_rank(rank: int, shards: dict, root: Path, port: int) -> None:
+    """The cache looks different to each: rank 0 misses all but sample 0, rank 1 all but samples 1 to 30."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    environment = LightningEnvironment()
+    environment.set_global_rank(rank)
+    module = data(shards, val_sources=[])
+    strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * 2, cluster_environment=environment)
+    module.trainer = SimpleNamespace(strategy=strategy)
+    module.setup("fit")
+    keys = {entry.id: feature_key(entry.id, entry.sha256) for entry in module.sources[0].index().entries}
+    store = FeatureStore(root / str(rank), "f")
+    store.write({key: {"latents": torch.zeros(1)} for key in list(keys.values())[rank : 30 * rank + 1]})
+    (loader,) = module.encode_dataloaders(store)
+    ids = [sample.id for batch in loader for sample in batch.samples[: len(batch) - batch.padding]]
+    (root / f"{rank}.json").write_text(json.dumps([len(loader), ids, list(keys)]))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_see_other_files_encode_the_same_list(shards: dict, tmp_path: Path):
+    port = free_port()
+    assert join(launch(encode_on_a_rank, [(rank, shards, tmp_path, port) for rank in range(2)])) == [0, 0]
+    (batches, ids, keys), (others, other_ids, _) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
+    assert batches == others
+    assert sorted(ids + other_ids) == sorted(keys[1:])
 
 
 def test_what_does_not_fit_is_dropped_and_shown(shards: dict, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -195,12 +195,16 @@ class VideoDataModule(LightningDataModule):
     def encode_dataloaders(self, store: FeatureStore) -> list[PlanLoader]:
         """Loaders over the samples without features, each once, with the window that is cached.
 
-        The last `padding` samples of a batch are to be left out; keys come from `feature_key`.
+        The last `padding` samples of a batch are to be left out; keys come from `feature_key`. With a trainer, all its
+        processes must call this together: they take rank 0's list of what is missing, as their own listings of a shared
+        folder may differ, and ranks with different numbers of batches would wait for each other for ever.
         """
+        missing = {name: self._missing(split, store) for name, split in self._splits.items()}
+        if self.trainer is not None:
+            missing = self.trainer.strategy.broadcast(missing)
         loaders = []
         for name, split in self._splits.items():
-            refs = self._missing(split, store)
-            if refs:
+            if refs := missing[name]:
                 size = self.batch_size if name == "train" else self.val_batch_size
                 settings = ReadSettings(self.reference_area, random_window=False)
                 loaders.append(self._held_out_loader(split, size, split.only(refs), settings))

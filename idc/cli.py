@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
 from idc.errors import UserError, nearest
 
@@ -74,6 +74,6 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-def cli() -> Any:
+def cli() -> NoReturn:
     """Entry point of the console script."""
     raise SystemExit(main())

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 
 from idc.data.module import VideoDataModule
 from idc.errors import UserError
@@ -57,15 +59,22 @@ class CLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         wanted, logger = config.get("ckpt_path"), config.trainer.logger
-        if wanted not in ("last", "auto") or not hasattr(logger, "init_args"):
+        if not hasattr(logger, "init_args"):
+            if wanted in ("last", "auto"):
+                raise UserError(f"--ckpt_path {wanted}: without trainer.logger no run has a folder; name a checkpoint")
+            return
+        if self.subcommand != "fit" and "sub_dir" in logger.init_args:
+            # Not among the training run's own curves: Lightning does not know the checkpoint's step here.
+            logger.init_args.sub_dir = self.subcommand
+        if wanted not in ("last", "auto"):
             return
         root = Path(logger.init_args.save_dir) / str(logger.init_args.get("name") or "")
         newest = newest_run(root)
         if newest is not None:
             logger.init_args.version = newest.name
-        elif wanted == "last":
+        elif wanted == "last" or self.subcommand != "fit":
             raise UserError(
-                f"--ckpt_path last: no finished checkpoint under {root}; "
+                f"--ckpt_path {wanted}: no finished checkpoint under {root}; "
                 "leave --ckpt_path out for a new run, or write --ckpt_path auto"
             )
 
@@ -78,8 +87,13 @@ class CLI(LightningCLI):
         wanted = kwargs.get("ckpt_path")
         if wanted is not None:
             wanted = "last" if wanted == "auto" else wanted
-            run_dir = self.trainer.log_dir or self.trainer.default_root_dir
+            run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            run_dir = run_dir.parent if run_dir.name == subcommand else run_dir
             kwargs["ckpt_path"] = resolve_ckpt_path(wanted, run_dir, self.trainer.strategy)
+        elif subcommand != "fit" and self.model.spec.pretrained is None:
+            raise UserError(
+                f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"
+            )
         return kwargs
 
 
@@ -91,6 +105,7 @@ def _quiet() -> None:
         "args parameter is intended to run from within Python",
         "exists and is not empty",
         "returned a view tensor",  # FSDP2: nobody writes into the velocity
+        "smaller than the logging interval",  # of an epoch; these runs count steps
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -99,7 +114,8 @@ def _quiet() -> None:
 
 def newest_run(root: Path) -> Path | None:
     """The newest `version_*` folder under `root` that holds a checkpoint, by number; None where there is none."""
-    runs = [path for path in root.glob("version_*") if any(path.glob("checkpoints/step-*/manifest.json"))]
+    numbered = [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
+    runs = [path for path in numbered if any(path.glob("checkpoints/step-*/manifest.json"))]
     return max(runs, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
@@ -123,4 +139,9 @@ def run(command: str, args: Sequence[str]) -> int:
         )
     except UserError as error:
         raise UserError(finish(str(error))) from error
+    except MisconfigurationException as error:  # Lightning's word for a setting that cannot work
+        hint = "; recipes/hardware/cpu2.yaml runs without one" if "gpu backend" in str(error) else ""
+        raise UserError(" ".join(str(error).split()) + hint) from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"interpolation: {str(error).splitlines()[0]}") from error
     return 0

@@ -14,6 +14,18 @@ from idc.errors import UserError, nearest
 ORDER = ("stage", "scale", "data", "hardware", "ablations")
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML that refuses a key written twice, of which the parser would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is written twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 def check_command_line(args: Sequence[str]) -> None:
     """Check every `--config` of a command line.
 
@@ -54,7 +66,9 @@ def _load(path: Path) -> dict:
         known = sorted(str(p) for p in Path("recipes").rglob("*.yaml")) if Path("recipes").is_dir() else []
         raise UserError(f"--config {path}: no such file{nearest(path, known) or '; recipes lie in recipes/'}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), _Strict)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""

@@ -133,6 +133,19 @@ class Recorder(Callback):
         self._write(trainer, validation=values)
 
 
+class SignalInValidation(Callback):
+    """This process sends itself SIGTERM before held-out batch `batch` of the validation at step `step`."""
+
+    def __init__(self, batch: int, step: int) -> None:
+        self.batch, self.step = batch, step
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if (batch_idx, trainer.global_step) == (self.batch, self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def observed(overlay: dict[str, Any], log: str, **faults: Any) -> dict[str, Any]:
     """`overlay` with the recorder among its callbacks, or, if it names none, added to the recipe's."""
     entry = {"class_path": "_sft_worker.Recorder", "init_args": {"log": log, **faults}}

@@ -30,7 +30,9 @@ def flat_colours(frames: int, height: int, width: int) -> np.ndarray:
     return video
 
 
-@pytest.mark.parametrize(("frames", "side", "shown", "edge"), [(1, 16, 1, 256), (9, 64, 9, 256), (81, 480, 16, 256)])
+@pytest.mark.parametrize(
+    ("frames", "side", "shown", "edge"), [(1, 16, 1, 256), (9, 64, 9, 256), (81, 480, 16, 256), (3, 100, 3, 200)]
+)
 def test_a_gif_keeps_colours_and_stays_within_its_limits(frames: int, side: int, shown: int, edge: int) -> None:
     video = flat_colours(frames, side, side) // 2
     decoded = frames_of(gif(video, fps=8))
@@ -58,12 +60,13 @@ def test_a_panel_puts_the_references_beside_the_clip_and_the_truth() -> None:
     video, truth = np.full((3, 64, 64, 3), 10, np.uint8), np.full((3, 64, 64, 3), 90, np.uint8)
     references = [np.full((32, 32, 3), 200, np.uint8), np.full((32, 16, 3), 50, np.uint8)]
     shown = panel(video, references, truth)
-    assert shown.shape == (3, 64, 32 + 64 + 64, 3)
+    assert shown.shape == (3, 64, 32 + 2 + 64 + 2 + 64, 3)
     assert (shown[:, :32, :32] == 200).all()
     assert (shown[:, 32:, :16] == 50).all()
     assert (shown[:, 32:, 16:32] == 255).all()
-    assert (shown[:, :, 32:96] == 10).all()
-    assert (shown[:, :, 96:] == 90).all()
+    assert (shown[:, :, 34:98] == 10).all()
+    assert (shown[:, :, 100:] == 90).all()
+    assert (shown[:, :, [32, 33, 98, 99]] == 255).all()
     assert panel(video, []).shape == video.shape
 
 

@@ -307,6 +307,58 @@ def test_validate_repeats_the_held_out_loss_of_the_averaged_weights(toy_data: Pa
     assert unaveraged.validation()[8]["val/loss"] != run.validation()[8]["val/loss"]
 
 
+def test_test_and_predict_use_the_averaged_weights_and_folders_of_their_own(toy_data: Path, tmp_path: Path) -> None:
+    overlay = merge(
+        tiny_overlay(toy_data, tmp_path / "runs"),
+        callbacks(save_every=100, ema=0.9),
+    )
+    overlay["trainer"]["callbacks"].append(
+        {"class_path": "idc.callbacks.previews.Previews", "init_args": {"count": 100, "truth": False}}
+    )
+    run = Fit(tmp_path, overlay)
+    assert fit_here(run) == 0
+    (folder,) = (tmp_path / "runs").glob("**/version_0")
+    before = scalars(folder)
+    last = max((folder / "samples").iterdir())
+    with one_thread():
+        for command in ("test", "predict"):
+            assert main([command, *replace(run, log=command).command()[1:], "--ckpt_path", "last"]) == 0
+    ((_, loss),) = scalars(folder / "test")["test/loss"]
+    assert loss == pytest.approx(run.validation()[8]["val/loss"], rel=1e-6)
+    assert scalars(folder) == before, "nothing was added to the training run's own curves"
+    sampled = {path.name: path.read_bytes() for path in (folder / "predict" / "samples").glob("*.mp4")}
+    previewed = {path.name: path.read_bytes() for path in last.glob("*.mp4")}
+    assert len(sampled) == 8
+    assert sampled == previewed
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_untrained_weights_are_not_evaluated(
+    command: str, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Fit(tmp_path, tiny_overlay(toy_data, tmp_path / "runs"))
+    arguments = run.command()[1:]
+    assert main([command, *arguments]) == 2
+    assert f"idc {command} needs weights: --ckpt_path last" in capsys.readouterr().err
+    assert main([command, *arguments, "--ckpt_path", "auto"]) == 2
+    assert "no finished checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_validation_that_a_signal_cuts_short_logs_no_loss(batch: int, toy_data: Path, tmp_path: Path) -> None:
+    overlay = merge(tiny_overlay(toy_data, tmp_path / "runs"), callbacks(save_every=100, ema=0.9))
+    overlay["data"]["init_args"]["val_batch_size"] = 2
+    overlay["trainer"]["callbacks"].append(
+        {"class_path": "_sft_worker.SignalInValidation", "init_args": {"batch": batch, "step": 8}}
+    )
+    run = Fit(tmp_path, overlay)
+    assert fit_here(run) == 0
+    (folder,) = (tmp_path / "runs").glob("**/version_0")
+    steps = [step for step, _ in scalars(folder)["val/loss"]]
+    assert steps == [3]
+    assert (folder / "checkpoints" / "preempted.json").is_file()
+
+
 def test_cached_and_live_features_train_alike(toy_data: Path, tmp_path: Path) -> None:
     runs = [
         Fit(tmp_path / name, merge(tiny_overlay(toy_data, tmp_path / name / "runs", features), callbacks()))

@@ -52,7 +52,7 @@ class EMAWeights(nn.Module):
 
 
 class EMA(Callback):
-    """Keeps the averages after every optimiser step; validation runs on them.
+    """Keeps the averages after every optimiser step; validation, test and predict run on them.
 
     average <- d^n average + (1 - d^n) weight, with n = `every_n_steps` and d = min(decay, (1 + s) / (10 + s)) after s
     optimiser steps, so that early averages forget the initial weights.
@@ -132,6 +132,9 @@ class EMA(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._validation.close()

@@ -1,8 +1,8 @@
 """Previews: sampled clips with their reference images beside them, in TensorBoard (animated) and as MP4 files.
 
 TensorBoard's own `add_video` needs a moviepy that no longer exists, so the animation is a GIF inside an image
-summary; it is kept to 256 pixels and 16 frames, and the true clip lies beside it as
-`<log dir>/samples/step-XXXXXX/<prompt hash>.mp4` (`samples/predict/` from `idc predict`).
+summary; it is kept to 256 x 640 pixels and 16 frames, and the true clip lies beside it as
+`<log dir>/samples/step-XXXXXX/<prompt hash>.mp4` (`<log dir>/predict/samples/` from `idc predict`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from idc.callbacks.preemption import requested
 from idc.types import Batch, Bucket, Sample
 
-GIF_SIDE, GIF_FRAMES = 256, 16
+GIF_HEIGHT, GIF_WIDTH, GIF_FRAMES = 256, 640, 16
+GAP = 2  # pixels between the parts of a panel
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -46,17 +48,19 @@ def panel(video_THWC: np.ndarray, references: list[np.ndarray], truth_THWC: np.n
             strip.paste(picture, (0, k * cell))
         column.append(np.broadcast_to(np.asarray(strip), (frames, height, cell, 3)))
     parts = [*column, video_THWC] + ([truth_THWC] if truth_THWC is not None else [])
-    return np.concatenate(parts, axis=2)
+    gap = np.full((frames, height, GAP, 3), 255, np.uint8)
+    return np.concatenate([part for each in parts for part in (each, gap)][:-1], axis=2)
 
 
 def gif(video_THWC: np.ndarray, fps: float) -> bytes:
-    """An endless GIF of at most 16 frames and 256 pixels; small clips are enlarged with hard pixels."""
+    """An endless GIF of at most 16 frames and 256 x 640 pixels; small clips are enlarged with hard pixels."""
     from PIL import Image
 
     keep = np.linspace(0, len(video_THWC) - 1, min(len(video_THWC), GIF_FRAMES)).round().astype(int)
-    side = max(video_THWC.shape[1:3])
-    zoom = max(1, GIF_SIDE // side) if side <= GIF_SIDE else GIF_SIDE / side
-    size = (round(video_THWC.shape[2] * zoom), round(video_THWC.shape[1] * zoom))
+    height, width = video_THWC.shape[1:3]
+    fit = min(GIF_HEIGHT / height, GIF_WIDTH / width)
+    zoom = int(fit) if fit >= 1 else fit
+    size = (round(width * zoom), round(height * zoom))
     how = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS
     pictures = [Image.fromarray(video_THWC[i]).resize(size, how) for i in keep]
     out = io.BytesIO()
@@ -90,7 +94,7 @@ class Previews(Callback):
 
     def __init__(self, count: int = 8, every_n_steps: int = 0, truth: bool = True, seed: int = 0) -> None:
         self.count, self.every_n_steps, self.truth, self.seed = count, every_n_steps, truth, seed
-        self._batches: dict[Bucket, Batch] = {}
+        self._batches: dict[Bucket, list[Batch]] = {}
         self._last_step: int | None = None
         self._folder = Path()
 
@@ -107,7 +111,9 @@ class Previews(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # Ranks go through the same buckets, so the sampling below runs the same forwards on all of them.
-        self._batches.setdefault(batch.bucket, batch)
+        kept = self._batches.setdefault(batch.bucket, [])
+        if sum(map(len, kept)) < -(-self.count // trainer.world_size):
+            kept.append(batch)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._enter(trainer)
@@ -124,6 +130,9 @@ class Previews(Callback):
         for sample, video_CTHW in zip(batch.samples[: len(batch) - batch.padding], outputs, strict=False):
             self._write(trainer, pl_module, sample, to_uint8(video_CTHW))
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank_zero_info(f"Samples are in {self._folder}")
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if trainer.sanity_checking or step == self._last_step or requested(trainer):
@@ -133,20 +142,21 @@ class Previews(Callback):
         self._last_step = step
         self._enter(trainer)
         left = -(-self.count // trainer.world_size)
-        for done, batch in enumerate(self._batches.values()):
+        for done, batches in enumerate(self._batches.values()):
             share = -(-left // (len(self._batches) - done))
-            if share:
-                self._preview(trainer, pl_module, batch, min(share, len(batch)))
-            left -= min(share, len(batch))
+            for batch in batches:
+                now = min(share, len(batch))
+                if now:
+                    self._preview(trainer, pl_module, batch, now)
+                share, left = share - now, left - now
         self._batches = {}
 
     def _enter(self, trainer: Trainer) -> None:
         """Choose the folder. Asking for log_dir is a collective: all ranks, once."""
         run_dir = Path(trainer.log_dir or trainer.default_root_dir)
-        fn = trainer.state.fn
-        # Outside of fit, Lightning does not know the checkpoint's step.
-        name = f"step-{trainer.global_step:06d}" if fn in (None, TrainerFn.FITTING) else fn.value
-        self._folder = run_dir / "samples" / name
+        # Outside of fit the run's folder is the command's own, and Lightning does not know the checkpoint's step.
+        fitting = trainer.state.fn in (None, TrainerFn.FITTING)
+        self._folder = run_dir / "samples" / (f"step-{trainer.global_step:06d}" if fitting else "")
 
     def _preview(self, trainer: Trainer, stage: Any, batch: Batch, count: int) -> None:
         real = min(count, len(batch) - batch.padding)

@@ -19,16 +19,18 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
+        self._step = 0
         self._reset(None)
 
     def _reset(self, now: float | None) -> None:
-        self._clips = self._steps = 0
+        self._clips = 0
         self._busy = self._waited = 0.0
         self._batch_ended = now
         self._batch_started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset(None)
+        self._step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._batch_started = time.perf_counter()
@@ -42,12 +44,12 @@ class Throughput(Callback):
         self._busy += now - self._batch_started
         self._batch_ended = now
         self._clips += len(batch) * trainer.world_size
-        self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.fit_loop._should_accumulate() is False:
+        steps = trainer.global_step - self._step
+        if steps and trainer.global_step % trainer.log_every_n_steps == 0:
             total = max(self._busy + self._waited, 1e-9)
             metrics = {
                 "perf/clips_per_second": self._clips / total,
-                "perf/steps_per_second": self._steps / total,
+                "perf/steps_per_second": steps / total,
                 "perf/data_wait_share": self._waited / total,
             }
             if torch.cuda.is_available():
@@ -55,6 +57,7 @@ class Throughput(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
             self._reset(now)
+            self._step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batch_ended = None

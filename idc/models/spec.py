@@ -133,7 +133,13 @@ class TransformerSpec:
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.attention_backend is not None:
-            model.set_attention_backend(self.attention_backend)
+            try:
+                model.set_attention_backend(self.attention_backend)
+            except (RuntimeError, ValueError, ImportError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"attention_backend={self.attention_backend!r}: {reason}; null takes PyTorch's SDPA"
+                ) from None
         return model
 
     def _load(self, settings: dict[str, Any]) -> IDCrafterTransformer:

@@ -40,6 +40,13 @@ class Schedule:
     decay: Literal["constant", "cosine"] = "constant"
     final: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or not 0 <= self.final <= 1:
+            raise UserError(
+                f"schedule: warmup_steps={self.warmup_steps}, final={self.final}: "
+                "warm-up takes 0 steps or more, and final is a share of the peak between 0 and 1"
+            )
+
     def factor(self, step: int, total: int) -> float:
         """Multiplier of the peak learning rate at `step` of `total`."""
         if step < self.warmup_steps:
@@ -55,6 +62,7 @@ class Sampling:
     """How a video is sampled: the paper's Euler with 50 steps and guidance 2.5, shift 3 for 480p and 5 for 720p.
 
     `image_scale` separates the references' scale from the text's (three forwards); None means one scale (two).
+    `rescale` draws the guided velocity's standard deviation back to the conditional one's (0 is plain guidance).
     """
 
     steps: int = 50
@@ -62,6 +70,18 @@ class Sampling:
     image_scale: float | None = None
     shift: float = 3.0
     solver: Literal["euler", "heun"] = "euler"
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.shift > 0 or not 0 <= self.rescale <= 1:
+            raise UserError(
+                f"sampling: steps={self.steps}, shift={self.shift}, rescale={self.rescale}: at least 1 step, "
+                "a shift above 0 (1 is none), and a rescale between 0 and 1"
+            )
+        for name in ("scale", "image_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"sampling: {name}={value}: must be a finite number; the paper's is 2.5")
 
 
 class Stage(LightningModule):
@@ -122,10 +142,29 @@ class Stage(LightningModule):
     def setup(self, stage: str) -> None:
         self.encoders.place(self.trainer.strategy.root_device)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        self._check(datamodule)
         if getattr(datamodule, "features", None) is not None:
             from idc.stages.features import fill_cache
 
             fill_cache(self.trainer, self.encoders)
+
+    def _check(self, datamodule: Any) -> None:
+        """Name what does not fit together before the features cache is filled: the structure costs nothing on meta."""
+        blocks = self.spec.id_blocks
+        vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None
+        channels = self.spec.build(self.encoders.text.dim, vlm_dim, "meta").config["in_channels"]
+        if channels != self.encoders.codec.channels:
+            raise UserError(
+                f"transformer.in_channels={channels}: the codec's latents have {self.encoders.codec.channels} channels"
+            )
+        subjects = datamodule.rule.max_subjects if datamodule is not None else 0
+        most = blocks.max_subjects if blocks.layers or blocks.joint_references else 0
+        if subjects > most:
+            raise UserError(
+                f"data.init_args.max_subjects={subjects}: the transformer takes {most} "
+                f"(id_blocks.max_subjects={blocks.max_subjects}, layers={blocks.layers}, joint_references="
+                f"{str(blocks.joint_references).lower()}); set data.init_args.max_subjects to {most}"
+            )
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -203,10 +242,10 @@ class Stage(LightningModule):
         velocity = branch(Drop.NOTHING)
         if sampling.image_scale is not None and sampling.image_scale != sampling.scale:
             velocity = guided_text_image(
-                velocity, branch(Drop.TEXT), branch(Drop.BOTH), sampling.scale, sampling.image_scale
+                velocity, branch(Drop.TEXT), branch(Drop.BOTH), sampling.scale, sampling.image_scale, sampling.rescale
             )
         elif sampling.scale != 1:
-            velocity = guided(velocity, branch(Drop.BOTH), sampling.scale)
+            velocity = guided(velocity, branch(Drop.BOTH), sampling.scale, sampling.rescale)
         noise = noise_like(seeds_B, latent_shape, device=self.device)
         times = samplers.shifted_times(sampling.steps, sampling.shift)
         solve = {"euler": samplers.sample_euler, "heun": samplers.sample_heun}[sampling.solver]

@@ -46,9 +46,14 @@ class SFT(Stage):
         self.times = times or LogitNormal()
         self.weight = weight or Uniform()
         self.dropout = dropout or ConditionDropout()
-        self.validation_times = validation_times or [0.1, 0.3, 0.5, 0.7, 0.9]
-        if not all(0 < t <= 1 for t in self.validation_times):
-            raise UserError(f"validation_times={self.validation_times}: each must be above 0 and at most 1 (noise)")
+        self.validation_times = [0.1, 0.3, 0.5, 0.7, 0.9] if validation_times is None else validation_times
+        if not self.validation_times or not all(0 < t <= 1 for t in self.validation_times):
+            raise UserError(
+                f"validation_times={self.validation_times}: at least one, each above 0 and at most 1 (noise); "
+                "the default is [0.1, 0.3, 0.5, 0.7, 0.9]"
+            )
+        self._micro_losses: list[Tensor] = []  # of the micro-batches since the last optimiser step
+        self._validated = 0  # held-out batches of the running validation
         self.held_out = torch.nn.ModuleDict({self._name(t): MeanMetric() for t in self.validation_times})
 
     def _held_out(self, t: float) -> MeanMetric:
@@ -79,12 +84,18 @@ class SFT(Stage):
         t_B = self.times(batch.seeds_B).to(self.device)
         loss_B = self.losses(features, batch.seeds_B, t_B, drops)
         loss = (self.weight(t_B) * loss_B).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch))
+        self._micro_losses.append(loss.detach())
+        mean = torch.stack(self._micro_losses).mean()
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self._micro_losses = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         features = self.encoders.features(batch.samples, [Drop.NOTHING] * len(batch))
         real = len(batch) - batch.padding
+        self._validated += 1
         for t in self.validation_times:
             t_B = torch.full((len(batch),), t, device=self.device)
             loss_B = self.losses(features, batch.seeds_B, t_B, Drop.NOTHING, stream=f"validation_noise_{t:g}")
@@ -92,18 +103,25 @@ class SFT(Stage):
                 self._held_out(t).update(loss_B[:real])
 
     def on_validation_epoch_end(self) -> None:
-        self._log_held_out("val")
+        # A validation that a signal cut short would log the loss of some buckets, or of nothing.
+        if self._validated == sum(self.trainer.num_val_batches):
+            self._log_held_out("val")
+        self._reset_held_out()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         self._log_held_out("test")
+        self._reset_held_out()
 
     def _log_held_out(self, split: str) -> None:
         means = {t: self._held_out(t).compute() for t in self.validation_times}
         for t, mean in means.items():
             self.log(f"{split}/loss_t{t:g}", mean, sync_dist=True)  # equal on all ranks already
         self.log(f"{split}/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
+
+    def _reset_held_out(self) -> None:
+        self._validated = 0
         for t in self.validation_times:
             self._held_out(t).reset()

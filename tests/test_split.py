@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from idc.data.index import Entry
@@ -18,6 +20,10 @@ def entries(videos: int, windows: int) -> list[Entry]:
     ]
 
 
+def of_sizes(*sizes: int) -> list[Entry]:
+    return [entry for v, size in enumerate(sizes) for entry in entries(len(sizes), size) if video(entry) == f"video{v}"]
+
+
 def video(entry: Entry) -> str:
     return entry.key.split("-")[0]
 
@@ -30,6 +36,38 @@ def test_whole_videos_are_held_out(videos: int, share: float, expected: int) -> 
     assert len({video(e) for e in held_out}) == expected
     assert sorted(e.id for e in [*train, *held_out]) == sorted(e.id for e in everything)
     assert split_by_video(everything[::-1], share)[1][0].key.split("-")[0] in {video(e) for e in held_out}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "expected"),
+    [
+        ((90, 5, 5), 0.1, 10),  # by the count of videos the long one might be drawn
+        ((5, 90, 5), 0.1, 10),
+        ((5, 5, 90), 0.1, 10),
+        ((50, 50, 40), 0.1, 40),  # all are too long: the shortest
+        ((3, 1), 0.95, 3),  # never all
+        ((1, 1), 0.99, 1),
+    ],
+)
+def test_few_videos_of_different_lengths_come_near_the_share(
+    sizes: tuple[int, ...], share: float, expected: int
+) -> None:
+    train, held_out = split_by_video(of_sizes(*sizes), share)
+    assert (len(train), len(held_out)) == (sum(sizes) - expected, expected)
+
+
+def test_the_share_of_samples_is_met_whatever_the_order_of_entries() -> None:
+    draw = random.Random(0)
+    for trial in range(50):
+        sizes = [draw.randint(1, 30) for _ in range(draw.randint(2, 40))]
+        share, everything = draw.uniform(0.02, 0.98), of_sizes(*sizes)
+        train, held_out = split_by_video(everything, share)
+        assert train, trial
+        assert held_out, trial
+        assert not {video(e) for e in train} & {video(e) for e in held_out}
+        assert abs(len(held_out) - share * len(everything)) <= max(sizes)
+        shuffled = draw.sample(everything, len(everything))
+        assert {e.id for e in split_by_video(shuffled, share)[1]} == {e.id for e in held_out}
 
 
 def test_the_last_windows_of_a_single_video_are_held_out() -> None:

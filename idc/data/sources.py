@@ -46,7 +46,7 @@ class ShardSource:
             without, each source has the share of its samples, and each sample comes once an epoch.
         name: first part of the samples' ids; the folder's name by default.
         part: `train` and `held_out` share the folder by source video (`split_by_video`); `all` takes everything.
-        held_out: the share of the videos that are held out.
+        held_out: the share of the samples that are held out, as near as whole videos allow.
     """
 
     path: str
@@ -71,7 +71,7 @@ class ShardSource:
         chosen = train if self.part == "train" else held_out
         if not chosen:
             raise UserError(f"{self.path}: {len(index)} samples are too few to hold some out; part='all' takes all")
-        return replace(index, entries=chosen, hash=stable_hash([index.hash, self.part, self.held_out]))
+        return replace(index, entries=chosen, hash=stable_hash([index.hash, self.part, self.held_out, len(chosen)]))
 
     def _index(self) -> ShardIndex:
         return ShardIndex.load(self.path, source=source_name(self))
@@ -187,9 +187,9 @@ def _write_with_progress(folder: Path, count: int, seed: int, world: ToyWorld, w
 def split_by_video(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
     """(training, held-out) entries, with no video in both.
 
-    The video is a key without its last "-part", as `idc shards build` writes them. Which are held out depends on their
-    names alone, so that new videos do not move old ones to the other side by more than the share asks. Where all
-    entries come from one video, its last ones are held out.
+    The video is a key without its last "-part", as `idc shards build` writes them. In an order given by their names
+    alone, each video is held out that brings the held-out samples nearer to `share` of all; at least one video is, and
+    never all. Where all entries come from one video, its last ones are held out.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -199,7 +199,16 @@ def split_by_video(entries: Sequence[Entry], share: float) -> tuple[list[Entry],
         ordered = sorted(entries, key=lambda entry: entry.key)
         return ordered[: len(ordered) - last], ordered[len(ordered) - last :]
     drawn = sorted(groups, key=lambda video: stable_hash(["held out", video]))
-    chosen = set(drawn[: max(1, round(share * len(groups)))])
+    chosen, rest = set(), share * len(entries)
+    for video in drawn:
+        if abs(rest - len(groups[video])) < abs(rest):
+            chosen.add(video)
+            rest -= len(groups[video])
+    smallest = min(drawn, key=lambda video: len(groups[video]))
+    if not chosen:
+        chosen.add(smallest)
+    elif len(chosen) == len(groups):
+        chosen.remove(smallest)
     held_out = [entry for video, members in groups.items() for entry in members if video in chosen]
     return [entry for video, members in groups.items() for entry in members if video not in chosen], held_out
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _shards import whole, write_tar
 
 from idc.curate.build import JOURNAL, build_shards, find_videos
 from idc.curate.cli import main
@@ -387,12 +388,31 @@ def test_index_lint_and_show(built, tmp_path, capsys):
     assert "1 problems" in out
 
 
+def test_index_reports_bad_samples_by_its_status(built, tmp_path, capsys):
+    write_tar(shutil.copytree(built, tmp_path / "clips") / "more.tar", [*whole("good"), ("bad.txt", b"no clip")])
+    assert main(["index", str(tmp_path / "clips")]) == 1
+    out = capsys.readouterr().out
+    assert "8 samples in 2 shards" in out
+    assert "BAD  more.tar/bad: missing member: 0 clips" in out
+    assert len(ShardIndex.load(tmp_path / "clips")) == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"), [("--resize", ("crop", "short-side")), ("--pixel-format", ("auto", "yuv420p", "yuv444p"))]
+)
+def test_choices_are_listed(option, choices, videos, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(build_arguments(videos, tmp_path / "out", option, "short"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in error for word in (option, "'short'", *choices))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["build", "--videos", "{videos}", "--out", "{out}", "--frames", "10"], "nearest valid counts are 9 and 13"),
         (["build", "--videos", "{videos}", "--out", "{out}", "--width", "100"], "nearest valid sizes are 96 and 112"),
-        (["build", "--videos", "{videos}", "--out", "{out}", "--resize", "short"], "did you mean 'short-side'?"),
         (["build", "--videos", "{videos}", "--out", "{out}", "--workers", "0"], "--workers 0: must be at least 1"),
         (["build", "--videos", "{videos}", "--out", "{out}", "--min-face", "2"], "min_face=2.0"),
         (["build", "--videos", "{out}", "--out", "{out}"], "no such folder"),
@@ -402,6 +422,12 @@ def test_index_lint_and_show(built, tmp_path, capsys):
         (["show", "{built}", "--key", "carphone_pristine-0"], "did you mean 'carphone_pristine-"),
         (["show", "{built}", "--key", "zzz"], "no sample 'zzz'; the first are 'carphone_pristine-"),
         (["show", "{built}", "--out", "page.gif"], "give a name ending in .png"),
+        (["show", "{videos}", "--out", "page.gif"], "give a name ending in .png"),  # before looking for shards
+        *(
+            ([command, "{built}/clips-000000.tar"], "a single shard; give the folder that holds it: {built}")
+            for command in ("index", "lint", "show")
+        ),
+        (["index", "s3://bucket/a/x.tar"], "give the folder that holds it: s3://bucket/a"),
         (["show", "pipe:ls"], "pipe: URLs run a shell"),
     ],
 )
@@ -409,6 +435,6 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, videos, built, t
     places = {"videos": videos, "built": built, "out": tmp_path / "out"}
     assert main([argument.format(**places) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message.format(**places) in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -11,17 +11,21 @@ from typing import Any
 
 from idc.errors import UserError
 
+PAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `idc shards` with the arguments after that word.
 
     Returns:
-        the exit status: 0, 1 where `lint` found something, 2 for bad input (one line on stderr, no traceback).
+        the exit status: 0, 1 where `index` or `lint` found something, 2 for bad input (on stderr, no traceback).
     """
     parser = argparse.ArgumentParser(prog="idc shards", description="Build, index, check and look at shards.")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
+        if "root" in arguments:
+            _check_folder(arguments.root)
         return arguments.run(arguments)
     except UserError as error:
         print(f"idc shards {arguments.command}: {error}", file=sys.stderr)
@@ -33,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="build|index|lint|show")
     _add_build(commands.add_parser("build", help="cut a folder of videos into shards"))
     for name, run, text in (
-        ("index", _index, "read the tars of a folder and write index.jsonl"),
+        ("index", _index, "read the tars of a folder and write index.jsonl; status 1 if any sample is bad"),
         ("lint", _lint, "read and decode every sample; status 1 if any is bad"),
         ("show", _show, "list samples and draw them on a page"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, description=text)
         command.add_argument("root", metavar="DIR", help="folder of shards, or an fsspec URL")
         command.set_defaults(run=run)
         if name == "index":
@@ -49,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    from idc.curate.clips import ClipSettings
+    from idc.curate.clips import RESIZE, ClipSettings
+    from idc.data.video import PIXEL_FORMATS
 
     defaults = ClipSettings()
+    choices = {"resize": RESIZE, "pixel_format": ("auto", *PIXEL_FORMATS)}
     add = parser.add_argument
     add("--videos", type=Path, required=True, metavar="DIR", help="folder of videos, searched recursively")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of shards; a build begun there is continued")
@@ -75,7 +81,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "captions_required": "drop videos without a side-car .txt (else: a neutral caption)",
         "looks_per_second": "how often faces are searched",
         "crf": "x264's quality, 0 to 51",
-        "pixel_format": "auto, yuv420p or yuv444p",
+        "pixel_format": "of the clips; auto: yuv444p under 256 pixels, else yuv420p",
         "licence": "written into every sample",
     }
     for setting in fields(ClipSettings):
@@ -84,7 +90,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         if isinstance(value, bool):
             add(option, action="store_true", help=texts[name])
         else:
-            add(option, type=type(value), default=value, help=f"{texts[name]} (default: {value or repr(value)})")
+            text = f"{texts[name]} (default: {value or repr(value)})"
+            add(option, type=type(value), default=value, choices=choices.get(name), help=text)
     parser.set_defaults(run=_build)
 
 
@@ -121,7 +128,7 @@ def _index(arguments: argparse.Namespace) -> int:
     print(f"{len(index)} samples in {len(index.shards)} shards -> {index.save()}")
     _print_buckets(index.buckets())
     _print_problems(index.problems)
-    return 0
+    return 1 if index.problems else 0
 
 
 def _lint(arguments: argparse.Namespace) -> int:
@@ -149,6 +156,8 @@ def _show(arguments: argparse.Namespace) -> int:
     from idc.errors import nearest
 
     _at_least("limit", arguments.limit, 1)
+    if arguments.out and arguments.out.suffix.lower() not in PAGE_SUFFIXES:
+        raise UserError(f"--out {arguments.out}: the page is a picture; give a name ending in .png")
     index = ShardIndex.load(arguments.root)
     entries = [entry for entry in index.entries if arguments.key in (None, entry.key)]
     if not entries:
@@ -180,13 +189,16 @@ def _draw(samples: Sequence[Any], path: Path) -> None:
 
     from idc.curate.sheet import contact_sheet
 
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out {path}: the page is a picture; give a name ending in .png")
     if not samples:
         raise UserError("no sample could be read, nothing to draw")
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(contact_sheet(samples)).save(path)
     print(f"-> {path}")
+
+
+def _check_folder(root: str) -> None:
+    if root.endswith(".tar") and not Path(root).is_dir():
+        raise UserError(f"{root}: a single shard; give the folder that holds it: {root.rpartition('/')[0] or '.'}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

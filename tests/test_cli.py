@@ -71,6 +71,9 @@ def test_a_wrong_command_is_answered_before_torch_is_imported(
         (["--data.init_args.buckets", "[[9, 64, 72]]"], ["width=72", "multiple of 16", "64 and 80"]),
         (["--model.init_args.transformer.id_blocks.layers", "20"], ["layers=20", "nearest valid choice"]),
         (["--model.init_args.transformer.id_blocks.cross_modal", "false"], ["cross_modal", "joint_references=true"]),
+        (["--model.init_args.sampling.steps", "0"], ["steps=0", "at least 1 step"]),
+        (["--model.init_args.schedule.warmup_steps", "-3"], ["warmup_steps=-3"]),
+        (["--model.init_args.validation_times", "[]"], ["validation_times=[]", "[0.1, 0.3"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt", "no such checkpoint"]),
         (["--model.init_args.transformer.pretrained", "./no_such_model"], ["no_such_model", "config.json"]),
     ],
@@ -105,6 +108,32 @@ def test_overlays_of_a_users_own_may_stand_anywhere_after_the_stage(tmp_path: Pa
     own = tmp_path / "own.yaml"
     own.write_text("trainer: {max_steps: 3}\n")
     recipes.check_command_line(["--config", SFT, "--config", str(own), "--config", "recipes/hardware/cpu2.yaml"])
+
+
+def test_a_wrong_setting_is_answered_before_a_model_library_is_imported() -> None:
+    code = (
+        "import sys; from idc.cli import main;"
+        f"status = main(['fit', '--config', '{SFT}', '--trainer.max_stps', '3']);"
+        "heavy = [name for name in ('diffusers', 'idc.models.transformer', 'av', 'cv2') if name in sys.modules];"
+        "sys.exit(status if not heavy else repr(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean 'max_steps'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"trainer: {max_steps: 3}\ntrainer: {max_epochs: 1}\n", "line 2: .*'trainer' is written twice"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_recipe_that_a_parser_would_misread_is_refused(content: bytes, expected: str, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        recipes.check_command_line(["--config", str(overlay)])
 
 
 def test_help_lists_the_commands_without_importing_torch() -> None:

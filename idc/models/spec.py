@@ -1,20 +1,18 @@
 """The transformer's settings as a recipe writes them, and the way from settings to a model.
 
-Light on purpose: the command line instantiates it before anything heavy is imported.
+Light on purpose: the command line instantiates it before anything heavy is imported. (Not even under `TYPE_CHECKING`:
+the command line's parser resolves those imports, too.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from idc.errors import UserError
 from idc.models.frozen import resolve
-
-if TYPE_CHECKING:
-    from idc.models.transformer import IDCrafterTransformer
 
 Trainable = Literal["full", "id_blocks", "id_blocks+lora"]
 
@@ -106,8 +104,8 @@ class TransformerSpec:
         if self.attention_head_dim % 2:
             raise UserError(f"attention_head_dim={self.attention_head_dim}: must be even, for the rotary embedding")
 
-    def build(self, text_dim: int, vlm_dim: int | None, device: torch.device | str = "cpu") -> IDCrafterTransformer:
-        """The model in float32 on `device` ("meta" for the structure alone)."""
+    def build(self, text_dim: int, vlm_dim: int | None, device: torch.device | str = "cpu") -> Any:
+        """The `IDCrafterTransformer` in float32 on `device` ("meta" for the structure alone)."""
         from idc.models.transformer import IDCrafterTransformer
 
         settings = self.id_blocks.settings()
@@ -142,7 +140,7 @@ class TransformerSpec:
                 ) from None
         return model
 
-    def _load(self, settings: dict[str, Any]) -> IDCrafterTransformer:
+    def _load(self, settings: dict[str, Any]) -> Any:
         from idc.models.transformer import IDCrafterTransformer
 
         blocks = {name: value for name, value in settings.items() if name != "text_dim"}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -27,9 +27,6 @@ from idc.models.conditioning import Drop, Encoders, Features
 from idc.models.spec import Lora, Trainable, TransformerSpec
 from idc.models.vlm import VLMConditioner
 from idc.types import Batch, Bucket, Condition, Sample
-
-if TYPE_CHECKING:
-    from idc.models.transformer import IDCrafterTransformer
 
 
 @dataclass
@@ -118,7 +115,7 @@ class Stage(LightningModule):
         self.schedule = schedule or Schedule()
         self.compute_dtype = getattr(torch, compute_dtype)
         self.sampling = sampling or Sampling()
-        self.transformer: IDCrafterTransformer | None = None
+        self.transformer: Any = None  # an IDCrafterTransformer from configure_model on
 
     # Building -------------------------------------------------------------------------------------------------
 
@@ -131,7 +128,7 @@ class Stage(LightningModule):
 
         vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None
 
-        def build(device: str) -> IDCrafterTransformer:
+        def build(device: str) -> Any:
             model = self.spec.build(self.encoders.text.dim, vlm_dim, device)
             set_trainable(model, self.trainable_set, **vars(self.lora))
             return model

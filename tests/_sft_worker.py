@@ -122,10 +122,14 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._write(trainer, loss=float(outputs["loss"]), ids=batch.ids, seeds=batch.seeds_B.tolist())
-        if trainer.global_step == self.kill_step:
+        if self.kill_step and trainer.global_step == self.kill_step:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, max(self.kill_after, 1e-6))
-        if trainer.global_step == self.signal_step and trainer.global_rank == trainer.world_size - 1:
+        if (
+            self.signal_step
+            and trainer.global_step == self.signal_step
+            and trainer.global_rank == trainer.world_size - 1
+        ):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

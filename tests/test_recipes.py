@@ -270,7 +270,7 @@ def test_the_1_3b_recipe_trains_the_real_classes_from_local_folders(
     for features in (False, True):
         folder = tmp_path / f"features_{features}"
         overlay = merge(tiny_overlay(toy_data, folder / "runs"), callbacks(count=1))
-        overlay["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+        overlay["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accumulate_grad_batches": 1}
         overlay["model"] = {"init_args": real}
         overlay["data"]["init_args"] |= {
             "sources": [shards(str(toy_data / "train"))],

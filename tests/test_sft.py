@@ -230,7 +230,8 @@ def test_a_short_run_learns_and_leaves_all_that_a_person_looks_at(toy_data: Path
     for data in previews.values():
         picture = Image.open(io.BytesIO(data))
         assert picture.n_frames > 1
-        column = picture.width - 2 * picture.height  # at the right of it are the clip and the held-out clip itself
+        gaps = 2 * 2 * picture.height // 32  # two of two pixels, enlarged
+        column = picture.width - 2 * picture.height - gaps  # at its right are the clip and the held-out clip itself
         assert column in (picture.height // 2, picture.height * 10 // 32)  # up to two references, or three
         assert len(picture.convert("RGB").crop((0, 0, column, column)).getcolors(99999)) > 2
     check_clips(run.run / "samples", steps=(20, 40, 60), count=8)
@@ -349,13 +350,12 @@ def test_a_validation_that_a_signal_cuts_short_logs_no_loss(batch: int, toy_data
     overlay = merge(tiny_overlay(toy_data, tmp_path / "runs"), callbacks(save_every=100, ema=0.9))
     overlay["data"]["init_args"]["val_batch_size"] = 2
     overlay["trainer"]["callbacks"].append(
-        {"class_path": "_sft_worker.SignalInValidation", "init_args": {"batch": batch, "step": 8}}
+        {"class_path": "_sft_worker.SignalInValidation", "init_args": {"batch": batch, "step": 4}}
     )
     run = Fit(tmp_path, overlay)
     assert fit_here(run) == 0
     (folder,) = (tmp_path / "runs").glob("**/version_0")
-    steps = [step for step, _ in scalars(folder)["val/loss"]]
-    assert steps == [3]
+    assert "val/loss" not in scalars(folder)
     assert (folder / "checkpoints" / "preempted.json").is_file()
 
 

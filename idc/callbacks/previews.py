@@ -142,7 +142,8 @@ class Previews(Callback):
         self._last_step = step
         self._enter(trainer)
         left = -(-self.count // trainer.world_size)
-        for done, batches in enumerate(self._batches.values()):
+        # The smallest bucket first, so that what it lacks goes to the others.
+        for done, batches in enumerate(sorted(self._batches.values(), key=lambda kept: sum(map(len, kept)))):
             share = -(-left // (len(self._batches) - done))
             for batch in batches:
                 now = min(share, len(batch))

@@ -67,6 +67,12 @@ def test_every_recipe_that_the_readme_names_exists() -> None:
     assert not [name for name in sorted(named) if not (ROOT / name).is_file()]
 
 
+def test_figures_stand_apart_by_where_they_come_from() -> None:
+    figures = README.split("## Figures")[1].split("## ")[0]
+    groups = re.findall(r"\*\*(Measured here|Measured on a GPU|The paper's|Not reproduced)\*\*", figures)
+    assert groups == ["Measured here", "Measured on a GPU", "The paper's", "Not reproduced"]
+
+
 def test_ci_runs_the_readmes_test_command() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in script

@@ -57,10 +57,12 @@ def test_time_per_token_and_image_conditioning_equal_wan():
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_references", [False, True])
-def test_gradients_equal_wans_and_gradient_checkpointing_changes_none(with_references):
+def test_gradients_equal_wans_and_gradient_checkpointing_changes_none(with_references, dtype):
     given = condition() if with_references else None
-    wan, plain, checkpointed = tiny_wan().train(), tiny_model(disturb=False).train(), tiny_model(disturb=False).train()
+    models = tiny_wan(), tiny_model(disturb=False), tiny_model(disturb=False)
+    wan, plain, checkpointed = (model.train().to(dtype) for model in models)
     checkpointed.enable_gradient_checkpointing()
     for model in (wan, plain, checkpointed):
         run(model, None if model is wan else given).square().sum().backward()

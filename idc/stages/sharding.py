@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def is_sharding(strategy: Any) -> bool:
-    """Whether the strategy is Lightning's FSDP2 (`ModelParallelStrategy`) and already set up."""
+    """Whether the strategy is Lightning's FSDP2 (`ModelParallelStrategy`)."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     return isinstance(strategy, ModelParallelStrategy)

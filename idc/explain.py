@@ -16,7 +16,7 @@ from idc.errors import nearest
 _AT = "\x1f"  # between the place and the explanation, until the outermost parser is done
 _BOILERPLATE = re.compile(
     r"Parser key|Does not validate|Subtypes:|Errors:$|Given value|Problem with given class"
-    r"|Expected a <class 'NoneType'>"
+    r"|Expected a <class 'NoneType'>|Expected an? <class '[\w.]+'>$"
 )
 _UNKNOWN = (
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),

@@ -12,6 +12,7 @@ import pytest
 from idc import recipes
 from idc.cli import main
 from idc.errors import UserError
+from idc.explain import explain, finish
 
 ROOT = Path(__file__).parent.parent
 SFT = "recipes/sft.yaml"
@@ -95,6 +96,17 @@ def test_a_broken_recipe_is_named_with_its_line(tmp_path: Path) -> None:
     broken.write_text("- a\n- b\n")
     with pytest.raises(UserError, match="must be a mapping"):
         recipes.check_command_line([f"--config={broken}"])
+
+
+def test_of_several_causes_the_one_that_says_something_is_shown() -> None:
+    message = (
+        "Does not validate against any of the Union subtypes\n"
+        "Subtypes: [<class 'str'>, <class 'Strategy'>]\n"
+        "Errors:\n  - Expected a <class 'str'>\n  - you must have DeepSpeed installed\n"
+        "Given value: Namespace(class_path='DeepSpeedStrategy')"
+    )
+    assert finish(explain(message)) == "you must have DeepSpeed installed"
+    assert finish(explain("Expected a <class 'int'>. Got value: many")) == "'many' is not of type int"
 
 
 def test_callbacks_and_more_callbacks_in_one_file_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""What every metric shares: one clip in, one score or a named failure out; the mean over clips is exact over ranks.
+
+A metric is a pure function of one clip (`score`) inside a thin torchmetrics shell (`update`, `compute`). A failure is a
+failure with its reason, never a number: `compute` is the mean over scored clips, and `scored` and `expected` stand
+beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+
+KINDS = ("face", "human", "object", "background")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference picture of a clip that is judged.
+
+    Attributes:
+        image_HWC: RGB uint8 `[H, W, 3]`.
+        name: what it shows in a word or two (the benchmark's class label).
+        kind: "face", "human", "object" or "background"; a "human" shows more than the face.
+        mask_HW: bool `[H, W]`, True on the subject; None where there is none.
+    """
+
+    image_HWC: NDArray[np.uint8]
+    name: str = ""
+    kind: str = "object"
+    mask_HW: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video that is judged, with what it was asked to show.
+
+    Attributes:
+        id: unique within a run.
+        frames_THWC: RGB uint8 `[T, H, W, 3]`, all of them or those that `VideoMetric.frames` asks for.
+        prompt: what was asked for, in words.
+        references: in the prompt's order.
+        fps: of the video, in frames per second (of the whole video, also where only some frames are kept).
+        category: the benchmark's item type such as "singlehuman"; "" where there is none.
+        masks_TNHW: bool, where each reference's subject is seen in each frame; None where that is not known.
+        meta: plain JSON (the toy world keeps its ground truth under "toy").
+    """
+
+    id: str
+    frames_THWC: NDArray[np.uint8]
+    prompt: str = ""
+    references: tuple[Reference, ...] = ()
+    fps: float = 16.0
+    category: str = ""
+    masks_TNHW: NDArray[np.bool_] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A clip's score, or None with the reason. `details` is plain JSON: per frame, per subject, per run of a judge."""
+
+    value: float | None
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def failed(cls, reason: str, **details: Any) -> Score:
+        """No score, because of `reason`."""
+        return cls(None, reason, details)
+
+
+class VideoMetric(Metric):
+    """Base of all metrics. A subclass sets the class attributes and writes `score`.
+
+    Attributes:
+        name: key in results, in recipes and in `idc.metrics.total`.
+        frames: how many frames `score` looks at (`sample_frames`), or None for all of them at native size.
+        bounds: lowest and highest value that `score` can return.
+        models: names of the networks that the score stands on; a report flags one that a training reward used too.
+    """
+
+    name: ClassVar[str]
+    frames: int | None = 32
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    models: tuple[str, ...] = ()
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    values: list[Tensor]
+    expected: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+        self.add_state("expected", default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load the networks that `score` needs; idempotent. One metric is loaded at a time, so that one card does.
+
+        Raises:
+            UserError: for weights that are missing or incomplete, naming the file.
+        """
+
+    def unload(self) -> None:
+        """Free what `load` loaded."""
+
+    @abstractmethod
+    def score(self, clip: Clip) -> Score:
+        """Judge one clip; the same clip always gets the same score, whatever was judged before."""
+
+    def add(self, score: Score) -> None:
+        """Count a score that was computed elsewhere, e.g. read back from a results file."""
+        self.expected += 1
+        if score.value is not None:
+            self.values.append(torch.tensor([score.value], dtype=torch.float64, device=self.device))
+
+    def update(self, clips: Clip | Sequence[Clip]) -> None:
+        """Judge clips and count them."""
+        for clip in [clips] if isinstance(clips, Clip) else clips:
+            self.add(self.score(clip))
+
+    def compute(self) -> Tensor:
+        """Mean over the scored clips, float64 scalar; NaN where no clip was scored. Independent of their order."""
+        values = self._all_values()
+        return torch.tensor(math.fsum(values) / len(values) if values else math.nan, dtype=torch.float64)
+
+    @property
+    def scored(self) -> int:
+        """How many clips have a score."""
+        return len(self._all_values())
+
+    def _all_values(self) -> list[float]:
+        # After a sync over ranks the list is one tensor.
+        states = self.values if isinstance(self.values, list) else [self.values]
+        return [value for state in states for value in state.flatten().tolist()]
+
+
+def sample_frames(total: int, count: int | None) -> NDArray[np.int64]:
+    """Which frames of `total` a metric looks at: linspace(0, total - 1, count) cut to integers (OpenS2V-Eval's rule).
+
+    A video with fewer frames repeats some, as the benchmark does; None takes every frame once.
+    """
+    if count is None:
+        return np.arange(total)
+    return np.linspace(0, total - 1, count).astype(np.int64)
+
+
+def sampled(clip: Clip, count: int | None) -> NDArray[np.uint8]:
+    """The frames of `clip` that a metric looks at, `[count, H, W, 3]`."""
+    return clip.frames_THWC[sample_frames(len(clip.frames_THWC), count)]

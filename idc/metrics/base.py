@@ -115,6 +115,13 @@ class VideoMetric(Metric):
     def unload(self) -> None:
         """Free what `load` loaded."""
 
+    def applies(self, clip: Clip) -> bool:
+        """Whether the protocol scores such an item at all; where not, it is not expected either.
+
+        Asked before the video is decoded: `clip.frames_THWC` is empty, the references' pictures are not read.
+        """
+        return True
+
     @abstractmethod
     def score(self, clip: Clip) -> Score:
         """Judge one clip; the same clip always gets the same score, whatever was judged before."""

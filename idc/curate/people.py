@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idc.models.faces import Face
+from idc.models.faces import Face, affinity
 
 MIN_SIGHTINGS = 3  # fewer are mostly false alarms of the detector
 GOOD_SHARE = 0.85  # references are drawn among sightings at least this good, relative to the best
@@ -96,33 +96,6 @@ class Tracker:
     def _close(self, tracks: list[Track]) -> None:
         self._done += tracks
         self._open = [track for track in self._open if not any(track is closed for closed in tracks)]
-
-
-def affinity(before: Face, now: Face) -> float:
-    """How sure it is that two boxes are one face, by place and size: above 0 where it may be, up to 1 for equal ones.
-
-    Boxes that overlap by an IoU of 0.3, or whose centres lie within half a face of each other, count, if neither is
-    more than 1.8 times as tall as the other.
-    """
-    tall, small = max(before.height, now.height), min(before.height, now.height)
-    if small <= 0 or tall / small > 1.8:
-        return 0.0
-    overlap = iou(before, now)
-    (ax, ay), (bx, by) = before.centre, now.centre
-    distance = float(np.hypot(ax - bx, ay - by)) / (0.5 * (before.height + now.height))
-    if overlap < 0.3 and distance > 0.5:
-        return 0.0
-    return 0.5 * overlap + 0.5 * max(0.0, 1 - distance)
-
-
-def iou(a: Face, b: Face) -> float:
-    """Intersection over union of two boxes."""
-    width = min(a.left + a.width, b.left + b.width) - max(a.left, b.left)
-    height = min(a.top + a.height, b.top + b.height) - max(a.top, b.top)
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    return shared / (a.width * a.height + b.width * b.height - shared)
 
 
 def head_and_shoulders(face: Face, height: int, width: int, margin: float = 2.2) -> Box:

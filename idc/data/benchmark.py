@@ -79,7 +79,7 @@ def file_name(text: str) -> str:
 def read_benchmark(path: str | Path, root: str | Path | None = None) -> list[Item]:
     """The items of an OpenS2V-Eval JSON file, in its order: {id: {img_paths, prompt, class_label, synthesis_flag}}.
 
-    The category is the id without its number (`singlehuman_3`), a reference's kind follows from the folders in its path.
+    The category is the id without its number (`singlehuman_3`); a reference's kind follows from its path's folders.
 
     Args:
         path: the JSON file.

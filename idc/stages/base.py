@@ -7,9 +7,8 @@ a stage before the strategy has started; frozen encoders stay outside the module
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.flow import samplers
-from idc.flow.guidance import guided, guided_text_image
-from idc.flow.times import noise_like
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
-from idc.models.conditioning import Drop, Encoders, Features
+from idc.models.conditioning import Encoders
+from idc.models.sampling import Sampler, Sampling
 from idc.models.spec import Lora, Trainable, TransformerSpec
 from idc.models.vlm import VLMConditioner
 from idc.types import Batch, Bucket, Condition, Sample
@@ -52,33 +49,6 @@ class Schedule:
             return 1.0
         progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass
-class Sampling:
-    """How a video is sampled: the paper's Euler with 50 steps and guidance 2.5, shift 3 for 480p and 5 for 720p.
-
-    `image_scale` separates the references' scale from the text's (three forwards); None means one scale (two).
-    `rescale` draws the guided velocity's standard deviation back to the conditional one's (0 is plain guidance).
-    """
-
-    steps: int = 50
-    scale: float = 2.5
-    image_scale: float | None = None
-    shift: float = 3.0
-    solver: Literal["euler", "heun"] = "euler"
-    rescale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not self.shift > 0 or not 0 <= self.rescale <= 1:
-            raise UserError(
-                f"sampling: steps={self.steps}, shift={self.shift}, rescale={self.rescale}: at least 1 step, "
-                "a shift above 0 (1 is none), and a rescale between 0 and 1"
-            )
-        for name in ("scale", "image_scale"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"sampling: {name}={value}: must be a finite number; the paper's is 2.5")
 
 
 class Stage(LightningModule):
@@ -194,77 +164,21 @@ class Stage(LightningModule):
 
     # Running the transformer --------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager:
-        if self.compute_dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+    @property
+    def sampler(self) -> Sampler:
+        """How this stage's transformer samples, where it now is."""
+        assert self.transformer is not None
+        return Sampler(self.transformer, self.encoders, self.device, self.compute_dtype)
 
     def predict_velocity(self, x_BCTHW: Tensor, t_B: Tensor, condition: Condition, cache: Any = None) -> Tensor:
         """v(z_t, t, C) in float32; `t_B` in [0, 1]. With `cache`, the subject side is not computed again."""
-        assert self.transformer is not None
-        with self.autocast():
-            (velocity,) = self.transformer(
-                hidden_states=x_BCTHW,
-                timestep=t_B * 1000.0,
-                encoder_hidden_states=condition.text_BLD,
-                condition=None if cache is not None else condition,
-                subject_cache=cache,
-                return_dict=False,
-            )
-        return velocity.float()
+        return self.sampler.predict_velocity(x_BCTHW, t_B, condition, cache)
 
-    def velocity_function(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
-        """velocity(x, t) for the samplers, with the subject side computed once where that is exact."""
-        assert self.transformer is not None
-        cache = None
-        if not self.transformer.config["id_joint_references"]:
-            with self.autocast():
-                cache = self.transformer.build_subject_cache(condition)
-
-        def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
-            t_B = torch.as_tensor(t, dtype=torch.float32, device=x_BCTHW.device).expand(x_BCTHW.shape[0])
-            return self.predict_velocity(x_BCTHW, t_B, condition, cache)
-
-        return velocity
-
-    @torch.no_grad()
-    def sample_latents(
-        self, features: Sequence[Features], seeds_B: Tensor, latent_shape: tuple[int, ...], sampling: Sampling
-    ) -> Tensor:
-        """Sample latents `[B, *latent_shape]` for the conditions of `features`, from noise seeded per sample."""
-
-        def branch(drop: Drop) -> Callable[[Tensor, Tensor], Tensor]:
-            return self.velocity_function(self.encoders.condition(features, drop).to(self.device, torch.float32))
-
-        velocity = branch(Drop.NOTHING)
-        if sampling.image_scale is not None and sampling.image_scale != sampling.scale:
-            velocity = guided_text_image(
-                velocity, branch(Drop.TEXT), branch(Drop.BOTH), sampling.scale, sampling.image_scale, sampling.rescale
-            )
-        elif sampling.scale != 1:
-            velocity = guided(velocity, branch(Drop.BOTH), sampling.scale, sampling.rescale)
-        noise = noise_like(seeds_B, latent_shape, device=self.device)
-        times = samplers.shifted_times(sampling.steps, sampling.shift)
-        solve = {"euler": samplers.sample_euler, "heun": samplers.sample_heun}[sampling.solver]
-        return solve(velocity, noise, times)
-
-    @torch.no_grad()
     def sample_videos(
         self, samples: Sequence[Sample], bucket: Bucket, seeds_B: Tensor, sampling: Sampling | None = None
     ) -> Tensor:
         """Videos `[B, 3, T, H, W]` in [-1, 1] of the bucket's size for the samples' captions and references."""
-        assert self.transformer is not None
-        sampling = sampling or self.sampling
-        blind = [replace(sample, video_CTHW=None) for sample in samples]
-        for drop in [Drop.NOTHING, Drop.BOTH, *([Drop.TEXT] if sampling.image_scale is not None else [])]:
-            encoded = self.encoders.features(blind, [drop] * len(blind))
-            blind = [replace(sample, features=f) for sample, f in zip(blind, encoded, strict=True)]
-        shape = self.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)
-        was_training = self.transformer.training
-        self.transformer.eval()
-        latents_BCTHW = self.sample_latents([dict(s.features or {}) for s in blind], seeds_B, shape, sampling)
-        self.transformer.train(was_training)
-        return self.encoders.codec.decode(latents_BCTHW)
+        return self.sampler.videos(samples, bucket, seeds_B, sampling or self.sampling)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Videos for a held-out batch, from noise seeded per sample; the `Previews` callback writes them."""

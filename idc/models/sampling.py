@@ -1,0 +1,217 @@
+"""How a video is sampled from a transformer and its encoders: one way, shared by stages, previews and the pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from idc.errors import UserError
+from idc.flow import samplers
+from idc.flow.editing import edit
+from idc.flow.guidance import guided, guided_text_image
+from idc.flow.path import Velocity
+from idc.flow.times import noise_like
+from idc.models.conditioning import Drop, Encoders, Features
+from idc.types import Bucket, Condition, Sample
+
+
+@dataclass
+class Sampling:
+    """How a video is sampled: the paper's Euler with 50 steps and guidance 2.5, shift 3 for 480p and 5 for 720p.
+
+    `image_scale` separates the references' scale from the text's (three forwards); None means one scale (two).
+    `rescale` draws the guided velocity's standard deviation back to the conditional one's (0 is plain guidance).
+    """
+
+    steps: int = 50
+    scale: float = 2.5
+    image_scale: float | None = None
+    shift: float = 3.0
+    solver: Literal["euler", "heun"] = "euler"
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.shift > 0 or not 0 <= self.rescale <= 1:
+            raise UserError(
+                f"sampling: steps={self.steps}, shift={self.shift}, rescale={self.rescale}: at least 1 step, "
+                "a shift above 0 (1 is none), and a rescale between 0 and 1"
+            )
+        for name in ("scale", "image_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"sampling: {name}={value}: must be a finite number; the paper's is 2.5")
+
+    @property
+    def drops(self) -> list[Drop]:
+        """The conditions that a step evaluates."""
+        if self.image_scale is not None and self.image_scale != self.scale:
+            return [Drop.NOTHING, Drop.TEXT, Drop.BOTH]
+        return [Drop.NOTHING, Drop.BOTH] if self.scale != 1 else [Drop.NOTHING]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an edit starts from.
+
+    Attributes:
+        video_BCTHW: in [-1, 1].
+        strength: in [0, 1]: the noise level at which it enters (`idc.flow.editing`).
+        mask_BTHW: bool, True where it may change; None changes all of it. Outside, pixels are those of the source
+            after one trip through the codec, bit for bit.
+    """
+
+    video_BCTHW: Tensor
+    strength: float
+    mask_BTHW: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A transformer and its encoders. What comes out depends on these, the sample, its seed and the settings alone.
+
+    Attributes:
+        transformer: an `IDCrafterTransformer`.
+        encoders: they run on their own device; latents and conditions are moved to `device`.
+        device: where the transformer computes.
+        dtype: `torch.bfloat16` runs the transformer under autocast; its float32 islands stay.
+    """
+
+    transformer: Any
+    encoders: Encoders
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def predict_velocity(self, x_BCTHW: Tensor, t_B: Tensor, condition: Condition, cache: Any = None) -> Tensor:
+        """v(z_t, t, C) in float32; `t_B` in [0, 1]. With `cache`, the subject side is not computed again."""
+        with self.autocast():
+            (velocity,) = self.transformer(
+                hidden_states=x_BCTHW,
+                timestep=t_B * 1000.0,
+                encoder_hidden_states=condition.text_BLD,
+                condition=None if cache is not None else condition,
+                subject_cache=cache,
+                return_dict=False,
+            )
+        return velocity.float()
+
+    def velocity_function(self, condition: Condition) -> Velocity:
+        """velocity(x, t) for the samplers, with the subject side computed once where that is exact."""
+        cache = None
+        if not self.transformer.config["id_joint_references"]:
+            with self.autocast():
+                cache = self.transformer.build_subject_cache(condition)
+
+        def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
+            t_B = torch.as_tensor(t, dtype=torch.float32, device=x_BCTHW.device).expand(x_BCTHW.shape[0])
+            return self.predict_velocity(x_BCTHW, t_B, condition, cache)
+
+        return velocity
+
+    def guided_velocity(self, features: Sequence[Features], sampling: Sampling) -> Velocity:
+        """The velocity under guidance for the conditions of `features`."""
+
+        def branch(drop: Drop) -> Velocity:
+            return self.velocity_function(self.encoders.condition(features, drop).to(self.device, torch.float32))
+
+        velocity = branch(Drop.NOTHING)
+        if Drop.TEXT in sampling.drops:
+            assert sampling.image_scale is not None
+            references, neither = branch(Drop.TEXT), branch(Drop.BOTH)
+            return guided_text_image(
+                velocity, references, neither, sampling.scale, sampling.image_scale, sampling.rescale
+            )
+        if Drop.BOTH in sampling.drops:
+            return guided(velocity, branch(Drop.BOTH), sampling.scale, sampling.rescale)
+        return velocity
+
+    @torch.no_grad()
+    def latents(
+        self, features: Sequence[Features], seeds_B: Tensor, latent_shape: tuple[int, ...], sampling: Sampling
+    ) -> Tensor:
+        """Latents `[B, *latent_shape]` for the conditions of `features`, from noise seeded per sample."""
+        noise = noise_like(seeds_B, latent_shape, device=self.device)
+        times = samplers.shifted_times(sampling.steps, sampling.shift)
+        return _solver(sampling)(self.guided_velocity(features, sampling), noise, times)
+
+    @torch.no_grad()
+    def videos(
+        self,
+        samples: Sequence[Sample],
+        bucket: Bucket,
+        seeds_B: Tensor,
+        sampling: Sampling,
+        source: Source | None = None,
+    ) -> Tensor:
+        """Videos `[B, 3, T, H, W]` in [-1, 1] of the bucket's size for the samples' captions and references.
+
+        Args:
+            source: edit it in place of generating from noise; its size is the bucket's.
+
+        Raises:
+            UserError: for more references than the transformer takes, or a strength outside [0, 1].
+        """
+        features = self._features(samples, sampling)
+        shape = self.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        was_training = self.transformer.training
+        self.transformer.eval()
+        try:
+            if source is not None:
+                return self._edit(features, seeds_B, shape, sampling, source)
+            return self.encoders.codec.decode(self.latents(features, seeds_B, shape, sampling))
+        finally:
+            self.transformer.train(was_training)
+
+    def _features(self, samples: Sequence[Sample], sampling: Sampling) -> list[Features]:
+        blind = [replace(sample, video_CTHW=None) for sample in samples]
+        for drop in sampling.drops:
+            encoded = self.encoders.features(blind, [drop] * len(blind))
+            blind = [replace(sample, features=f) for sample, f in zip(blind, encoded, strict=True)]
+        return [dict(sample.features or {}) for sample in blind]
+
+    def _edit(
+        self,
+        features: Sequence[Features],
+        seeds_B: Tensor,
+        shape: tuple[int, ...],
+        sampling: Sampling,
+        source: Source,
+    ) -> Tensor:
+        codec = self.encoders.codec
+        clean = codec.encode(source.video_BCTHW).to(self.device)
+        latents = edit(
+            lambda: self.guided_velocity(features, sampling),
+            clean,
+            noise_like(seeds_B, shape, device=self.device),
+            samplers.shifted_times(sampling.steps, sampling.shift),
+            source.strength,
+            source.mask_BTHW,
+            solve=_solver(sampling),
+        )
+        video = codec.decode(latents)
+        if source.mask_BTHW is None:
+            return video
+        # A codec's decoder looks beyond a cell, so kept latents alone would not keep the pixels.
+        mask = source.mask_BTHW[:, None].to(video.device)
+        return torch.where(mask, video, codec.decode(clean))
+
+
+def _solver(sampling: Sampling) -> Any:
+    return {"euler": samplers.sample_euler, "heun": samplers.sample_heun}[sampling.solver]
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """[-1, 1] float to uint8, channels last: CTHW -> THWC, CHW -> HWC."""
+    scaled = (pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).movedim(0, -1).numpy()

@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "the held-out loss of a checkpoint: idc validate --config ... --ckpt_path last",
     "test": "as validate, on the test data",
     "predict": "previews from a checkpoint, without training",
+    "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",
 }
 
@@ -64,6 +65,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.curate.cli import main as shards
 
         return shards(rest)
+    if command == "report":
+        from idc.report.cli import main as report
+
+        return report(rest)
     raise UserError(f"{command!r}: no such command{nearest(command, COMMANDS)}")
 
 

@@ -1,0 +1,170 @@
+"""What a table's cell says of a run: the mean, its interval, how many videos it stands on, or why it is blank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from idc.errors import UserError, nearest
+from idc.metrics.results import Result, Run
+from idc.metrics.total import DOMAINS, METRICS, PROTOCOLS, normalise, weights
+from idc.report.bootstrap import LEVEL, RESAMPLES, Floats, interval, resampled_means
+from idc.report.tracks import IDENTITY, subject_mean, subject_min
+
+# Which of the benchmark's categories a domain holds; () for all of them.
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "open": (),
+    "single": ("singlehuman", "singleface", "singleobj"),
+    "human": ("singlehuman", "singleface"),
+}
+
+# Columns that are read from a metric's details instead of its value.
+DERIVED: dict[str, tuple[str, Callable[[Result], float | None]]] = {
+    "subject_mean": (IDENTITY, subject_mean),
+    "subject_min": (IDENTITY, subject_min),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean over videos, or a blank with its reason.
+
+    Attributes:
+        value: as a fraction in [0, 1]; None for a blank.
+        low, high: of the bootstrap interval; None with fewer than two scored videos.
+        scored, expected: videos with a score, and videos that should have one. For a total: videos that miss no score.
+        reason: why the cell is blank.
+        shared: networks that judge here and that rewarded the system in training.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    scored: int = 0
+    expected: int = 0
+    reason: str = ""
+    shared: tuple[str, ...] = ()
+
+
+class Measured:
+    """The scores of one run in one domain, and what tables say of them.
+
+    Args:
+        run: as `read_run` gives it.
+        domain: "open", "single" or "human": which items count (`idc.metrics.total`).
+        resamples, seed: of the bootstrap.
+        renamed: metric to read in place of a column's key, such as {"video_quality": "qalign_quality"}.
+
+    Raises:
+        UserError: if the domain has none of the run's items.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        domain: str = "open",
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+        level: float = LEVEL,
+        renamed: dict[str, str] | None = None,
+    ) -> None:
+        self.run, self.domain = run, domain
+        self.resamples, self.seed, self.level = resamples, seed, level
+        self.renamed = renamed or {}
+        if domain not in DOMAINS:
+            raise UserError(f"--domain {domain}: no such domain{nearest(domain, DOMAINS)}")
+        categories = CATEGORIES[domain]
+        # Sorted, so that the interval does not depend on the order in which a run lists its items.
+        self.ids = sorted(id for id, category in run.info.items.items() if not categories or category in categories)
+        if not self.ids:
+            names = ", ".join(sorted(set(run.info.items.values()) - {""})) or "none"
+            raise UserError(f"{run.path}: no item of the domain {domain!r}; its categories are {names}")
+
+    def cell(self, key: str) -> Cell:
+        """The cell of a column: "total" or a metric."""
+        return self.total if key == "total" else self._mean(key)
+
+    @cached_property
+    def total(self) -> Cell:
+        """The weighted sum of the protocol; blank, with the reason, unless all of its metrics have a mean."""
+        try:
+            parts = weights(self.run.info.protocol, self.domain)
+        except UserError as error:
+            return Cell(None, reason=str(error), expected=len(self.ids))
+        cells = {key: self._mean(key) for key in parts}
+        missing = [f"{key} ({cell.reason})" for key, cell in cells.items() if cell.value is None]
+        if missing:
+            return Cell(None, reason="no total without " + ", ".join(missing), expected=len(self.ids))
+        values_VM = np.stack([self._values(key)[0] for key in parts], axis=1)
+        applies_VM = np.stack([self._values(key)[1] for key in parts], axis=1)
+        weight_M = np.array(list(parts.values()))
+        value = math.fsum(parts[key] * (cell.value or 0.0) for key, cell in cells.items())
+        span = self._interval(resampled_means(values_VM, self.resamples, self.seed) @ weight_M, values_VM)
+        scored = int((~np.isnan(values_VM) | ~applies_VM).all(axis=1).sum())
+        shared = tuple(dict.fromkeys(model for cell in cells.values() for model in cell.shared))
+        return Cell(value, *span, scored, len(self.ids), shared=shared)
+
+    def shared_models(self, metric: str) -> tuple[str, ...]:
+        """Networks of a metric that the system was rewarded by."""
+        rewards = set(self.run.info.rewards)
+        return tuple(model for model in self.run.info.metrics.get(metric, {}).get("models", ()) if model in rewards)
+
+    def metric(self, key: str) -> str:
+        """The metric whose results a column reads."""
+        key = self.renamed.get(key, key)
+        return DERIVED[key][0] if key in DERIVED else key
+
+    def value(self, result: Result, key: str) -> float | None:
+        """What one video adds to a column's mean, as a fraction: the protocol's, else of the metric's bounds.
+
+        The column `key` may be derived from the metric's details; a failed result adds nothing, and neither does a
+        NexusScore of exactly 0 in the benchmark's own protocols, which leave it out of the mean.
+        """
+        key, protocol = self.renamed.get(key, key), self.run.info.protocol
+        if result.value is None:
+            return None
+        if key in DERIVED:
+            return DERIVED[key][1](result)
+        if key not in METRICS or protocol not in PROTOCOLS:
+            low, high = self.run.info.metrics[key].get("bounds", (0.0, 1.0))
+            return (result.value - low) / (high - low)
+        if key == "nexusscore" and protocol.startswith("opens2v") and result.value == 0:
+            return None
+        return normalise(key, result.value, protocol)
+
+    def _mean(self, key: str) -> Cell:
+        metric = self.metric(key)
+        values, applies = self._values(key)
+        scored, expected = int((~np.isnan(values)).sum()), int(applies.sum())
+        if not scored:
+            return Cell(None, reason=self._why(metric, expected), expected=expected)
+        means = resampled_means(values[:, None], self.resamples, self.seed)[:, 0]
+        mean = math.fsum(values[~np.isnan(values)]) / scored
+        span = self._interval(means, values[:, None])
+        return Cell(mean, *span, scored, expected, shared=self.shared_models(metric))
+
+    def _values(self, key: str) -> tuple[Floats, np.ndarray]:
+        """Per video: its score (NaN without one), and whether one is expected."""
+        metric = self.metric(key)
+        results = [self.run.results.get((id, metric)) for id in self.ids]
+        values = [None if result is None else self.value(result, key) for result in results]
+        filled = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        return filled, np.array([result is None or result.applies for result in results])
+
+    def _interval(self, means: Floats, values_VM: Floats) -> tuple[float | None, float | None]:
+        if (~np.isnan(values_VM)).sum(axis=0).min() < 2:
+            return None, None
+        return interval(means, self.level) or (None, None)
+
+    def _why(self, metric: str, expected: int) -> str:
+        if metric not in self.run.info.metrics:
+            return "not measured"
+        if not expected:
+            return "applies to none of the items"
+        reasons = [r.reason for r in self.run.of(metric) if r.value is None and r.id in set(self.ids)]
+        first = f": {reasons[0]}" if reasons else ""
+        return f"0 of {expected} videos have a score{first}"

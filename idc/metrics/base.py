@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
+from idc.errors import UserError
+
 KINDS = ("face", "human", "object", "background")
 
 
@@ -31,12 +33,20 @@ class Reference:
         name: what it shows in a word or two (the benchmark's class label).
         kind: "face", "human", "object" or "background"; a "human" shows more than the face.
         mask_HW: bool `[H, W]`, True on the subject; None where there is none.
+
+    Raises:
+        UserError: for pixels or a mask of another type or shape, such as floats in [-1, 1].
     """
 
     image_HWC: NDArray[np.uint8]
     name: str = ""
     kind: str = "object"
     mask_HW: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        _check_pixels(self.image_HWC, f"reference {self.name!r}", "[H, W, 3]", 3)
+        if self.mask_HW is not None:
+            _check_masks(self.mask_HW, f"mask of reference {self.name!r}", self.image_HWC.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,10 @@ class Clip:
         category: the benchmark's item type such as "singlehuman"; "" where there is none.
         masks_TNHW: bool, where each reference's subject is seen in each frame; None where that is not known.
         meta: plain JSON (the toy world keeps its ground truth under "toy").
+
+    Raises:
+        UserError: for a clip without frames, and for pixels or masks of another type or shape, such as the floats in
+            [-1, 1] that models use.
     """
 
     id: str
@@ -63,14 +77,45 @@ class Clip:
     masks_TNHW: NDArray[np.bool_] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_pixels(self.frames_THWC, f"clip {self.id!r}", "[T, H, W, 3]", 4)
+        if self.masks_TNHW is not None:
+            frames, height, width, _ = self.frames_THWC.shape
+            shape = frames, len(self.references), height, width
+            _check_masks(self.masks_TNHW, f"masks of clip {self.id!r}", shape)
+
+
+def _check_pixels(pixels: Any, what: str, shape: str, dimensions: int) -> None:
+    if getattr(pixels, "dtype", None) != np.uint8:
+        found = getattr(pixels, "dtype", type(pixels).__name__)
+        raise UserError(
+            f"{what} holds {found}: judged pixels are uint8 in 0 to 255; from [-1, 1]: (x + 1) * 127.5, rounded"
+        )
+    if pixels.ndim != dimensions or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise UserError(f"{what} has shape {tuple(pixels.shape)}: must be {shape} with at least one of each")
+
+
+def _check_masks(masks: Any, what: str, shape: tuple[int, ...]) -> None:
+    if getattr(masks, "dtype", None) != np.bool_ or masks.shape != shape:
+        found = f"{getattr(masks, 'dtype', type(masks).__name__)} of shape {getattr(masks, 'shape', None)}"
+        raise UserError(f"{what}: {found}; must be bool of shape {shape}")
+
 
 @dataclass(frozen=True)
 class Score:
-    """A clip's score, or None with the reason. `details` is plain JSON: per frame, per subject, per run of a judge."""
+    """A clip's score, or None with the reason. `details` is plain JSON: per frame, per subject, per run of a judge.
+
+    Raises:
+        ValueError: for a value that is not finite: what could not be computed is a failure.
+    """
 
     value: float | None
     reason: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"a score of {self.value}: must be finite; Score.failed(reason) is for what has none")
 
     @classmethod
     def failed(cls, reason: str, **details: Any) -> Score:
@@ -102,6 +147,8 @@ class VideoMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # A rank without values joins the others with an empty tensor of the metric's own dtype: it must be theirs.
+        self.set_dtype(torch.float64)
         self.add_state("values", default=[], dist_reduce_fx="cat")
         self.add_state("expected", default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -118,7 +165,7 @@ class VideoMetric(Metric):
     def applies(self, clip: Clip) -> bool:
         """Whether the protocol scores such an item at all; where not, it is not expected either.
 
-        Asked before the video is decoded: `clip.frames_THWC` is empty, the references' pictures are not read.
+        Asked before the video is decoded: `clip.frames_THWC` is one black pixel, and no reference's picture is read.
         """
         return True
 
@@ -128,14 +175,17 @@ class VideoMetric(Metric):
 
     def add(self, score: Score) -> None:
         """Count a score that was computed elsewhere, e.g. read back from a results file."""
-        self.expected += 1
-        if score.value is not None:
-            self.values.append(torch.tensor([score.value], dtype=torch.float64, device=self.device))
+        self.update(score)
 
-    def update(self, clips: Clip | Sequence[Clip]) -> None:
-        """Judge clips and count them."""
-        for clip in [clips] if isinstance(clips, Clip) else clips:
-            self.add(self.score(clip))
+    def update(self, clips: Clip | Score | Sequence[Clip | Score]) -> None:
+        """Judge the clips that the metric applies to and count them; what is a score already is only counted."""
+        for item in [clips] if isinstance(clips, Clip | Score) else clips:
+            if isinstance(item, Clip) and not self.applies(item):
+                continue
+            score = item if isinstance(item, Score) else self.score(item)
+            self.expected += 1
+            if score.value is not None:
+                self.values.append(torch.tensor([score.value], dtype=torch.float64, device=self.device))
 
     def compute(self) -> Tensor:
         """Mean over the scored clips, float64 scalar; NaN where no clip was scored. Independent of their order."""
@@ -144,7 +194,7 @@ class VideoMetric(Metric):
 
     @property
     def scored(self) -> int:
-        """How many clips have a score."""
+        """How many clips have a score: on this rank, or on all of them within `sync_context()`, as `expected` is."""
         return len(self._all_values())
 
     def _all_values(self) -> list[float]:

@@ -15,7 +15,7 @@ from _shards import whole, write_tar
 from idc.curate.build import JOURNAL, build_shards, find_videos
 from idc.curate.cli import main
 from idc.curate.clips import Clip, ClipSettings, Drop, View, cut_video, subject_names
-from idc.curate.people import is_cut
+from idc.data.cuts import is_cut
 from idc.data.index import ShardIndex
 from idc.data.shards import SampleError, read_sample
 from idc.data.video import decode_video, encode_video, probe, resample_ranks

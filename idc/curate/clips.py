@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from idc.curate.people import Box, Sighting, Track, Tracker, choose_reference, head_and_shoulders, is_cut
+from idc.curate.people import Box, Sighting, Track, Tracker, choose_reference, head_and_shoulders
+from idc.data.cuts import is_cut
 from idc.data.video import PIXEL_FORMATS, VideoError, encode_video, iterate_video, probe, resample_ranks
 from idc.errors import UserError, nearest
 from idc.models.faces import Face, FaceDetector

@@ -6,15 +6,16 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
 from idc.errors import UserError, nearest
 
+_T = TypeVar("_T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -89,6 +90,24 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
             "Give a folder saved with save_pretrained, or a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
         )
     return folder
+
+
+def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:
+    """`load()`, with what libraries say of missing or broken files made a `UserError` that names the folder."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"path={path!r}: cannot load {expected}: {reason}") from None
+
+
+def model_name(path: str) -> str:
+    """How a report names a model: its hub id, or the last part of a folder's path."""
+    return Path(path).name if Path(path).expanduser().exists() else path
 
 
 def token_width(path: str, subfolder: str, expected: str, key: str, published: int) -> int:

@@ -1,0 +1,45 @@
+"""Aesthetics: LAION's predictor over 32 frames, as OpenS2V-Eval computes it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from idc.metrics.base import Clip, Score, VideoMetric, sampled
+from idc.models.aesthetic import AestheticPredictor
+
+
+class Aesthetics(VideoMetric):
+    """Mean predicted rating of 32 frames, on the raters' scale: it is kept within [0, 10].
+
+    The benchmark's range of 4 to 7 belongs to `idc.metrics.total.normalise`.
+
+    Args:
+        predictor: LAION's head on CLIP ViT-L/14.
+        frames: how many are rated.
+
+    >>> Aesthetics().models
+    ('LAION aesthetic head', 'openai/clip-vit-large-patch14')
+    """
+
+    name = "aesthetics"
+    bounds: ClassVar[tuple[float, float]] = (0.0, 10.0)
+
+    def __init__(self, predictor: AestheticPredictor | None = None, frames: int = 32, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.predictor = predictor if predictor is not None else AestheticPredictor()
+        self.frames = frames
+        self.models = ("LAION aesthetic head", self.predictor.clip.name)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        self.predictor.load(device)
+
+    def unload(self) -> None:
+        self.predictor.unload()
+
+    def score(self, clip: Clip) -> Score:
+        ratings = self.predictor.predict(list(sampled(clip, self.frames))).double()
+        if not ratings.isfinite().all():
+            return Score.failed("the predictor gave a rating that is not finite")
+        return Score(ratings.mean().clamp(*self.bounds).item(), details={"ratings": ratings.tolist()})

@@ -1,0 +1,58 @@
+"""GmeScore: how well the frames match the prompt, by GME-Qwen2-VL, as OpenS2V-Eval computes it.
+
+The paper's appendix C tells of one vector for the whole video and Qwen2.5-VL; no such encoder is published, and its
+tables' figures for other systems are the benchmark's. All protocols use the benchmark's rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from idc.errors import UserError
+from idc.metrics.base import Clip, Score, VideoMetric, sampled
+from idc.models.embedders import GMEEmbedder, ImageTextEmbedder
+
+INSTRUCTION = "Find an image that matches the given text."
+
+
+class GmeScore(VideoMetric):
+    """Mean cosine of 32 frames to the prompt, in [-1, 1]. A clip without a prompt fails.
+
+    Args:
+        embedder: GME by default; with CLIP it is the older CLIPScore, on another scale.
+        frames: how many are compared.
+
+    >>> GmeScore().models
+    ('Alibaba-NLP/gme-Qwen2-VL-7B-Instruct',)
+    """
+
+    name = "gmescore"
+    bounds: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+
+    def __init__(self, embedder: ImageTextEmbedder | None = None, frames: int = 32, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.embedder = embedder if embedder is not None else GMEEmbedder()
+        self.frames = frames
+        self.models = (self.embedder.name,)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        self.embedder.load(device)
+
+    def unload(self) -> None:
+        self.embedder.unload()
+
+    def score(self, clip: Clip) -> Score:
+        if not clip.prompt.strip():
+            return Score.failed("no prompt to compare with")
+        self.embedder.load(self.embedder.device)  # what is missing there is no fault of the clip's
+        try:
+            frames_ND = self.embedder.embed_images(list(sampled(clip, self.frames))).double()
+        except UserError as error:
+            return Score.failed(str(error))
+        prompt_D = self.embedder.embed_texts([clip.prompt], INSTRUCTION)[0].double()
+        cosines = frames_ND @ prompt_D
+        if not cosines.isfinite().all():
+            return Score.failed("the model gave a vector that is not finite")
+        return Score(cosines.mean().clamp(*self.bounds).item(), details={"cosines": cosines.tolist()})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from idc.errors import UserError
+from idc.models.codecs import WanVAECodec
 from idc.models.conditioners import ToyTextConditioner
 from idc.models.conditioning import ConditionDropout, Drop, Encoders, feature_names
 from idc.models.toy_codec import CosineCodec
@@ -88,12 +91,26 @@ def test_impossible_probabilities_are_refused(bad: dict[str, float]) -> None:
         ConditionDropout(**bad)
 
 
-def test_the_fingerprint_changes_with_every_encoder(encoders: Encoders) -> None:
-    others = [
-        Encoders(CosineCodec(), ToyTextConditioner(), None),
-        Encoders(CosineCodec(), ToyTextConditioner(dim=64), ToyVLM()),
-        Encoders(CosineCodec(), ToyTextConditioner(), ToyVLM(dim=64)),
-    ]
-    prints = {e.fingerprint for e in [encoders, *others]}
-    assert len(prints) == 4
-    assert Encoders(CosineCodec(), ToyTextConditioner(), ToyVLM()).fingerprint == encoders.fingerprint
+def test_fingerprints_change_with_their_own_encoder_alone(encoders: Encoders) -> None:
+    def changed(*other: Any) -> set[str]:
+        found = Encoders(*other).fingerprints
+        return {part for part, value in encoders.fingerprints.items() if found.get(part) != value}
+
+    assert changed(CosineCodec(), ToyTextConditioner(), ToyVLM()) == set()
+    assert changed(CosineCodec(), ToyTextConditioner(), None) == {"vlm"}
+    assert changed(CosineCodec(), ToyTextConditioner(dim=64), ToyVLM()) == {"text"}
+    assert changed(CosineCodec(), ToyTextConditioner(), ToyVLM(dim=64)) == {"vlm"}
+    assert changed(WanVAECodec(), ToyTextConditioner(), ToyVLM()) == {"latents", "references"}
+
+
+def test_a_part_is_encoded_by_itself_as_with_the_others(encoders: Encoders) -> None:
+    samples = [make_sample(0, 2), make_sample(1, 1)]
+    together = encoders.features(samples)
+    apart: list[dict[str, torch.Tensor]] = [{}, {}]
+    for part in encoders.fingerprints:
+        for found, features in zip(apart, encoders.features(samples, parts=[part]), strict=True):
+            assert not found.keys() & features.keys()
+            found.update(features)
+    for found, features in zip(apart, together, strict=True):
+        assert found.keys() == features.keys()
+        assert all(torch.equal(found[name], features[name]) for name in features)

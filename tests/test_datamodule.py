@@ -16,12 +16,12 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from test_loader import write_shards
 
-from idc.data.features import FeatureStore, feature_key
+from idc.data.features import feature_key
 from idc.data.index import build_index
 from idc.data.module import VideoDataModule, batches_of
 from idc.data.sources import ShardSource, ToyShards
 from idc.errors import UserError
-from idc.types import Batch
+from idc.types import Batch, Bucket
 
 TRAINER = {
     "accelerator": "cpu",
@@ -178,14 +178,16 @@ def encode_on_a_rank(rank: int, shards: dict, root: Path, port: int) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     environment = LightningEnvironment()
     environment.set_global_rank(rank)
-    module = data(shards, val_sources=[])
+    module = data(shards, val_sources=[], features=str(root / str(rank)))
     strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * 2, cluster_environment=environment)
     module.trainer = SimpleNamespace(strategy=strategy)
     module.setup("fit")
-    keys = {entry.id: feature_key(entry.id, entry.sha256) for entry in module.sources[0].index().entries}
-    store = FeatureStore(root / str(rank), "f")
-    store.write({key: {"latents": torch.zeros(1)} for key in list(keys.values())[rank : 30 * rank + 1]})
-    (loader,) = module.encode_dataloaders(store)
+    entries = module.sources[0].index().entries
+    keys = {entry.id: feature_key(entry.id, entry.sha256) for entry in entries}
+    cache = module.feature_cache({"latents": "mean"})
+    known = {key: {"latents": {"latents": torch.zeros(1)}} for key in list(keys.values())[rank : 30 * rank + 1]}
+    cache.write(Bucket(5, 32, 32, 1), known)
+    ((_, loader),) = module.encode_dataloaders(cache)
     ids = [sample.id for batch in loader for sample in batch.samples[: len(batch) - batch.padding]]
     (root / f"{rank}.json").write_text(json.dumps([len(loader), ids, list(keys)]))
     torch.distributed.destroy_process_group()
@@ -221,21 +223,21 @@ def test_too_little_data_is_refused_before_the_stage_sets_up(shards: dict):
 
 
 def test_training_from_a_feature_store_reads_no_video(shards: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    module = data(shards, random_window=False)
+    module = data(shards, random_window=False, features=str(tmp_path))
     module.setup("fit")
-    store = FeatureStore(tmp_path, {"codec": "mean", **module.fingerprint()})
-    assert module.missing(store) == 37
+    cache = module.feature_cache({"latents": "mean"})
+    assert module.missing(cache) == 37
     with pytest.raises(UserError, match="37 samples"):
-        module.attach_features(store)
-    for loader in module.encode_dataloaders(store):
+        module.attach_features(cache)
+    for parts, loader in module.encode_dataloaders(cache):
+        assert parts == ("latents",)
         for batch in loader:
-            own = batch.samples[: len(batch) - batch.padding]
-            store.write(
-                {feature_key(s.id, s.meta["sha256"]): {"latents": s.video_CTHW.mean((2, 3)).bfloat16()} for s in own}
-            )
-    assert module.encode_dataloaders(store) == []
+            for s in batch.samples[: len(batch) - batch.padding]:
+                means = {"latents": {"latents": s.video_CTHW.mean((2, 3)).bfloat16()}}
+                cache.write(batch.bucket, {feature_key(s.id, s.meta["sha256"]): means})
+    assert module.encode_dataloaders(cache) == []
     plain = list(module.train_dataloader())
-    module.attach_features(FeatureStore(tmp_path, store.fingerprint))
+    module.attach_features(module.feature_cache({"latents": "mean"}))
 
     def no_video(*_: Any) -> None:
         raise AssertionError("a clip was decoded")

@@ -1,12 +1,10 @@
-"""Cached encoder outputs: a folder named after the encoders' fingerprint, with chunks of samples in safetensors.
+"""A store of encoder outputs: a folder named after a fingerprint, with chunks of samples in safetensors.
 
-    root/<fingerprint>/fingerprint.json    what the encoders were
-    root/<fingerprint>/<chunk>.safetensors tensors "<number in chunk>/<name>", any dtype and shape
-    root/<fingerprint>/<chunk>.json        {"ids": [...], "bytes": size of the tensors' file}: written last
+    root/<label>-<hash>/fingerprint.json    what the features depend on besides the samples
+    root/<label>-<hash>/<chunk>.safetensors tensors "<number in chunk>/<name>", any dtype and shape
+    root/<label>-<hash>/<chunk>.json        {"ids": [...], "bytes": size of the tensors' file}: written last
 
 A chunk counts once its .json is there and its tensors' file has the size that the .json says.
-
-Usual names: latents, text, vlm, vlm_no_references, vlm_no_text, reference_0, reference_1 ...
 
 A key is made of a sample's id and content (`feature_key`), so data that changed under the same name is encoded anew.
 Cached latents are of ONE window of each clip (the first frames, centre crop), so training on a cache sees no other
@@ -24,7 +22,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +29,7 @@ from idc.data.plan import stable_hash
 from idc.data.storage import open_atomic
 from idc.errors import UserError
 
-OPEN_CHUNKS = 128  # memory maps a process keeps open
+OPEN_CHUNKS = 128  # memory maps that a store keeps
 
 _decode = json.JSONDecoder().raw_decode
 _ENTRY = re.compile(r'[{,]"(\d+)/')  # the start of a key: a quote within one is escaped
@@ -66,18 +63,18 @@ class FeatureStore:
 
     Args:
         root: folder of all stores.
-        fingerprint: what the features depend on: encoders, sizes, window; any JSON value. Another value is another
+        fingerprint: what the features depend on: encoder, sizes, window; any JSON value. Another value is another
             folder, so features of other encoders are never mixed up.
+        label: first part of the folder's name.
     """
 
-    def __init__(self, root: str | Path, fingerprint: Any) -> None:
-        self.root, self.fingerprint = Path(root), fingerprint
-        self.path = self.root / stable_hash(fingerprint)
+    def __init__(self, root: str | Path, fingerprint: Any, label: str = "features") -> None:
+        self.fingerprint = fingerprint
+        self.path = Path(root) / f"{label}-{stable_hash(fingerprint)}"
         self._place: dict[str, tuple[str, int]] = {}
         self._chunks: set[str] = set()
         self._warned: set[str] = set()
         self._handles: OrderedDict[str, _Chunk] = OrderedDict()
-        self._pid = os.getpid()
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,14 +109,6 @@ class FeatureStore:
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those without features, in order."""
         return [key for key in ids if key not in self._place]
-
-    def others(self) -> dict[str, Any]:
-        """Fingerprints of the other stores under the same root by folder: left by other encoders, free to delete."""
-        found = {}
-        for path in sorted(self.root.glob("*/fingerprint.json")):
-            if path.parent != self.path:
-                found[str(path.parent)] = json.loads(path.read_bytes())
-        return found
 
     def write(self, features: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Store one chunk: key -> name -> tensor. Complete or absent after a kill. 256 samples a chunk are a good size.
@@ -172,9 +161,7 @@ class FeatureStore:
         return features
 
     def _open(self, name: str) -> _Chunk:
-        """The chunk, mapped into memory; each process opens its own."""
-        if self._pid != os.getpid():
-            self._handles, self._pid = OrderedDict(), os.getpid()
+        """The chunk, mapped into memory; a forked process goes on with the maps that it inherits."""
         if name in self._handles:
             self._handles.move_to_end(name)
             return self._handles[name]
@@ -206,10 +193,13 @@ class _Chunk(NamedTuple):
         with open(path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = stream.read(size).decode()
+            length = os.fstat(stream.fileno()).st_size
         entries: dict[int, list[int]] = {}
         for match in _ENTRY.finditer(header):
             entries.setdefault(int(match[1]), []).append(match.start() + 1)
-        return cls(torch.from_numpy(np.memmap(path, np.uint8, mode="c"))[8 + size :], header, entries)
+        # Unlike NumPy's, this map keeps no file open: a run has several stores, each with many chunks.
+        data = torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8)
+        return cls(data[8 + size :], header, entries)
 
 
 def _check_chunk(sidecar: Path) -> tuple[list[str], str]:

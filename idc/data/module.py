@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,16 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
 from idc.data.buckets import Assignment, BucketRule, assign
-from idc.data.features import FeatureStore, feature_key
+from idc.data.cache import FeatureCache
+from idc.data.features import feature_key
+from idc.data.index import Entry
 from idc.data.loader import PlanLoader, check_divisible
 from idc.data.plan import HeldOutPlan, MixSource, Plan
 from idc.data.quarantine import CorruptRate, Quarantine
 from idc.data.reader import ReadSettings
 from idc.data.sources import Catalogue, Source, source_name
 from idc.errors import UserError
+from idc.types import Bucket
 
 
 class Split:
@@ -34,12 +37,12 @@ class Split:
             for name, buckets, source in zip(names, self.assignment.indices, sources, strict=True)
         ]
 
-    def feature_keys(self) -> Iterator[tuple[int, str]]:
-        """(ref, feature key) of every kept entry."""
-        kept = np.flatnonzero(np.concatenate([source.buckets for source in self.sources]) >= 0)
-        for ref in kept.tolist():
-            entry = self.catalogue[ref][1]
-            yield ref, feature_key(entry.id, entry.sha256)
+    def kept(self) -> Iterator[tuple[int, Entry, Bucket]]:
+        """(ref, entry, its bucket) of every kept entry."""
+        buckets = np.concatenate([source.buckets for source in self.sources]).tolist()
+        for ref, bucket in enumerate(buckets):
+            if bucket >= 0:
+                yield ref, self.catalogue[ref][1], self.assignment.buckets[bucket]
 
     def only(self, refs: Sequence[int]) -> list[MixSource]:
         """The sources with every other entry dropped."""
@@ -128,7 +131,7 @@ class VideoDataModule(LightningDataModule):
         self.features, self.quarantine = features, Quarantine(quarantine)
         self.max_corrupt_rate, self.allow_mix_change = max_corrupt_rate, allow_mix_change
         self._splits: dict[str, Split] = {}
-        self._store: FeatureStore | None = None
+        self._cache: FeatureCache | None = None
         self._loaders: list[PlanLoader] = []
 
     # Preparation ----------------------------------------------------------------------------------------------
@@ -177,53 +180,54 @@ class VideoDataModule(LightningDataModule):
 
     # Features -------------------------------------------------------------------------------------------------
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What cached features depend on besides the encoders (a sample's content is in its key)."""
-        return {
-            "buckets": sorted(map(list, self.rule.parsed)),
-            "max_subjects": self.rule.max_subjects,
-            "max_upscale": self.rule.max_upscale,
-            "max_crop": self.rule.max_crop,
-            "reference_area": self.reference_area,
-            "window": "first frames, centre crop",
-        }
+    def feature_cache(self, encoders: Mapping[str, str]) -> FeatureCache:
+        """The cache in the folder `features` for encoders of these fingerprints, by part."""
+        if self.features is None:
+            raise UserError("data.init_args.features=null: name a folder for the features cache")
+        return FeatureCache(self.features, encoders, self.reference_area)
 
-    def missing(self, store: FeatureStore) -> int:
-        """How many kept samples of all splits, quarantined ones apart, have no features yet."""
-        return sum(len(self._missing(split, store)) for split in self._splits.values())
+    def missing(self, cache: FeatureCache) -> int:
+        """How many kept samples of all splits, quarantined ones apart, lack features."""
+        return sum(len(refs) for split in self._splits.values() for refs in self._missing(split, cache).values())
 
-    def encode_dataloaders(self, store: FeatureStore) -> list[PlanLoader]:
-        """Loaders over the samples without features, each once, with the window that is cached.
+    def encode_dataloaders(self, cache: FeatureCache) -> list[tuple[tuple[str, ...], PlanLoader]]:
+        """(parts, loader over the samples that lack just these, each once, with the window that is cached).
 
         The last `padding` samples of a batch are to be left out; keys come from `feature_key`. With a trainer, all its
         processes must call this together: they take rank 0's list of what is missing, as their own listings of a shared
         folder may differ, and ranks with different numbers of batches would wait for each other for ever.
         """
-        missing = {name: self._missing(split, store) for name, split in self._splits.items()}
+        missing = {name: self._missing(split, cache) for name, split in self._splits.items()}
         if self.trainer is not None:
             missing = self.trainer.strategy.broadcast(missing)
         loaders = []
         for name, split in self._splits.items():
-            if refs := missing[name]:
+            for parts, refs in missing[name].items():
                 size = self.batch_size if name == "train" else self.val_batch_size
-                settings = ReadSettings(self.reference_area, random_window=False)
-                loaders.append(self._held_out_loader(split, size, split.only(refs), settings))
+                settings = ReadSettings(self.reference_area, random_window=False, decode_video="latents" in parts)
+                loaders.append((parts, self._held_out_loader(split, size, split.only(refs), settings)))
         return loaders
 
-    def attach_features(self, store: FeatureStore) -> None:
-        """Read features from `store` instead of decoding clips, from the next loader on.
+    def attach_features(self, cache: FeatureCache) -> None:
+        """Read features from `cache` instead of decoding clips, from the next loader on.
 
         Raises:
             UserError: samples are missing in it.
         """
-        store.refresh()
-        if missing := self.missing(store):
-            raise UserError(f"{store.path}: {missing} samples have no cached features; let the stage compute them")
-        self._store = store
+        cache.refresh()
+        if missing := self.missing(cache):
+            raise UserError(f"{cache.root}: {missing} samples lack cached features; let the stage compute them")
+        self._cache = cache
 
-    def _missing(self, split: Split, store: FeatureStore) -> list[int]:
+    def _missing(self, split: Split, cache: FeatureCache) -> dict[tuple[str, ...], list[int]]:
+        """Refs by the parts that they lack."""
         bad = self.quarantine.load().reasons
-        return [ref for ref, key in split.feature_keys() if key not in store and split.catalogue[ref][1].id not in bad]
+        found: dict[tuple[str, ...], list[int]] = {}
+        for ref, entry, bucket in split.kept():
+            parts = cache.missing(bucket, feature_key(entry.id, entry.sha256))
+            if parts and entry.id not in bad:
+                found.setdefault(parts, []).append(ref)
+        return found
 
     # Loaders --------------------------------------------------------------------------------------------------
 
@@ -236,7 +240,7 @@ class VideoDataModule(LightningDataModule):
         """This rank's training batches; its state is in Lightning's checkpoints."""
         plan = self.plan()
         trainer = self.trainer
-        keep_references = self._store is None or self.decode_references
+        keep_references = self._cache is None or self.decode_references
         return self._loader(
             plan,
             self._splits["train"].catalogue,
@@ -262,7 +266,7 @@ class VideoDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def _settings(self, random_window: bool) -> ReadSettings:
-        return ReadSettings(self.reference_area, random_window and self._store is None, self._store)
+        return ReadSettings(self.reference_area, random_window and self._cache is None, self._cache)
 
     def _held_out_loader(
         self, split: Split, size: int, sources: Sequence[MixSource], settings: ReadSettings

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from idc.data.features import FeatureStore, feature_key
+from idc.data.cache import FeatureCache
+from idc.data.features import feature_key
 from idc.data.images import cover_crop, fit_reference
 from idc.data.index import Entry
 from idc.data.plan import GlobalBatch, draw, seed_for
@@ -32,7 +33,8 @@ class ReadSettings:
         reference_area: cap of a reference's area in pixels; n transformer tokens cover 256 n pixels.
         random_window: where a clip is longer or wider than its bucket, draw the window and the crop from the sample's
             seed; False takes the first frames and the centre (held-out data, and whatever is cached).
-        features: a store that has every sample: the clip is then neither read nor decoded.
+        features: a cache that has every sample: the clip is then neither read nor decoded.
+        decode_video: False leaves out the clip, whose bytes are still compared with the index.
         decode_references: False leaves out the reference pictures (with features only, where their latents and the
             VLM's tokens take their place).
         verify: compare each sample's bytes with the index's sha256.
@@ -40,7 +42,8 @@ class ReadSettings:
 
     reference_area: int = 1024 * 256
     random_window: bool = True
-    features: FeatureStore | None = None
+    features: FeatureCache | None = None
+    decode_video: bool = True
     decode_references: bool = True
     verify: bool = True
 
@@ -49,7 +52,7 @@ def read_for_bucket(root: str, entry: Entry, bucket: Bucket, seed: int, settings
     """One sample as its bucket wants it.
 
     Returns:
-        the sample with video uint8 `[T, C, H, W]` (None with features), references float in [-1, 1] at most
+        the sample with video uint8 `[T, C, H, W]` (or None), references float in [-1, 1] at most
         `reference_area` large, and the first `bucket.subjects` of them.
 
     Raises:
@@ -59,7 +62,7 @@ def read_for_bucket(root: str, entry: Entry, bucket: Bucket, seed: int, settings
         return _read_cached(root, entry, bucket, settings)
     files = read_members(root, entry, settings.verify)
     sample = parse_sample(files, entry, decode_video=False)
-    video_TCHW = _window(files, entry, bucket, seed, settings.random_window)
+    video_TCHW = _window(files, entry, bucket, seed, settings.random_window) if settings.decode_video else None
     meta = {**sample.meta, "sha256": entry.sha256}
     return replace(sample, video_CTHW=video_TCHW, subjects=_subjects(sample, bucket, settings), meta=meta)
 
@@ -77,7 +80,7 @@ def _read_cached(root: str, entry: Entry, bucket: Bucket, settings: ReadSettings
         light = replace(light, bucket=entry.bucket._replace(subjects=0))
     sample = parse_sample(read_members(root, light, verify=False), light, decode_video=False)
     try:
-        features = settings.features.read(feature_key(entry.id, entry.sha256))
+        features = settings.features.read(bucket, feature_key(entry.id, entry.sha256))
     except KeyError:
         raise SampleError("no cached features") from None
     meta = {**sample.meta, "sha256": entry.sha256}

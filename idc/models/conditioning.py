@@ -14,7 +14,6 @@ branch). A dropped text is the empty caption; dropped references are absent, not
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -103,10 +102,10 @@ class Encoders:
         self._parts = tuple(part for part in (codec, text, vlm) if part is not None)
 
     @property
-    def fingerprint(self) -> str:
-        """Changes whenever a cached feature would."""
-        parts = [self.codec.fingerprint, self.text.fingerprint, self.vlm.fingerprint if self.vlm else "no vlm"]
-        return hashlib.sha256("\n".join(["features-v1", *parts]).encode()).hexdigest()[:16]
+    def fingerprints(self) -> dict[str, str]:
+        """By part of the features (`latents`, `references`, `text`, `vlm`): the fingerprint of its encoder."""
+        encoders = {"latents": self.codec, "references": self.codec, "text": self.text, "vlm": self.vlm}
+        return {part: encoder.fingerprint for part, encoder in encoders.items() if encoder is not None}
 
     def place(self, device: torch.device) -> None:
         """Say where the encoders shall run; each loads at its first use."""
@@ -119,20 +118,29 @@ class Encoders:
             part.unload()
 
     @torch.no_grad()
-    def features(self, samples: Sequence[Sample], drops: Sequence[Drop] | None = None) -> list[dict[str, Tensor]]:
+    def features(
+        self,
+        samples: Sequence[Sample],
+        drops: Sequence[Drop] | None = None,
+        parts: Sequence[str] = ("text", "vlm", "references", "latents"),
+    ) -> list[dict[str, Tensor]]:
         """Per-sample features: cached ones as they are, missing ones encoded.
 
         Args:
             samples: what to encode; a sample without a clip gets no `latents`.
             drops: encode only the variants that these need; None encodes every variant, for the cache.
+            parts: encode only these, with their encoders alone.
         """
         features: list[dict[str, Tensor]] = [dict(sample.features or {}) for sample in samples]
         wanted = [None] * len(samples) if drops is None else list(drops)
-        self._add_text(features, samples, wanted)
-        if self.vlm is not None:
+        if "text" in parts:
+            self._add_text(features, samples, wanted)
+        if "vlm" in parts and self.vlm is not None:
             self._add_vlm(features, samples, wanted)
-        self._add_references(features, samples, wanted)
-        self._add_latents(features, samples)
+        if "references" in parts:
+            self._add_references(features, samples, wanted)
+        if "latents" in parts:
+            self._add_latents(features, samples)
         return features
 
     def _add_text(

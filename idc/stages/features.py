@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from idc.data.features import FeatureStore, feature_key
+from idc.data.cache import FeatureCache
+from idc.data.features import feature_key
 from idc.models.conditioning import Encoders
-from idc.types import Sample
+from idc.progress import track
+from idc.types import Batch, Sample
 
 CHUNK = 256  # samples a file: what a kill can cost
 
@@ -17,36 +22,57 @@ CHUNK = 256  # samples a file: what a kill can cost
 def fill_cache(trainer: Trainer, encoders: Encoders) -> None:
     """Encode what the data module's cache misses, each rank its share, and make the loaders read from it.
 
-    Interrupted, it continues with the next chunk of 256 samples.
+    Only the encoders of missing parts are loaded. Interrupted, it continues with the next chunk of 256 samples.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    store = FeatureStore(data.features, {"encoders": encoders.fingerprint, **data.fingerprint()})
-    if trainer.strategy.reduce_boolean_decision(data.missing(store) > 0, all=False):
-        for loader in data.encode_dataloaders(store):
-            _encode(trainer, loader, encoders, store)
+    cache: FeatureCache = data.feature_cache(encoders.fingerprints)
+    if trainer.strategy.reduce_boolean_decision(data.missing(cache) > 0, all=False):
+        for parts, loader in data.encode_dataloaders(cache):
+            batches = track(loader, f"encoding {', '.join(parts)}", len(loader), trainer.is_global_zero)
+            encode(batches, parts, encoders, cache, trainer.strategy.root_device)
         trainer.strategy.barrier("features")
         encoders.unload()
-    data.attach_features(store)
+    data.attach_features(cache)
+    _show_unused(cache)
 
 
-def _encode(trainer: Trainer, loader: Any, encoders: Encoders, store: FeatureStore) -> None:
-    from rich.console import Console
-    from rich.progress import Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(elapsed_when_finished=True))
-    chunk: dict[str, dict[str, Tensor]] = {}
-    with Progress(*columns, console=console, disable=not trainer.is_global_zero) as progress:
-        for batch in progress.track(loader, total=len(loader), description="encoding features"):
-            samples = batch.to(trainer.strategy.root_device).samples[: len(batch) - batch.padding]
-            for sample, features in zip(samples, encoders.features(samples), strict=True):
-                chunk[_key(sample)] = {name: tensor.cpu() for name, tensor in features.items()}
-            if len(chunk) >= CHUNK:
-                store.write(chunk)
-                chunk = {}
+def encode(
+    batches: Iterable[Batch],
+    parts: Sequence[str],
+    encoders: Encoders,
+    cache: FeatureCache,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Encode these parts of the batches' samples into the cache, 256 samples a chunk; padding is left out."""
+    chunk: dict[str, dict[str, dict[str, Tensor]]] = {}
+    bucket: Any = None
+    for batch in batches:
+        if chunk and (len(chunk) >= CHUNK or batch.bucket != bucket):
+            cache.write(bucket, chunk)
+            chunk = {}
+        bucket = batch.bucket
+        samples = batch.to(device).samples[: len(batch) - batch.padding]
+        for part in parts:
+            for sample, features in zip(samples, encoders.features(samples, parts=[part]), strict=True):
+                on_cpu = {name: tensor.cpu() for name, tensor in features.items()}
+                chunk.setdefault(_key(sample), {})[part] = on_cpu
     if chunk:
-        store.write(chunk)
+        cache.write(bucket, chunk)
 
 
 def _key(sample: Sample) -> str:
     return feature_key(sample.id, sample.meta["sha256"])
+
+
+@rank_zero_only
+def _show_unused(cache: FeatureCache) -> None:
+    """One line about folders that nobody may need any more."""
+    from rich.console import Console
+
+    unused = cache.unused()
+    if unused:
+        folders = ", ".join(f"{path.name} ({size / 1e6:.1f} MB)" for path, size in unused.items())
+        Console(stderr=True, soft_wrap=True).print(
+            f"{cache.root} also holds features that this run does not read: {folders}; delete what no other run needs",
+            highlight=False,
+        )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idc.data.features import FeatureStore
+from idc.data.cache import FeatureCache
 from idc.data.images import to_float
 from idc.data.index import build_index
 from idc.data.module import VideoDataModule
@@ -106,22 +106,19 @@ def compare(root: str, shards: list[str], options: Any, workers: int) -> dict[st
     return rates
 
 
-def features_of(module: VideoDataModule, root: str) -> FeatureStore:
-    """A store with what the toy encoders make of every clip."""
-    from idc.data.features import feature_key
+def features_of(module: VideoDataModule, root: str) -> FeatureCache:
+    """A cache with what the toy encoders make of every clip."""
     from idc.models.conditioners import ToyTextConditioner
     from idc.models.conditioning import Encoders
     from idc.models.toy_codec import CosineCodec
     from idc.models.vlm import ToyVLM
+    from idc.stages.features import encode
 
     encoders = Encoders(CosineCodec(), ToyTextConditioner(), ToyVLM())
-    store = FeatureStore(Path(root) / "features", {"encoders": encoders.fingerprint, **module.fingerprint()})
-    for loader in module.encode_dataloaders(store):
-        for batch in loader:
-            samples = batch.samples[: len(batch) - batch.padding]
-            keys = [feature_key(sample.id, sample.meta["sha256"]) for sample in samples]
-            store.write(dict(zip(keys, encoders.features(samples), strict=True)))
-    return store
+    cache = FeatureCache(Path(root) / "features", encoders.fingerprints, module.reference_area)
+    for parts, loader in module.encode_dataloaders(cache):
+        encode(loader, parts, encoders, cache)
+    return cache
 
 
 def data_wait(steps: int, workers: int) -> float:

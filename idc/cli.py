@@ -13,18 +13,20 @@ from typing import NoReturn
 from idc.errors import UserError, nearest
 
 LIGHTNING = ("fit", "validate", "test", "predict")
+ALIASES = {"evaluate": "test"}
 COMMANDS = {
     "fit": "train a stage: idc fit --config recipes/sft.yaml [--config OVERLAY ...] [--KEY VALUE ...]",
     "validate": "the held-out loss of a checkpoint: idc validate --config ... --ckpt_path last",
     "test": "as validate, on the test data",
     "predict": "previews from a checkpoint, without training",
     "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
+    "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 done, 1 the command found faults, 2 bad input."""
+    """Run one command. Returns its exit status: 0 done, 1 found faults, 2 bad input, 3 done with failures on record."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
@@ -53,7 +55,7 @@ def _dispatch(args: list[str]) -> int:
 
         print(f"idc {idc.__version__}")
         return 0
-    command, rest = args[0], args[1:]
+    command, rest = ALIASES.get(args[0], args[0]), args[1:]
     if command in LIGHTNING:
         from idc.recipes import check_command_line
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -90,7 +91,7 @@ class CLI(LightningCLI):
             run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             run_dir = run_dir.parent if run_dir.name == subcommand else run_dir
             kwargs["ckpt_path"] = resolve_ckpt_path(wanted, run_dir, self.trainer.strategy)
-        elif subcommand != "fit" and self.model.spec.pretrained is None:
+        elif subcommand != "fit" and isinstance(self.model, Stage) and self.model.spec.pretrained is None:
             raise UserError(
                 f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"
             )
@@ -120,14 +121,16 @@ def newest_run(root: Path) -> Path | None:
 
 
 def run(command: str, args: Sequence[str]) -> int:
-    """Run one of Lightning's subcommands. Returns the exit status."""
+    """Run one of Lightning's subcommands. Returns the exit status: the stage's own, where it has one."""
     # Absolute interpolations (${model.x}) fail under subcommands unless they are made relative first.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
     try:
-        CLI(
-            Stage,
-            VideoDataModule,
+        trains = command in ("fit", "validate")
+        cli = CLI(
+            # Evaluation has no transformer and no data module of its own.
+            Stage if trains else LightningModule,
+            VideoDataModule if trains else None,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -144,4 +147,4 @@ def run(command: str, args: Sequence[str]) -> int:
         raise UserError(" ".join(str(error).split()) + hint) from error
     except OmegaConfBaseException as error:
         raise UserError(f"interpolation: {str(error).splitlines()[0]}") from error
-    return 0
+    return getattr(cli.model, "exit_status", 0)

@@ -11,7 +11,7 @@ from idc.errors import UserError, nearest
 
 # An overlay may only change what an earlier file has set. A later layer that is written before an earlier one
 # would be silently undone by it.
-ORDER = ("stage", "scale", "data", "hardware", "ablations")
+ORDER = ("stage", "scale", "protocols", "data", "hardware", "ablations")
 
 
 class _Strict(yaml.SafeLoader):
@@ -85,8 +85,11 @@ def _load(path: Path) -> dict:
 
 
 def _layer(path: Path, content: dict) -> str | None:
-    """What a recipe is: a whole stage (it names the model's class and the data), or an overlay of its folder's kind."""
+    """What a recipe is: a whole stage (it names the model's class and how it runs), or an overlay of its folder's kind.
+
+    A stage without a data module of its own, such as evaluation, is known by its trainer.
+    """
     model = content.get("model")
-    if isinstance(model, dict) and "class_path" in model and "data" in content:
+    if isinstance(model, dict) and "class_path" in model and {"data", "trainer"} & set(content):
         return "stage"
     return path.parent.name if path.parent.name in ORDER else None

@@ -244,7 +244,7 @@ def append_result(path: str | Path, result: Result) -> None:
     """Add one line to the run folder `path`, in a single write that is on disk when this returns."""
     file = results_file(path, result.id)
     file.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(result), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    line = _line(result)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -265,3 +265,18 @@ def write_info(path: str | Path, info: RunInfo) -> None:
     part = folder / f".{RUN_FILE}.part"
     part.write_text(json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, folder / RUN_FILE)
+
+
+def prune_results(path: str | Path, id: str, fingerprint: str) -> None:
+    """Drop an item's lines of another fingerprint: its video has changed, and they say nothing about the new one."""
+    file = results_file(path, id)
+    lines = read_results(file)
+    kept = [result for result in lines if result.fingerprint == fingerprint]
+    if len(kept) < len(lines):
+        part = file.with_suffix(".part")
+        part.write_bytes(b"".join(map(_line, kept)))
+        os.replace(part, file)
+
+
+def _line(result: Result) -> bytes:
+    return json.dumps(asdict(result), ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,241 @@
+"""Judge videos: any system's, from a folder of `<id>.mp4`, or a model's, which are made first.
+
+    python -m idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR
+
+The results lie in a run folder (idc.metrics.results) and are kept: a second run computes what is missing, what has
+changed since and, unless `retry_failures` is false, what failed. Ranks share the videos. Exit status: 0 all scored,
+3 scored with failures that are named in the results, 2 bad settings; 1 is a crash.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
+
+from idc.data.benchmark import ITEMS, Item, read_benchmark, read_items
+from idc.data.videos import VideoFolder, find_videos
+from idc.errors import UserError
+from idc.metrics.base import VideoMetric
+from idc.metrics.results import RUN_FILE, Problem, Run, RunInfo, read_info, read_run, write_info
+from idc.progress import track
+from idc.stages.judged import describe
+from idc.stages.provenance import commit, versions
+from idc.stages.scoring import Scorer
+from idc.stages.summary import show
+
+FRAMES = "frames"  # decoded frames, within the run folder, while it runs
+PATIENCE = timedelta(days=7)  # ranks wait for the slowest, whose last video may be long
+INCOMPLETE = 3  # exit status
+
+
+class VideoSource(Protocol):
+    """What makes the videos that are then judged. Each rank makes some; what is there already is not made again."""
+
+    system: str
+
+    def items(self, folder: str | Path) -> list[Item]:
+        """What is asked for, with its references; called on rank 0 alone, which writes `items.jsonl`."""
+
+    def make(self, folder: str | Path, ids: list[str]) -> None:
+        """Write `<id>.mp4` for these items."""
+
+
+class Evaluate(LightningModule):
+    """Scores of videos by a list of metrics.
+
+    Args:
+        metrics: with names of their own.
+        videos: folder of `<id>.mp4`; None has them made by `source` in `<out>/videos`.
+        source: makes videos where no folder is named.
+        benchmark: OpenS2V-Eval's JSON; None takes the folder's own `items.jsonl`.
+        benchmark_root: what the JSON's picture paths are relative to; the JSON's folder by default.
+        out: run folder; `runs/evaluate/<system>` by default.
+        system: name of what made the videos, as tables print it; the folder's name by default.
+        protocol: whose rules the metrics follow; results of different ones never stand in one column.
+        rewards: names of models that the system was rewarded by in training, so that a report can flag them.
+        columns: free numbers and words for tables.
+        cache_gb: how much of the disk each rank's decoded frames may take, in 1e9 bytes.
+        retry_failures: whether a later run tries again what failed.
+    """
+
+    exit_status = 0
+
+    def __init__(
+        self,
+        metrics: list[VideoMetric],
+        videos: str | None = None,
+        source: VideoSource | None = None,
+        benchmark: str | None = None,
+        benchmark_root: str | None = None,
+        out: str | None = None,
+        system: str | None = None,
+        protocol: Literal["paper", "opens2v-1.0", "opens2v-1.1", "toy"] = "toy",
+        rewards: list[str] | None = None,
+        columns: dict[str, Any] | None = None,
+        cache_gb: float = 20.0,
+        retry_failures: bool = True,
+    ) -> None:
+        super().__init__()
+        if not metrics:
+            raise UserError("metrics=[]: nothing to score with; recipes/evaluate.yaml lists some")
+        if videos is None and source is None:
+            raise UserError("videos: name a folder of <id>.mp4, or a source that makes them")
+        self.source = source if videos is None else None
+        self.system = system or (Path(videos).resolve().name if videos else self.source.system)  # type: ignore[union-attr]
+        self.out = Path(out) if out else Path("runs/evaluate") / self.system.replace("/", "_")
+        self.videos = Path(videos) if videos else self.out / "videos"
+        self.benchmark, self.benchmark_root = benchmark, benchmark_root
+        self.protocol, self.rewards, self.columns = protocol, tuple(rewards or ()), columns or {}
+        # A list, not modules of this one: their networks belong to no strategy and no checkpoint.
+        self.metrics = list(metrics)
+        self.cache_gb, self.retry_failures = cache_gb, retry_failures
+        self.scorer = Scorer(self.metrics, self.out, cache_gb=cache_gb, retry_failures=retry_failures)
+        self.items: list[Item] = []
+        self._lock: IO[bytes] | None = None
+
+    # What is judged ------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Nothing is trained or sharded; strategies that shard ask for this method."""
+
+    def setup(self, stage: str) -> None:
+        first = self.trainer.is_global_zero
+        if first:
+            self._lock = lock(self.out)
+            shutil.rmtree(self.out / FRAMES, ignore_errors=True)  # of a run that was killed
+            if self.source is not None:
+                self.source.items(self.videos)
+        self.trainer.strategy.barrier("evaluate: items")
+        self.items = self._read_items()
+        if self.source is not None:
+            self.source.make(self.videos, [item.id for item in self._share()])
+            self._wait()
+        self.folder = find_videos(self.videos, [item.id for item in self.items])
+        if first:
+            write_info(self.out, self._info(self.folder))
+        self.trainer.strategy.barrier("evaluate: run.json")
+
+    def _read_items(self) -> list[Item]:
+        if self.benchmark is not None:
+            return read_benchmark(self.benchmark, self.benchmark_root)
+        if not self.videos.is_dir():
+            raise UserError(f"videos={self.videos}: no such folder")
+        if not (self.videos / ITEMS).is_file():
+            raise UserError(
+                f"videos={self.videos}: has no {ITEMS} that says what was asked for; "
+                "name the benchmark's JSON by model.init_args.benchmark"
+            )
+        return read_items(self.videos / ITEMS)
+
+    def _share(self) -> list[Item]:
+        return self.items[self.trainer.global_rank :: self.trainer.world_size]
+
+    def _info(self, folder: VideoFolder) -> RunInfo:
+        """`run.json`; metrics that an earlier evaluation of the same videos had stay in it."""
+        videos = str(self.videos.resolve())
+        before: Mapping[str, Any] = {}
+        if (self.out / RUN_FILE).exists():
+            earlier = read_info(self.out)
+            if earlier.videos != videos or earlier.protocol != self.protocol:
+                raise UserError(
+                    f"out={self.out}: holds the scores of {earlier.videos} under protocol {earlier.protocol!r}; "
+                    "set model.init_args.out to another folder"
+                )
+            before = earlier.metrics
+        settings = {
+            name: {**settings, "config": self.scorer.configs[name]} for name, settings in self.scorer.settings.items()
+        }
+        return RunInfo(
+            system=self.system,
+            protocol=self.protocol,
+            items={item.id: item.category for item in self.items},
+            commit=commit(),
+            versions=versions(),
+            config=self._config(),
+            metrics={**before, **settings},
+            rewards=self.rewards,
+            columns=self.columns,
+            videos=videos,
+            problems=tuple(Problem(name, reason) for name, reason in folder.extra.items()),
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """The recipe, where the command line made this run."""
+        configs = [getattr(callback, "config", None) for callback in getattr(self.trainer, "callbacks", ())]
+        found = next((config for config in configs if hasattr(config, "as_dict")), None)
+        return {} if found is None else describe(found.as_dict(), depth=20)
+
+    # Scoring -------------------------------------------------------------------------------------------------
+
+    def test_dataloader(self) -> DataLoader:
+        """One step, which is all of this rank's share: metrics take turns over videos, not videos over metrics."""
+        return DataLoader([0])  # type: ignore[arg-type]
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        rank = self.trainer.global_rank
+        self.scorer.device = self.trainer.strategy.root_device
+        self.scorer.folder = self.out / FRAMES / f"rank{rank}"
+        works = self.scorer.plan(self._share(), self.folder.videos)
+        total = sum(len(work.metrics) for work in works)
+        what = "scores" if self.trainer.world_size == 1 else "scores of rank 0's videos"
+        for _ in track(self.scorer.run(works), what, total, shown=self.trainer.is_global_zero and total > 0):
+            pass
+        self._wait()
+
+    def on_test_end(self) -> None:
+        run = read_run(self.out)
+        self._log(run)
+        if self.trainer.is_global_zero:
+            show(run)
+            # Other ranks end with 0: a launcher would take anything else for a crash and kill this one.
+            self.exit_status = INCOMPLETE if run.failures or run.unscored or run.info.problems else 0
+            shutil.rmtree(self.out / FRAMES, ignore_errors=True)
+
+    def teardown(self, stage: str) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _log(self, run: Run) -> None:
+        scalars: dict[str, float] = {}
+        for name in run.info.metrics:
+            mean = run.mean(name)
+            if mean.scored:
+                scalars[f"mean/{name}"] = mean.value
+            scalars[f"scored/{name}"], scalars[f"expected/{name}"] = float(mean.scored), float(mean.expected)
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step=0)
+
+    def _wait(self) -> None:
+        """Until all ranks are here. Not the strategy's barrier, which gives up after minutes."""
+        if dist.is_available() and dist.is_initialized():
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """Hold a run folder for this process until the file is closed or the process dies.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"out={folder}: another evaluation is writing here; wait for it, or set another out") from None
+    except OSError:
+        pass  # a file system without locks
+    return file

@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",
+    "study": "ask people which videos are better, blind and in pairs: idc study --help",
 }
 
 
@@ -71,6 +72,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.report.cli import main as report
 
         return report(rest)
+    if command == "study":
+        from idc.study.cli import main as study
+
+        return study(rest)
     raise UserError(f"{command!r}: no such command{nearest(command, COMMANDS)}")
 
 

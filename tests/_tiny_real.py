@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ NUMBERS = ["Subject", "1", "2", "3", ":"]
 TEXT_DIM, VLM_DIM = 16, 32
 
 
-def save_tokenizer(folder: Path, special: list[str], end: str | None = None, **roles: Any) -> int:
+def save_tokenizer(
+    folder: Path, special: list[str], end: str | None = None, words: Sequence[str] = (), **roles: Any
+) -> int:
     """Save a word-level tokenizer as a real one is saved; return the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *NUMBERS])}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *WORDS, *NUMBERS, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if end is not None:
@@ -38,13 +41,13 @@ def save_umt5(root: Path) -> None:
     UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
 
 
-def save_qwen(root: Path) -> None:
-    """Model and tokenizer in `root`; tokens are 32 wide."""
+def save_qwen(root: Path, words: Sequence[str] = ()) -> None:
+    """Model and tokenizer (which also knows `words`) in `root`; tokens are 32 wide."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     chat = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     special = ["<pad>", "<unk>", *chat]
-    size = save_tokenizer(root, special, pad_token="<pad>", extra_special_tokens=chat)
+    size = save_tokenizer(root, special, words=words, pad_token="<pad>", extra_special_tokens=chat)
     roles = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     text = {
         "vocab_size": size,

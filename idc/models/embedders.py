@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, load_weights, model_name, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, load_model, load_weights, model_name, resolve, torch_dtype, weights_identity
 
 Picture = NDArray[np.uint8]
 
@@ -90,18 +90,6 @@ class ImageTextEmbedder(Frozen):
         resolve(self.path, "", "the image processor's settings", marker="preprocessor_config.json")
         resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
 
-    def _from_pretrained(self, cls: Any, unused: tuple[str, ...] = ()) -> Any:
-        """`cls.from_pretrained(self.path)`; tensors that the files lack are refused, transformers would draw them."""
-        settings = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
-        model, info = load_weights(self.path, self.weights, lambda: cls.from_pretrained(self.path, **settings))
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
-        if missing:
-            raise UserError(
-                f"path={self.path!r}: the weights lack {len(missing)} tensors, such as {missing[0]!r}; "
-                f"it should contain {self.weights}"
-            )
-        return model.eval().requires_grad_(False)
-
 
 class CLIPEmbedder(ImageTextEmbedder):
     """CLIP, SigLIP, SigLIP 2 or another dual encoder of transformers, with its own resize and crop (through PIL).
@@ -131,7 +119,7 @@ class CLIPEmbedder(ImageTextEmbedder):
                 self.path, self.weights, lambda: AutoImageProcessor.from_pretrained(self.path, backend="pil")
             )
             tokenizer = load_weights(self.path, self.weights, lambda: AutoTokenizer.from_pretrained(self.path))
-            model = self._from_pretrained(AutoModel)
+            model = load_model(AutoModel, self.path, self.weights, self.dtype)
             if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
                 raise UserError(f"path={self.path!r}: {type(model).__name__} does not embed both pictures and texts")
             self._model, self._images, self._tokenizer = model, images, tokenizer
@@ -215,7 +203,8 @@ class GMEEmbedder(ImageTextEmbedder):
 
             self._tokenizer = load_weights(self.path, self.weights, lambda: AutoTokenizer.from_pretrained(self.path))
             # The head that writes words is not used, and some copies of the weights leave it out.
-            self._model = self._from_pretrained(Qwen2VLForConditionalGeneration, unused=("lm_head",)).model
+            cls, unused = Qwen2VLForConditionalGeneration, ("lm_head",)
+            self._model = load_model(cls, self.path, self.weights, self.dtype, unused).model
             vision = self._model.config.vision_config
             area = (vision.patch_size * vision.spatial_merge_size) ** 2
             self._images = Qwen2VLImageProcessorPil(

@@ -41,6 +41,13 @@ class Frozen(ABC):
         """Free what `load` built; the next use builds it again."""
         self._model = None
 
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write what is heavy into `folder`; the arguments that make this encoder again, as plain JSON.
+
+        Where there are weights, the argument `path` is relative to `folder`.
+        """
+        raise UserError(f"{type(self).__name__} cannot be saved: it has no save(folder)")
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Loaded, without gradients, and outside any autocast: in a training step under mixed precision the output
@@ -68,6 +75,11 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     if name not in names:
         raise UserError(f"dtype={name!r}: no such dtype{nearest(name, names)}")
     return names[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The inverse of `torch_dtype`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json") -> Path | None:
@@ -103,6 +115,23 @@ def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"path={path!r}: cannot load {expected}: {reason}") from None
+
+
+def load_model(cls: Any, path: str, expected: str, dtype: torch.dtype, unused: tuple[str, ...] = ()) -> Any:
+    """`cls.from_pretrained(path)`, frozen; tensors that the files lack are refused, transformers would draw them.
+
+    Args:
+        unused: beginnings of the names of tensors that may be missing.
+    """
+    settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = load_weights(path, expected, lambda: cls.from_pretrained(path, **settings))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
+    if missing:
+        raise UserError(
+            f"path={path!r}: the weights lack {len(missing)} tensors, such as {missing[0]!r}; "
+            f"it should contain {expected}"
+        )
+    return model.eval().requires_grad_(False)
 
 
 def model_name(path: str) -> str:

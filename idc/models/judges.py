@@ -1,0 +1,246 @@
+"""Judges: models that look at pictures and answer in words, in this process or behind an OpenAI-compatible server.
+
+Answers are those at temperature 0. Of a server that is a request and not a promise: what it batches together may
+still tip a tie, so a seed goes with every request and a protocol may ask more than once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from idc.errors import UserError
+from idc.models.frozen import Frozen, load_model, load_weights, model_name, resolve, torch_dtype, weights_identity
+
+Picture = NDArray[np.uint8]
+
+
+class JudgeError(RuntimeError):
+    """No answer for this input: the judge refused, was cut short or could not be reached. Other inputs may do."""
+
+
+class Judge(ABC):
+    """What a metric asks of a judge."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The model's name, as a report shows it."""
+
+    @abstractmethod
+    def load(self, device: torch.device | str = "cpu") -> Any:
+        """Get ready; idempotent."""
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Free what `load` took."""
+
+    @abstractmethod
+    def answers(self, images: Sequence[Picture], prompt: str, seeds: Sequence[int]) -> list[str]:
+        """One answer per seed to the pictures (RGB uint8 `[H, W, 3]`, in order) followed by the prompt.
+
+        Raises:
+            JudgeError: if any of them cannot be had.
+            UserError: if none can ever be had with these settings.
+        """
+
+
+class ImageTextJudge(Frozen, Judge):
+    """Any image-text-to-text model of transformers (Qwen2.5-VL, LLaVA, InternVL, ...), greedy, in this process.
+
+    Args:
+        path: a folder saved with save_pretrained (model and processor, with a chat template), or a hub id.
+        dtype: of weights and activations.
+        max_tokens: longest answer, in tokens.
+    """
+
+    _processor: Any = None
+    weights = "an image-text-to-text model: config.json, model*.safetensors, the tokenizer and the image processor"
+
+    def __init__(
+        self, path: str = "Qwen/Qwen2.5-VL-7B-Instruct", dtype: str | torch.dtype = "bfloat16", max_tokens: int = 64
+    ) -> None:
+        if max_tokens < 1:
+            raise UserError(f"max_tokens={max_tokens}: must be at least 1; the default is 64")
+        self.path, self.dtype, self.max_tokens = path, torch_dtype(dtype), max_tokens
+
+    @property
+    def name(self) -> str:
+        return model_name(self.path)
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        self.device = torch.device(device)
+        if self._model is None:
+            resolve(self.path, "", self.weights)
+            resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
+            from transformers import AutoModelForImageTextToText
+
+            self._processor = load_weights(self.path, self.weights, lambda: image_text_processor(self.path))
+            if _template(self._processor) is None:
+                raise UserError(f"path={self.path!r}: has no chat template; give a model tuned to follow instructions")
+            self._model = load_model(AutoModelForImageTextToText, self.path, self.weights, self.dtype)
+        self._model.to(self.device)
+        return self
+
+    def unload(self) -> None:
+        super().unload()
+        self._processor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the weights behind and load their own."""
+        return {key: value for key, value in vars(self).items() if key not in ("_model", "_processor")}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"weights": weights_identity(self.path), "dtype": str(self.dtype), "max_tokens": self.max_tokens}
+
+    def answers(self, images: Sequence[Picture], prompt: str, seeds: Sequence[int]) -> list[str]:
+        """As `Judge.answers`. Greedy decoding draws nothing: the one answer stands for all seeds."""
+        return [self.generate(images, prompt)] * len(seeds) if seeds else []
+
+    def generate(self, images: Sequence[Picture], prompt: str) -> str:
+        """The greedy answer, without special tokens and outer white space.
+
+        Raises:
+            JudgeError: for an answer that `max_tokens` cut short.
+        """
+        with self.inference():
+            inputs = self._inputs(images, self.chat(len(images), prompt))
+            length = inputs["input_ids"].shape[1]
+            # The sampling settings of a model's own generation config are void without sampling.
+            free = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+            new = self._model.generate(**inputs, **free, max_new_tokens=self.max_tokens)[0, length:]
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        text = self._processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        if len(new) == self.max_tokens and int(new[-1]) not in ends:
+            raise JudgeError(f"the answer was cut at max_tokens={self.max_tokens}: {quote(text)}")
+        return text
+
+    def level_logits(self, images: Sequence[Picture], question: str, answer: str, levels: Sequence[str]) -> list[float]:
+        """Logits of `levels` as the next word of an answer that begins with `answer` (float32, in their order).
+
+        The levels are told apart at the first token at which the tokenised answers differ. Where a level is several
+        tokens its first one stands for it.
+
+        Raises:
+            UserError: if two levels have the same token there: the model's logits cannot tell them apart.
+            JudgeError: for logits that are not finite.
+        """
+        with self.inference():
+            prefix = self.chat(len(images), question) + answer
+            texts = [f"{prefix} {level}" for level in levels]
+            tokenised = [self._processor.tokenizer(text, **_special_tokens(self._processor, text)) for text in texts]
+            cut, ids = deciding_tokens([list(tokens.input_ids) for tokens in tokenised], levels)
+            # The processor writes out each picture's tokens, so what is left to cut is counted from the end.
+            inputs = self._inputs(images, texts[0])
+            end = inputs["input_ids"].shape[1] - (len(tokenised[0].input_ids) - cut)
+            for key, tensor in inputs.items():
+                if tensor.ndim == 2 and key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+                    inputs[key] = tensor[:, :end]
+            keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+            logits = self._model(**inputs, use_cache=False, **({"logits_to_keep": 1} if keep else {})).logits
+            chosen = logits[0, -1, ids].float()
+        if not chosen.isfinite().all():
+            raise JudgeError(f"the model's logits are not finite in {self.dtype}: {chosen.tolist()}")
+        return chosen.tolist()
+
+    def chat(self, images: int, prompt: str) -> str:
+        """The model's own chat template around pictures and then the prompt, up to where the answer begins."""
+        self.load(self.device)
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        template = _template(self._processor)
+        return self._processor.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+
+    def _inputs(self, images: Sequence[Picture], text: str) -> dict[str, torch.Tensor]:
+        pictures = {"images": [np.ascontiguousarray(image) for image in images]} if images else {}
+        special = _special_tokens(self._processor, text)
+        inputs = self._processor(text=[text], **pictures, return_tensors="pt", **special)
+        moved = {key: tensor.to(self.device) for key, tensor in inputs.items()}
+        return {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in moved.items()}
+
+
+def deciding_tokens(sequences: Sequence[Sequence[int]], levels: Sequence[str]) -> tuple[int, list[int]]:
+    """Where the token sequences of `levels` (all with the same words before them) part, and each one's token there.
+
+    Returns:
+        The length of what they share, and the token after it for each level.
+
+    Raises:
+        UserError: if two levels have the same token there, or one ends there.
+    """
+    shared = 0
+    while all(len(ids) > shared for ids in sequences) and len({ids[shared] for ids in sequences}) == 1:
+        shared += 1
+    seen: dict[int, str] = {}
+    for level, ids in zip(levels, sequences, strict=True):
+        if len(ids) <= shared:
+            raise UserError(
+                f"levels: {level!r} is the beginning of another level for this tokenizer; choose other words"
+            )
+        token = ids[shared]
+        if token in seen:
+            raise UserError(
+                f"levels: {seen[token]!r} and {level!r} begin with the same token ({token}) of this tokenizer, "
+                "so their logits cannot be told apart; choose other words or another model"
+            )
+        seen[token] = level
+    return shared, list(seen)
+
+
+def image_text_processor(path: str) -> Any:
+    """The processor saved in `path`, for pictures (through PIL) and text only.
+
+    The video part of a processor wants torchvision, which this kit does without, and the torchvision image
+    processors resize a little differently: scores must not depend on whether it happens to be installed.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoProcessor
+
+    # The top level's own is a stand-in that refuses to work without torchvision in some releases.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(path).model_type) or "", None)
+    if cls is not None and "video_processor" in inspect.signature(cls.__init__).parameters:
+        processor = _without_video(cls).from_pretrained(path)
+    else:
+        processor = AutoProcessor.from_pretrained(path)
+    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    return processor
+
+
+def _without_video(cls: type) -> Any:
+    def init(
+        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
+    ) -> None:
+        settings = {**kwargs, "video_processor": None, "chat_template": chat_template}
+        cls.__init__(self, image_processor=image_processor, tokenizer=tokenizer, **settings)  # type: ignore[misc]
+
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": __name__})
+
+
+def _template(processor: Any) -> Any:
+    return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+
+
+def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
+    """Chat templates that write the beginning-of-sequence token themselves must not get another."""
+    bos = processor.tokenizer.bos_token
+    return {"add_special_tokens": not (bos and text.startswith(bos))}
+
+
+def quote(text: str, limit: int = 120) -> str:
+    """`text` on one line in quotation marks, cut in its middle to about `limit` characters."""
+    line = " ".join(text.split())
+    if len(line) > limit:
+        line = f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
+    return f"'{line}'"

@@ -1,0 +1,70 @@
+"""Image-text models at tiny random sizes, saved as published ones are: Qwen2.5-VL and LLaVA, with a chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from _tiny_real import save_qwen, save_tokenizer
+
+WORDS = ["How", "would", "you", "rate", "quality", "aesthetics", "of", "this", "video", "image", "?", "The", "is"]
+LEVELS = ["excellent", "good", "fair", "poor", "bad"]
+
+_TURN = """{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}\
+{% endfor %}"""
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    + _TURN.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}USER: "
+    + _TURN.replace("IMAGE", "<image>\n")
+    + "{% endfor %}{% if add_generation_prompt %} ASSISTANT: {% endif %}"
+)
+
+
+def save_qwen_judge(root: Path) -> str:
+    """Qwen2.5-VL in `root`, in the layout of the published one (preprocessor_config.json, no processor_config.json)."""
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    save_qwen(root, words=[*WORDS, *LEVELS])
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.save_pretrained(root)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}).save_pretrained(root)
+    return str(root)
+
+
+def save_llava_judge(root: Path) -> str:
+    """LLaVA in `root`: pictures of 28 x 28 pixels make four tokens each; the tokenizer adds a beginning of its own."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+    words = [*WORDS, *LEVELS, "USER", "ASSISTANT"]
+    roles = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": ["<image>"]}
+    size = save_tokenizer(root, special, words=words, **roles)
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    start = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = start
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(root)
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **narrow},
+        text_config={"model_type": "llama", "vocab_size": size, "num_key_value_heads": 2, **narrow},
+        image_token_index=special.index("<image>"),
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(root)
+    return str(root)

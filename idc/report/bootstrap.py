@@ -37,7 +37,7 @@ def resampled_means(values_VM: Floats, resamples: int = RESAMPLES, seed: int = 0
 
 
 def interval(means: Floats, level: float = LEVEL) -> tuple[float, float] | None:
-    """The percentile interval of resampled means `[resamples]`; draws without a score are left out. None without any."""
+    """The percentile interval of resampled means `[resamples]`; draws without a score are left out (None: all)."""
     means = means[~np.isnan(means)]
     if not len(means):
         return None

@@ -34,7 +34,7 @@ class Cell:
     """A mean over videos, or a blank with its reason.
 
     Attributes:
-        value: as a fraction in [0, 1]; None for a blank.
+        value: as a fraction in [0, 1]; raw for a metric without finite bounds; None for a blank.
         low, high: of the bootstrap interval; None with fewer than two scored videos.
         scored, expected: videos with a score, and videos that should have one. For a total: videos that miss no score.
         reason: why the cell is blank.
@@ -130,11 +130,16 @@ class Measured:
         if key in DERIVED:
             return DERIVED[key][1](result)
         if key not in METRICS or protocol not in PROTOCOLS:
-            low, high = self.run.info.metrics[key].get("bounds", (0.0, 1.0))
-            return (result.value - low) / (high - low)
+            return self._within_bounds(key, result.value)
         if key == "nexusscore" and protocol.startswith("opens2v") and result.value == 0:
             return None
         return normalise(key, result.value, protocol)
+
+    def _within_bounds(self, metric: str, raw: float) -> float:
+        low, high = self.run.info.metrics[metric].get("bounds", (0.0, 1.0))
+        if isinstance(low, str) or isinstance(high, str) or high <= low:  # infinite bounds are words in run.json
+            return raw
+        return (raw - low) / (high - low)
 
     def _mean(self, key: str) -> Cell:
         metric = self.metric(key)

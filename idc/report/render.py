@@ -128,9 +128,10 @@ def _markdown_cells(table: Table, line: Line, notes: Notes) -> list[str]:
         mark = f"<sup>{s.marks}</sup>" if s.marks else ""
         parts = [s.value + mark, f"({s.change})" if s.change else "", s.span, s.count]
         cells.append(" ".join(_markdown(part) if part is not parts[0] else part for part in parts if part))
-    for text, note, column in _printed_cells(table, line):
+    for text, note, column in printed_cells(table, line):
         cells.append(
-            printed_number(text, column) + (f"<sup>{notes.mark(_of(line, column, note))}</sup>" if note else "")
+            printed_number(text, column)
+            + (f"<sup>{notes.mark(printed_note(line, column, note))}</sup>" if note else "")
         )
     return cells
 
@@ -258,8 +259,8 @@ def _latex_cells(table: Table, line: Line, notes: Notes) -> list[str]:
             rows = r" \\[-1pt] ".join(rf"{{\scriptsize {_latex(part)}}}" for part in small)
             top = rf"\begin{{tabular}}[c]{{@{{}}c@{{}}}}{top} \\[-1pt] {rows}\end{{tabular}}"
         cells.append(top)
-    for text, note, column in _printed_cells(table, line):
-        mark = rf"\textsuperscript{{{notes.mark(_of(line, column, note))}}}" if note else ""
+    for text, note, column in printed_cells(table, line):
+        mark = rf"\textsuperscript{{{notes.mark(printed_note(line, column, note))}}}" if note else ""
         cells.append(_latex(printed_number(text, column)) + mark)
     return cells
 
@@ -275,7 +276,7 @@ def _printed_keys(table: Table) -> set[str]:
     return set(table.layout.printed_columns)
 
 
-def _printed_cells(table: Table, line: Line) -> list[tuple[str, str, Column]]:
+def printed_cells(table: Table, line: Line) -> list[tuple[str, str, Column]]:
     """(printed figure, what is wrong with it, column) of each column that the paper has."""
     if not table.with_published:
         return []
@@ -283,7 +284,7 @@ def _printed_cells(table: Table, line: Line) -> list[tuple[str, str, Column]]:
     return [(text, note, column) for text, note, column in cells if column.key in _printed_keys(table)]
 
 
-def _of(line: Line, column: Column, note: str) -> str:
+def printed_note(line: Line, column: Column, note: str) -> str:
     return f"{line.title}, {column.title} ({PRINTED}): {note}"
 
 

@@ -1,77 +1,82 @@
-"""What the identity tracking of a video says of its subjects: how like their references they are, frame by frame."""
+"""What the identity tracking of a video says of its subjects: how like their references they are, frame by frame.
+
+The details are those of `idc.metrics.identity.IdentityTracking`; they come from a file, so they are checked here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from idc.metrics.results import Result
 
 IDENTITY = "identity"
+RATES = ("missing", "swapped", "unsure", "doubled")
 
 
 @dataclass(frozen=True)
 class Track:
-    """A subject over a video: its similarity to its own reference in each judged frame, None where it is not seen."""
+    """A subject over a video's judged frames: its cosine to its reference, None where it is missing, and its state."""
 
     name: str
+    identity: float | None
     similarity: tuple[float | None, ...]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over the frames in which the subject is seen."""
-        seen = [value for value in self.similarity if value is not None]
-        return math.fsum(seen) / len(seen) if seen else None
+    states: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The tracking of one video.
+    """The tracking of one video of N subjects.
 
     Attributes:
-        tracks: one a reference, in the prompt's order.
-        frames: ranks of the judged frames in the video.
-        confusion: subjects (rows) against references (columns): in how many frames a subject was nearest to which.
-        rates: shares of frames by name, such as "swapped", "missing" and "doubled".
+        tracks: N of them, in the prompt's order.
+        confusion: N rows of N + 1 shares: of the sightings of a subject's body, those that look like each reference;
+            the last column is "like none". Empty where it is not known.
+        rates: means over subjects and frames, by name (`RATES`).
     """
 
     tracks: tuple[Track, ...]
-    frames: tuple[int, ...]
     confusion: tuple[tuple[float, ...], ...]
     rates: Mapping[str, float]
 
 
 def identity(details: Mapping[str, Any]) -> Identity | None:
-    """The tracking in a result's details, or None where there is none."""
-    subjects = details.get("subjects") or ()
-    if not subjects:
+    """The tracking in a result's details; None where there is none, or none of this form."""
+    try:
+        subjects = details["subjects"]
+        lines = details["similarity"]
+        states = details.get("states") or [[]] * len(subjects)
+        tracks = tuple(
+            Track(
+                str(subject["name"]),
+                _number(subject.get("identity")),
+                tuple(_number(value) for value in line),
+                tuple(str(state) for state in row),
+            )
+            for subject, line, row in zip(subjects, lines, states, strict=True)
+        )
+        confusion = tuple(tuple(float(share) for share in row) for row in details.get("confusion", ()))
+        if any(len(row) != len(tracks) + 1 for row in confusion) or len(confusion) not in (0, len(tracks)):
+            confusion = ()
+        rates = {name: rate for name in RATES if (rate := _number(details.get(name))) is not None}
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    tracks = tuple(Track(str(s.get("name", "")), _numbers(s.get("similarity", ()))) for s in subjects)
-    confusion = tuple(tuple(float(count) for count in row) for row in details.get("confusion", ()))
-    rates = {str(name): float(rate) for name, rate in dict(details.get("rates", {})).items() if rate is not None}
-    frames = tuple(int(rank) for rank in details.get("frames", ()))
-    longest = max(len(track.similarity) for track in tracks)
-    return Identity(tracks, frames if len(frames) == longest else tuple(range(longest)), confusion, rates)
+    return Identity(tracks, confusion, rates) if tracks else None
 
 
 def subject_mean(result: Result) -> float | None:
-    """Mean over a video's subjects of their mean similarity (table S.7, "Avg FaceSim")."""
-    means = _means(result)
-    return math.fsum(means) / len(means) if means else None
+    """Mean identity of a video's subjects (table S.7, "Avg FaceSim"); None where it was not tracked."""
+    return _number(result.details.get("average"))
 
 
 def subject_min(result: Result) -> float | None:
-    """The mean similarity of a video's least similar subject (table S.7, "Min FaceSim")."""
-    return min(_means(result), default=None)
+    """Identity of a video's least similar subject (table S.7, "Min FaceSim"); None where it was not tracked."""
+    return _number(result.details.get("minimum"))
 
 
-def _means(result: Result) -> list[float]:
-    """Per subject; one that is never seen counts as 0, the floor of a similarity, for it is surely not preserved."""
-    found = identity(result.details)
-    return [track.mean or 0.0 for track in found.tracks] if found else []
-
-
-def _numbers(values: Sequence[Any]) -> tuple[float | None, ...]:
-    return tuple(None if value is None else float(value) for value in values)
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,137 @@
+"""Tables of the page as HTML; everything that comes from a run is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from idc.report.layout import Column
+from idc.report.measure import DERIVED, Cell, Measured
+from idc.report.render import (
+    Notes,
+    grouped,
+    number,
+    printed_cells,
+    printed_note,
+    printed_number,
+    provenance,
+    shown,
+)
+from idc.report.tables import PRINTED, Line, Table
+from idc.report.tracks import IDENTITY
+
+MOST_IDS = 20  # named in a row of the table of failures
+
+
+def table_html(table: Table) -> str:
+    """One of the paper's tables as a section with its caption, notes and downloads. Its headings sort."""
+    notes = Notes()
+    printed = [c for c in table.columns if c.key in table.layout.printed_columns] if table.with_published else []
+    width = 1 + len(table.columns) + len(printed)
+    heads = [(table.layout.head, "text"), *((f"{c.title} ↑", "") for c in table.columns)]
+    heads += [(f"{c.title} <small>{PRINTED}</small>", "printed") for c in printed]
+    body = []
+    for group, members in grouped(table):
+        if group:
+            body.append(f'<tr class="group"><th colspan="{width}" scope="colgroup">{escape(group)}</th></tr>')
+        body += [_row_html(table, line, notes) for line in members]
+    slug = table.layout.slug
+    files = " ".join(f'<a href="{slug}.{suffix}">{suffix}</a>' for suffix in ("md", "csv", "tex"))
+    below = "".join(f"<li><sup>{mark}</sup> {escape(text)}</li>" for mark, text in notes.lines())
+    below += "".join(f"<li>{escape(text)}</li>" for text in provenance(table))
+    return (
+        f'<section class="table" id="{slug}"><h3>Table {table.layout.number} <span class="files">{files}</span></h3>'
+        f"<p>{escape(table.caption)}</p>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table {table.layout.number}">'
+        f'<table class="sortable"><thead><tr>{"".join(_head(*head) for head in heads)}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"{f'<ul class=notes>{below}</ul>' if below else ''}</section>"
+    )
+
+
+def measures_html(systems: Sequence[tuple[str, Measured]], metrics: Sequence[str]) -> str:
+    """All measures of all systems, also those that no table of the paper has."""
+    if not systems:
+        return '<p class="empty">No run was given.</p>'
+    derived = [key for key in DERIVED if IDENTITY in metrics]
+    keys = ["total", *metrics, *derived]
+    titles = {
+        "total": "Total Score",
+        "subject_mean": "Identity, mean of subjects",
+        "subject_min": "Identity, least subject",
+    }
+    notes = Notes()
+    heads = _head("System", "text")
+    heads += "".join(_head(escape(titles.get(key, key.replace("_", " ")))) for key in keys)
+    rows = []
+    for name, measured in systems:
+        line = Line(name, "", (), (), (), measured)
+        cells = [(measured.cell(key), Column(key, titles.get(key, key))) for key in keys]
+        body = "".join(_cell_html(cell, column, None, line, notes) for cell, column in cells)
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{body}</tr>')
+    below = "".join(f"<li><sup>{mark}</sup> {escape(text)}</li>" for mark, text in notes.lines())
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="All measures"><table class="sortable" id="measures">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{f'<ul class=notes>{below}</ul>' if below else ''}"
+    )
+
+
+def failures_html(systems: Sequence[tuple[str, Measured]]) -> str:
+    """What has no score and why: a row a system, metric and reason, with the ids."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, measured in systems:
+        ids = set(measured.ids)
+        for result in measured.run.failures:
+            if result.id in ids:
+                groups.setdefault((name, result.metric, result.reason or "no reason given"), []).append(result.id)
+        for metric in measured.run.info.metrics:
+            for id in measured.ids:
+                if (id, metric) not in measured.run.results:
+                    groups.setdefault((name, metric, "not scored yet"), []).append(id)
+        for problem in measured.run.info.problems:
+            groups.setdefault((name, "–", problem.reason), []).append(problem.file)
+    if not groups:
+        return '<p class="empty">Nothing failed: every score that was expected is there.</p>'
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="words">{escape(metric)}</td>'
+        f'<td class="words">{escape(reason)}</td><td data-value="{len(ids)}">{len(ids)}</td>'
+        f'<td class="words ids">{_ids(ids)}</td></tr>'
+        for (name, metric, reason), ids in ordered
+    )
+    heads = _head("System", "text") + _head("Metric", "text") + _head("Reason", "text") + _head("Videos")
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Failures"><table class="sortable" id="failed">'
+        f'<thead><tr>{heads}<th scope="col">Which</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _ids(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - MOST_IDS} more" if len(ids) > MOST_IDS else ""
+    return ", ".join(map(escape, ids[:MOST_IDS])) + more
+
+
+def _head(title: str, kind: str = "") -> str:
+    """A heading that sorts; `title` is HTML."""
+    side = ' class="words"' if kind == "text" else f' class="{kind}"' if kind else ""
+    return f'<th scope="col"{side} aria-sort="none"><button type="button">{title}</button></th>'
+
+
+def _row_html(table: Table, line: Line, notes: Notes) -> str:
+    cells = [f'<th scope="row">{escape(line.title)}</th>']
+    for cell, column, change in zip(line.cells, table.columns, line.changes, strict=True):
+        cells.append(_cell_html(cell, column, change, line, notes))
+    for text, note, column in printed_cells(table, line):
+        mark = f"<sup>{notes.mark(printed_note(line, column, note))}</sup>" if note else ""
+        cells.append(f'<td class="printed" data-value="{escape(text)}">{printed_number(text, column)}{mark}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell_html(cell: Cell | None, column: Column, change: float | None, line: Line, notes: Notes) -> str:
+    s = shown(cell, column, change, line, notes)
+    value = "" if cell is None or cell.value is None else number(cell.value, column)
+    mark = f"<sup>{s.marks}</sup>" if s.marks else ""
+    moved = f' <span class="change">{s.change}</span>' if s.change else ""
+    small = "".join(f"<small>{part}</small>" for part in (s.span, s.count) if part)
+    return f'<td data-value="{value}"><b>{s.value}</b>{mark}{moved}{small}</td>'

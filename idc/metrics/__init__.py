@@ -11,9 +11,13 @@ from typing import Any
 # Classes by module; a module is imported when one of its classes is asked for.
 _CLASSES = {
     "aesthetics": ("Aesthetics",),
+    "copy_paste": ("CopyPaste",),
+    "facesim": ("FaceSim",),
     "gme": ("GmeScore",),
+    "identity": ("IdentityTracking",),
     "motion": ("MotionAmplitude",),
     "smoothness": ("MotionSmoothness",),
+    "toy": ("ToyIdentity", "ToyScores"),
 }
 _HOMES = {name: module for module, names in _CLASSES.items() for name in names}
 

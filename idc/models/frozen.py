@@ -124,12 +124,14 @@ def load_model(cls: Any, path: str, expected: str, dtype: torch.dtype, unused: t
         unused: beginnings of the names of tensors that may be missing.
     """
     settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    settings["ignore_mismatched_sizes"] = True  # so that they are told below, by name
     model, info = load_weights(path, expected, lambda: cls.from_pretrained(path, **settings))
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
-    if missing:
+    drawn = {key[0] if isinstance(key, tuple) else key for key in [*info["missing_keys"], *info["mismatched_keys"]]}
+    lacking = sorted(key for key in drawn if not key.startswith(unused))
+    if lacking:
         raise UserError(
-            f"path={path!r}: the weights lack {len(missing)} tensors, such as {missing[0]!r}; "
-            f"it should contain {expected}"
+            f"path={path!r}: {len(lacking)} tensors are missing from the weights or of another size than config.json "
+            f"says, such as {lacking[0]!r}; it should contain {expected}"
         )
     return model.eval().requires_grad_(False)
 

@@ -46,7 +46,7 @@ def write_run(
 
 
 def even_results(fractions: Mapping[str, float], videos: int = 4, protocol: str = "paper", spread: float = 0.05):
-    """Results whose means are `fractions`: half of the videos lie `spread` above, half below; FaceSim on people only."""
+    """Results whose means are `fractions`: half of the videos lie `spread` above, half below; FaceSim on people."""
     results = []
     for n in range(videos):
         category = CATEGORIES[(n // 2) % len(CATEGORIES)]

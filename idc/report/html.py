@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from idc.report.layout import Column
-from idc.report.measure import DERIVED, Cell, Measured
+from idc.report.layout import Column, metric_title
+from idc.report.measure import Cell, Measured
 from idc.report.render import (
     Notes,
     grouped,
@@ -28,7 +28,7 @@ def table_html(table: Table) -> str:
     notes = Notes()
     printed = [c for c in table.columns if c.key in table.layout.printed_columns] if table.with_published else []
     width = 1 + len(table.columns) + len(printed)
-    heads = [(table.layout.head, "text"), *((f"{c.title} ↑", "") for c in table.columns)]
+    heads = [(table.layout.head, "text"), *((f"{c.title}&nbsp;↑", "") for c in table.columns)]
     heads += [(f"{c.title} <small>{PRINTED}</small>", "printed") for c in printed]
     body = []
     for group, members in grouped(table):
@@ -53,25 +53,21 @@ def measures_html(systems: Sequence[tuple[str, Measured]], metrics: Sequence[str
     """All measures of all systems, also those that no table of the paper has."""
     if not systems:
         return '<p class="empty">No run was given.</p>'
-    derived = [key for key in DERIVED if IDENTITY in metrics]
-    keys = ["total", *metrics, *derived]
-    titles = {
-        "total": "Total Score",
-        "subject_mean": "Identity, mean of subjects",
-        "subject_min": "Identity, least subject",
-    }
+    keys = ["total", *metrics, *(["subject_min"] if IDENTITY in metrics else [])]
+    titles = {key: metric_title(key) for key in keys} | {"subject_min": "Identity, least subject"}
     notes = Notes()
     heads = _head("System", "text")
-    heads += "".join(_head(escape(titles.get(key, key.replace("_", " ")))) for key in keys)
+    heads += "".join(_head(escape(titles[key])) for key in keys)
     rows = []
     for name, measured in systems:
         line = Line(name, "", (), (), (), measured)
-        cells = [(measured.cell(key), Column(key, titles.get(key, key))) for key in keys]
+        cells = [(measured.cell(key), Column(key, titles[key])) for key in keys]
         body = "".join(_cell_html(cell, column, None, line, notes) for cell, column in cells)
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{body}</tr>')
     below = "".join(f"<li><sup>{mark}</sup> {escape(text)}</li>" for mark, text in notes.lines())
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="All measures"><table class="sortable" id="measures">'
+        '<div class="scroll" tabindex="0" role="region" aria-label="All measures">'
+        '<table class="sortable" id="measures">'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f"{f'<ul class=notes>{below}</ul>' if below else ''}"
     )
@@ -103,7 +99,7 @@ def failures_html(systems: Sequence[tuple[str, Measured]]) -> str:
     heads = _head("System", "text") + _head("Metric", "text") + _head("Reason", "text") + _head("Videos")
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Failures"><table class="sortable" id="failed">'
-        f'<thead><tr>{heads}<th scope="col">Which</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<thead><tr>{heads}<th scope="col" class="words">Which</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

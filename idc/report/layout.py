@@ -221,3 +221,9 @@ TABLE_S7 = Layout(
 )
 
 LAYOUTS = {layout.number: layout for layout in (TABLE_1, TABLE_2, TABLE_3, TABLE_S5, TABLE_S7)}
+
+
+def metric_title(name: str) -> str:
+    """A metric's name as the tables head it."""
+    titles = {column.key: column.title for layout in LAYOUTS.values() for column in layout.columns}
+    return titles.get(name, name.replace("_", " ").capitalize())

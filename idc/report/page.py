@@ -19,7 +19,7 @@ from typing import Any
 from idc.errors import UserError
 from idc.metrics.results import Result
 from idc.report.html import failures_html, measures_html, table_html
-from idc.report.layout import LAYOUTS
+from idc.report.layout import metric_title
 from idc.report.measure import Measured
 from idc.report.media import Media, find_items
 from idc.report.tables import Table
@@ -132,12 +132,6 @@ def collect(systems: Sequence[System], media: Media, items_file: Path | None = N
         "metrics": [{"key": name, "title": metric_title(name)} for name in metrics],
         "items": shown,
     }
-
-
-def metric_title(name: str) -> str:
-    """A metric's name as the tables head it."""
-    titles = {column.key: column.title for layout in LAYOUTS.values() for column in layout.columns}
-    return titles.get(name, name.replace("_", " ").capitalize())
 
 
 def script_json(data: Any) -> str:

@@ -129,10 +129,8 @@ def _markdown_cells(table: Table, line: Line, notes: Notes) -> list[str]:
         parts = [s.value + mark, f"({s.change})" if s.change else "", s.span, s.count]
         cells.append(" ".join(_markdown(part) if part is not parts[0] else part for part in parts if part))
     for text, note, column in printed_cells(table, line):
-        cells.append(
-            printed_number(text, column)
-            + (f"<sup>{notes.mark(printed_note(line, column, note))}</sup>" if note else "")
-        )
+        mark = f"<sup>{notes.mark(printed_note(line, column, note))}</sup>" if note else ""
+        cells.append(printed_number(text, column) + mark)
     return cells
 
 
@@ -217,9 +215,11 @@ def latex(table: Table) -> str:
     body: list[str] = []
     if printed:
         block = len(table.columns)
-        body.append(
-            rf" & \multicolumn{{{block}}}{{c}}{{measured}} & \multicolumn{{{len(printed)}}}{{c}}{{{_latex(PRINTED)}}} \\"
+        names = (
+            rf"\multicolumn{{{block}}}{{c}}{{measured}}",
+            rf"\multicolumn{{{len(printed)}}}{{c}}{{{_latex(PRINTED)}}}",
         )
+        body.append(" & ".join(("", *names)) + r" \\")
         body.append(rf"\cmidrule(lr){{2-{1 + block}}} \cmidrule(lr){{{2 + block}-{width}}}")
     heads = [table.layout.head, *(f"{c.title} ↑" for c in table.columns), *(c.title for c in printed)]
     body.append(" & ".join(map(_latex, heads)) + r" \\")

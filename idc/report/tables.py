@@ -180,7 +180,7 @@ def _parameter(layout: Layout, measured: Measured) -> float | None:
 
 
 def _sweeps(measured: Measured) -> bool:
-    """Whether a run with a value of a sweep belongs to it: the full model does, an ablation of another part does not."""
+    """Whether a run with a value of a sweep belongs to it; an ablation of another part does not."""
     system = normal_name(measured.run.info.system)
     ablations = {normal_name(name) for row in _fixed_rows() for name in row.names if name.startswith("no_")}
     return system not in ablations | {"vanilla", "dpo"}

@@ -73,7 +73,7 @@
 
   // Identity ----------------------------------------------------------------------------------------------------
   function plot(identity, label) {
-    const width = 320, left = 26, right = 316, top = 8, bottom = 92;
+    const width = 320, left = 30, right = 316, top = 8, bottom = 92;
     const all = identity.tracks.flatMap((t) => t.values).filter((v) => v !== null);
     const low = Math.min(0, ...all.map((v) => Math.floor(10 * v) / 10));
     const count = Math.max(...identity.tracks.map((t) => t.values.length), 1);
@@ -83,7 +83,7 @@
     const picture = draw("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
     for (const tick of low < 0 ? [low, 0, 0.5, 1] : [0, 0.5, 1]) {
       picture.append(draw("line", { class: "grid", x1: left, x2: right, y1: y(tick), y2: y(tick) }));
-      picture.append(draw("text", { x: left - 4, y: y(tick) + 3, "text-anchor": "end" }, tick.toFixed(1)));
+      picture.append(draw("text", { x: left - 4, y: y(tick) + 4, "text-anchor": "end" }, tick.toFixed(1)));
     }
     identity.tracks.forEach((track, n) => {
       let path = "", pen = false;
@@ -204,13 +204,14 @@
   function chips(video, system) {
     const list = make("ul", { class: "chips" });
     for (const metric of data.metrics) {
-      const score = video.scores?.[metric.key];
-      if (!score) continue;
+      if (!video.scores) break;
+      const score = video.scores[metric.key];
       const shared = data.systems[system].shared[metric.key];
       const title = metric.title + (shared ? "†" : "");
       const chip = make("li", shared ? { title: `rewarded in training by ${shared.join(", ")}` } : {});
-      chip.append(make("span", { text: title + " " }));
-      chip.append(score.value === undefined ? make("span", { class: "bad", text: score.reason }) : make("b", { text: percent(score.value) }));
+      chip.append(make("span", { text: title }));
+      if (!score) chip.append(make("span", { text: "–", title: "does not apply to this item" }));
+      else chip.append(score.value === undefined ? make("em", { text: score.reason }) : make("b", { text: percent(score.value) }));
       list.append(chip);
     }
     return list;

@@ -13,12 +13,14 @@ from typing import NoReturn
 from idc.errors import UserError, nearest
 
 LIGHTNING = ("fit", "validate", "test", "predict")
-ALIASES = {"evaluate": "test"}
+ALIASES = {"evaluate": "test", "generate": "predict", "edit": "predict"}
 COMMANDS = {
     "fit": "train a stage: idc fit --config recipes/sft.yaml [--config OVERLAY ...] [--KEY VALUE ...]",
     "validate": "the held-out loss of a checkpoint: idc validate --config ... --ckpt_path last",
     "test": "as validate, on the test data",
     "predict": "previews from a checkpoint, without training",
+    "generate": "videos from prompts and reference pictures: idc generate --config recipes/generate.yaml",
+    "edit": "edits of videos, without training: idc edit --config recipes/edit.yaml",
     "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",

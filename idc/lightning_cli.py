@@ -61,6 +61,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         wanted, logger = config.get("ckpt_path"), config.trainer.logger
         if not hasattr(logger, "init_args"):
+            self.save_config_callback = None  # there is no run's folder for it
             if wanted in ("last", "auto"):
                 raise UserError(f"--ckpt_path {wanted}: without trainer.logger no run has a folder; name a checkpoint")
             return

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from idc.callbacks import checkpoint as checkpoint_module
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.ema import EMA, ema_state_dict
-from idc.callbacks.manifest import Manifest
 from idc.callbacks.preemption import Preemption
 from idc.callbacks.resume import resolve_ckpt_path
+from idc.models.manifest import Manifest
 
 SAMPLES, GLOBAL_BATCH, WIDTH = 48, 4, 6
 STEPS = 20  # of 12 in an epoch

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, Trainer
 
 from idc.callbacks.checkpoint import CheckpointError
 from idc.callbacks.ema import EMA, attach, ema_state_dict, swapped
-from idc.callbacks.manifest import STATE
 from idc.errors import UserError
+from idc.models.manifest import STATE
 
 BATCH = list(range(SAMPLES, SAMPLES + 4))
 

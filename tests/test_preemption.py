@@ -13,10 +13,10 @@ import _survival_worker
 import pytest
 from _survival_worker import STEPS, Run, end, finish, mean_losses, mean_validation, records
 
-from idc.callbacks.manifest import Manifest
 from idc.callbacks.preemption import MARKER, Preemption
 from idc.callbacks.resume import find_resume
 from idc.errors import UserError
+from idc.models.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import idc
 from idc.callbacks.ema import original_name, tolerate
-from idc.callbacks.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 from idc.callbacks.plain import plain
-from idc.callbacks.resume import CHECKPOINTS, CONVERTED, step_directories
+from idc.callbacks.resume import CHECKPOINTS, CONVERTED
 from idc.errors import UserError
+from idc.models.checkpoints import step_directories
+from idc.models.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 
 
 class CheckpointError(RuntimeError):

@@ -18,22 +18,12 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from idc.callbacks.manifest import STATE, Manifest, fsync_file, read_valid
 from idc.errors import UserError, nearest
+from idc.models.checkpoints import STEP_DIRECTORY, step_directories
+from idc.models.manifest import STATE, Manifest, fsync_file, read_valid
 
 CHECKPOINTS = "checkpoints"
 CONVERTED = "converted"
-_STEP_DIRECTORY = re.compile(r"step-\d{8,}")
-
-
-def step_directories(directory: Path) -> list[tuple[Manifest, Path]]:
-    """The complete checkpoints in `directory` by size (hashes unchecked), the newest last."""
-    found = []
-    for path in sorted(directory.glob("step-*")):
-        if _STEP_DIRECTORY.fullmatch(path.name) and path.is_dir():
-            with contextlib.suppress(ValueError):
-                found.append((read_valid(path, hashes=False), path))
-    return sorted(found, key=lambda item: item[0].serial)
 
 
 def find_resume(directory: str | Path) -> Path | None:
@@ -44,7 +34,7 @@ def find_resume(directory: str | Path) -> Path | None:
     directory = Path(directory)
     complete = step_directories(directory)
     for path in sorted(directory.glob("step-*")):
-        if _STEP_DIRECTORY.fullmatch(path.name) and path not in [p for _, p in complete]:
+        if STEP_DIRECTORY.fullmatch(path.name) and path not in [p for _, p in complete]:
             _report_damage(path)
     for _, path in reversed(complete):
         if not _report_damage(path):
@@ -93,7 +83,7 @@ def resolve_ckpt_path(value: str | Path | None, run_dir: str | Path, strategy: S
         path = path.parent
     if path.is_file():
         return str(path)
-    if not _STEP_DIRECTORY.fullmatch(path.name):
+    if not STEP_DIRECTORY.fullmatch(path.name):
         inner = path / CHECKPOINTS
         found = find_resume(inner if inner.is_dir() else path)
         if found is None:

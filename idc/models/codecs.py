@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, dtype_name, resolve, torch_dtype, weights_identity
 from idc.types import check_frames
 
 
@@ -116,6 +117,10 @@ class WanVAECodec(Codec):
     def _identity(self) -> dict[str, Any]:
         weights = weights_identity(self.path, self.subfolder)
         return {"weights": weights, "dtype": str(self.dtype), "tiling": self.tiling}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.load(self.device)._model.save_pretrained(folder)
+        return {"path": ".", "subfolder": "", "dtype": dtype_name(self.dtype), "tiling": self.tiling}
 
     def sample(self, video_BCTHW: Tensor, generator: torch.Generator) -> Tensor:
         """As `encode`, but drawn from the posterior, where `encode` takes its mean."""

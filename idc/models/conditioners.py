@@ -11,6 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from idc.errors import UserError
 from idc.flow.times import generator
-from idc.models.frozen import Frozen, check_width, resolve, token_width, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, check_width, dtype_name, resolve, token_width, torch_dtype, weights_identity
 
 
 class TextConditioner(Frozen):
@@ -105,6 +106,12 @@ class UMT5Conditioner(TextConditioner):
             "dtype": str(self.dtype),
         }
 
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.load(self.device)._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder / "tokenizer")
+        settings = {"text_encoder": "", "tokenizer": "tokenizer", "max_length": self.max_length, "dim": self.dim}
+        return {"path": ".", "dtype": dtype_name(self.dtype), **settings}
+
     def encode(self, captions: Sequence[str]) -> Tensor:
         with self.inference():
             return self._encode([clean_caption(caption) for caption in captions])
@@ -155,6 +162,9 @@ class ToyTextConditioner(TextConditioner):
 
     def _identity(self) -> dict[str, Any]:
         return {"dim": self.dim, "max_length": self.max_length, "context": self.context, "version": 1}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return {"dim": self.dim, "max_length": self.max_length, "context": self.context}
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         text_BLD = torch.zeros(len(captions), self.max_length, self.dim, dtype=torch.bfloat16)

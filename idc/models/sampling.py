@@ -136,7 +136,6 @@ class Sampler:
             return guided(velocity, branch(Drop.BOTH), sampling.scale, sampling.rescale)
         return velocity
 
-    @torch.no_grad()
     def latents(
         self, features: Sequence[Features], seeds_B: Tensor, latent_shape: tuple[int, ...], sampling: Sampling
     ) -> Tensor:
@@ -146,6 +145,34 @@ class Sampler:
         return _solver(sampling)(self.guided_velocity(features, sampling), noise, times)
 
     @torch.no_grad()
+    def sampled_latents(
+        self,
+        samples: Sequence[Sample],
+        bucket: Bucket,
+        seeds_B: Tensor,
+        sampling: Sampling,
+        source: Source | None = None,
+    ) -> Tensor:
+        """As `videos`, before the codec decodes."""
+        features = self._features(samples, sampling)
+        shape = self.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        was_training = self.transformer.training
+        self.transformer.eval()
+        try:
+            if source is None:
+                return self.latents(features, seeds_B, shape, sampling)
+            return edit(
+                lambda: self.guided_velocity(features, sampling),
+                self.encoders.codec.encode(source.video_BCTHW).to(self.device),
+                noise_like(seeds_B, shape, device=self.device),
+                samplers.shifted_times(sampling.steps, sampling.shift),
+                source.strength,
+                source.mask_BTHW,
+                solve=_solver(sampling),
+            )
+        finally:
+            self.transformer.train(was_training)
+
     def videos(
         self,
         samples: Sequence[Sample],
@@ -162,16 +189,13 @@ class Sampler:
         Raises:
             UserError: for more references than the transformer takes, or a strength outside [0, 1].
         """
-        features = self._features(samples, sampling)
-        shape = self.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)
-        was_training = self.transformer.training
-        self.transformer.eval()
-        try:
-            if source is not None:
-                return self._edit(features, seeds_B, shape, sampling, source)
-            return self.encoders.codec.decode(self.latents(features, seeds_B, shape, sampling))
-        finally:
-            self.transformer.train(was_training)
+        codec = self.encoders.codec
+        video = codec.decode(self.sampled_latents(samples, bucket, seeds_B, sampling, source))
+        if source is None or source.mask_BTHW is None:
+            return video
+        # A codec's decoder looks beyond a cell, so kept latents alone would not keep the pixels.
+        kept = codec.decode(codec.encode(source.video_BCTHW))
+        return torch.where(source.mask_BTHW[:, None].to(video.device), video, kept)
 
     def _features(self, samples: Sequence[Sample], sampling: Sampling) -> list[Features]:
         blind = [replace(sample, video_CTHW=None) for sample in samples]
@@ -179,32 +203,6 @@ class Sampler:
             encoded = self.encoders.features(blind, [drop] * len(blind))
             blind = [replace(sample, features=f) for sample, f in zip(blind, encoded, strict=True)]
         return [dict(sample.features or {}) for sample in blind]
-
-    def _edit(
-        self,
-        features: Sequence[Features],
-        seeds_B: Tensor,
-        shape: tuple[int, ...],
-        sampling: Sampling,
-        source: Source,
-    ) -> Tensor:
-        codec = self.encoders.codec
-        clean = codec.encode(source.video_BCTHW).to(self.device)
-        latents = edit(
-            lambda: self.guided_velocity(features, sampling),
-            clean,
-            noise_like(seeds_B, shape, device=self.device),
-            samplers.shifted_times(sampling.steps, sampling.shift),
-            source.strength,
-            source.mask_BTHW,
-            solve=_solver(sampling),
-        )
-        video = codec.decode(latents)
-        if source.mask_BTHW is None:
-            return video
-        # A codec's decoder looks beyond a cell, so kept latents alone would not keep the pixels.
-        mask = source.mask_BTHW[:, None].to(video.device)
-        return torch.where(mask, video, codec.decode(clean))
 
 
 def _solver(sampling: Sampling) -> Any:

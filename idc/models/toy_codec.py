@@ -9,6 +9,7 @@ and spends their five channels on spatial detail.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -61,6 +62,9 @@ class CosineCodec(Codec):
     def _identity(self) -> dict[str, Any]:
         kept = {"first": FIRST, "later": LATER}
         return kept | {"mean": [FIRST_MEAN, LATER_MEAN], "std": [FIRST_STD, LATER_STD], "mean_std": MEAN_STD}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return {}
 
     def _statistics(self, frames: int) -> tuple[Tensor, Tensor]:
         index = [0] + [1] * (frames - 1)

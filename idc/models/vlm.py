@@ -9,6 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from idc.errors import UserError
 from idc.flow.times import generator
 from idc.models.conditioners import ToyTextConditioner, clean_caption, sinusoidal
-from idc.models.frozen import Frozen, check_width, resolve, token_width, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, check_width, dtype_name, resolve, token_width, torch_dtype, weights_identity
 
 
 class VLMConditioner(Frozen):
@@ -146,6 +147,17 @@ class QwenVLConditioner(VLMConditioner):
             "prompt": qwen_prompt("caption", 1),
         }
 
+    def save(self, folder: Path) -> dict[str, Any]:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        self.load(self.device)
+        # As published: the language head, which only the conditioner leaves out, comes back from the weights' origin.
+        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.path, dtype=self.dtype)
+        whole.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        pixels = {"max_pixels": self.max_pixels, "min_pixels": self.min_pixels}
+        return {"path": ".", **pixels, "dtype": dtype_name(self.dtype), "dim": self.dim}
+
     def inputs(self, caption: str, references: Sequence[Tensor]) -> tuple[dict[str, Tensor], int]:
         """The model's keyword arguments for one sample, and the number of tokens in the prompt's head."""
         head, body = qwen_prompt(caption, len(references))
@@ -202,6 +214,9 @@ class ToyVLM(VLMConditioner):
 
     def _identity(self) -> dict[str, Any]:
         return {"dim": self.dim, "grid": self.grid, "cells": self.cells, "words": self._words.fingerprint, "version": 1}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return {"dim": self.dim, "max_words": self._words.max_length, "grid": self.grid}
 
     def _encode_each(self, captions: Sequence[str], references: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         # The variants of a sample (with and without its text) share their pictures: each is summarised once.

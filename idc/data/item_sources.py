@@ -1,0 +1,173 @@
+"""Where items to generate or edit come from: a benchmark, a file, one prompt, or the samples of shards."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from idc.data import storage
+from idc.data.benchmark import Item, check_unique, file_name, read_benchmark, read_items
+from idc.data.sources import Source
+from idc.errors import UserError, nearest
+
+Failures = dict[str, str]  # reason by the item's id
+
+
+class ItemSource(ABC):
+    """Names the items of a run."""
+
+    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to make
+        """Make what is missing on disk; called once a node."""
+
+    @abstractmethod
+    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+        """The items in order, and those among them that are known to fail, with the reason.
+
+        Args:
+            folder: of the videos; pictures that are no files yet are written under it.
+
+        Raises:
+            UserError: where nothing can be made of the source.
+        """
+
+
+@dataclass
+class Benchmark(ItemSource):
+    """OpenS2V-Eval's JSON file.
+
+    Attributes:
+        path: the file. root: what its pictures are relative to; the file's folder by default.
+        categories: only these, such as [singlehuman, singleface]; all by default.
+        limit: only the first so many.
+    """
+
+    path: str
+    root: str | None = None
+    categories: list[str] | None = None
+    limit: int | None = None
+
+    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+        items = read_benchmark(self.path, self.root)
+        known = {item.category for item in items}
+        for category in self.categories or ():
+            if category not in known:
+                raise UserError(f"{self.path}: no item of category {category!r}{nearest(category, known)}")
+        if self.categories is not None:
+            items = [item for item in items if item.category in self.categories]
+        check_unique(items, self.path)
+        return _limited(items, self.limit), {}
+
+
+@dataclass
+class ItemFile(ItemSource):
+    """A file of JSON lines, one {"id", "prompt", "references", ...} each (`idc.data.benchmark.read_items`)."""
+
+    path: str
+    limit: int | None = None
+
+    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+        return _limited(read_items(self.path), self.limit), {}
+
+
+@dataclass
+class Prompt(ItemSource):
+    """One video, given in words and picture files (and, for an edit, a clip and perhaps a mask)."""
+
+    prompt: str
+    references: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    id: str = "video"
+    source: str | None = None
+    mask: str | None = None
+
+    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+        item = Item(
+            id=self.id,
+            prompt=self.prompt,
+            references=tuple(map(Path, self.references)),
+            labels=tuple(self.labels),
+            kinds=tuple(self.kinds),
+            source=None if self.source is None else Path(self.source),
+            mask=None if self.mask is None else Path(self.mask),
+        )
+        return [item], {}
+
+
+@dataclass
+class Shards(ItemSource):
+    """The samples of shards: caption and references of each; the references become PNG files beside the videos.
+
+    Attributes:
+        shards: for example `idc.data.sources.ToyShards`, or `ShardSource` with part: held_out.
+        limit: only the first so many.
+        edit: make an edit of each sample's clip, towards the caption and the references of the next sample.
+    """
+
+    shards: Source
+    limit: int | None = None
+    edit: bool = False
+
+    def prepare(self) -> None:
+        self.shards.prepare()
+
+    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+        index = self.shards.index()
+        entries = _limited(list(index.entries), self.limit)
+        names = [entry.key for entry in entries]
+        if len({name.lower() for name in names}) < len(names):  # keys are unique within a shard alone
+            names = [f"{entry.shard.removesuffix('.tar')}_{entry.key}" for entry in entries]
+        items, failures = [], {}
+        for number, (name, entry) in enumerate(zip(map(file_name, names), entries, strict=True)):
+            shown = entries[(number + 1) % len(entries)] if self.edit else entry
+            item, problem = self._item(index.root, name, shown, entry, folder)
+            items.append(item)
+            if problem:
+                failures[name] = problem
+        check_unique(items, str(self.shards.path))
+        return items, failures
+
+    def _item(self, root: str, name: str, shown: Any, own: Any, folder: Path) -> tuple[Item, str]:
+        from idc.data.shards import SampleError, read_members, read_sample
+
+        try:
+            sample = read_sample(root, shown, decode_video=False)
+            pictures = [_write_png(subject.image_CHW, folder / "references" / f"{name}_{k}.png")
+                        for k, subject in enumerate(sample.subjects)]  # fmt: skip
+            source = None
+            if self.edit:
+                clip = read_members(root, own)["mp4"]
+                source = _write(clip, folder / "sources" / f"{name}.mp4")
+        except (SampleError, KeyError) as error:
+            return Item(id=name, prompt=""), str(error)
+        meta = {"toy": sample.meta["toy"]} if "toy" in sample.meta else {}
+        labels, kinds = tuple(s.name for s in sample.subjects), ("object",) * len(pictures)
+        category = {1: "single", 2: "two", 3: "three"}.get(len(pictures), "") if meta else ""
+        return Item(name, sample.caption, tuple(pictures), labels, kinds, category, meta, source), ""
+
+
+def _limited(items: list[Any], limit: int | None) -> list[Any]:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: must be 1 or more, or null for all")
+    return items[:limit]
+
+
+def _write_png(image_CHW: Tensor, path: Path) -> Path:
+    from PIL import Image
+
+    pixels = ((image_CHW + 1) * 127.5).round().clamp(0, 255).byte().movedim(0, -1).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return _write(buffer.getvalue(), path)
+
+
+def _write(data: bytes, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage.open_atomic(str(path)) as stream:
+        stream.write(data)
+    return path

@@ -1,0 +1,223 @@
+"""From a finished run to weights that sample: which checkpoint, which of its weights, and the run's own model settings.
+
+Reads what `idc.callbacks.checkpoint` writes: a single file, or FSDP2's shards, of which only the transformer is read
+and no process group is needed. Averages (EMA) take the place of the weights they belong to, and LoRA is merged into
+the backbone, so that whoever loads the result needs neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from idc.errors import UserError, nearest
+from idc.models.manifest import STATE, Manifest, hash_files, read_valid
+
+CONFIG = "config.yaml"
+STEP_DIRECTORY = re.compile(r"step-\d{8,}")
+_MODEL, _AVERAGES = "transformer.", "ema.transformer/"
+_LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.\w+\.weight")
+
+Which = Literal["ema", "raw"]
+
+
+def step_directories(directory: Path) -> list[tuple[Manifest, Path]]:
+    """The complete checkpoints in `directory` by size (hashes unchecked), the newest last."""
+    found = []
+    for path in sorted(directory.glob("step-*")):
+        if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir():
+            try:
+                found.append((read_valid(path, hashes=False), path))
+            except ValueError:
+                continue
+    return sorted(found, key=lambda item: item[0].serial)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        state: its single file, or its folder of shards.
+        fingerprint: 16 hex digits of its content.
+        config: of the run that made it, as Lightning's command line wrote it; None where it does not lie there.
+    """
+
+    state: Path
+    fingerprint: str
+    config: Mapping[str, Any] | None
+
+
+def find_checkpoint(value: str | Path) -> Checkpoint:
+    """The checkpoint that `value` means.
+
+    Args:
+        value: a folder of runs (the newest `version_*` with a checkpoint is taken), a run's folder or its
+            `checkpoints` (the newest valid step), a `step-*` folder, the `state.ckpt` in it, or any other checkpoint
+            file of Lightning's.
+
+    Raises:
+        UserError: where there is none, or it is incomplete or damaged.
+    """
+    path = Path(value)
+    if not path.exists():
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path, siblings) if siblings else ""
+        raise UserError(f"checkpoint={str(value)!r}: no such file or folder{hint}; a run of idc fit makes one")
+    path = path.resolve()  # `last` is a link that the next save moves on
+    if path.name == STATE and (path.parent / "manifest.json").exists():
+        path = path.parent
+    if path.is_file():
+        return Checkpoint(path, _digest(hash_files(path.parent, [path.name])[path.name].sha256), _config(path))
+    if STEP_DIRECTORY.fullmatch(path.name):
+        return _step(path, str(value))
+    for folder in _places(path):
+        damaged = []
+        for _, step in reversed(step_directories(folder)):
+            try:
+                return _step(step, str(value))
+            except UserError as error:
+                damaged.append(str(error))
+        if damaged:
+            raise UserError(damaged[0])
+    raise UserError(
+        f"checkpoint={str(value)!r}: no complete checkpoint (checkpoints/step-*/manifest.json) in it; "
+        "give a run's folder such as runs/sft/version_0"
+    )
+
+
+def _places(path: Path) -> list[Path]:
+    """Where a folder's checkpoints may lie, the first choice first."""
+    versions = [run for run in path.glob("version_*") if run.name.removeprefix("version_").isdecimal()]
+    versions.sort(key=lambda run: int(run.name.removeprefix("version_")), reverse=True)
+    return [path, path / "checkpoints", *(run / "checkpoints" for run in versions)]
+
+
+def _step(path: Path, value: str) -> Checkpoint:
+    try:
+        manifest = read_valid(path)
+    except ValueError as reason:
+        raise UserError(f"checkpoint={value!r}: {path.name} is not a valid checkpoint, {reason}") from None
+    if manifest.kind == "deepspeed":
+        raise UserError(f"checkpoint={value!r}: DeepSpeed's shards; save by `zero_to_fp32` and give that file")
+    text = json.dumps(sorted((name, record.sha256) for name, record in manifest.files.items()))
+    return Checkpoint(path / STATE, _digest(text), _config(path.parent))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _config(inside: Path) -> Mapping[str, Any] | None:
+    """The run's config.yaml, from the folder of a checkpoint or of the checkpoints."""
+    for folder in (inside.parent, inside.parent.parent):
+        if (folder / CONFIG).is_file():
+            loaded = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+            return loaded if isinstance(loaded, dict) else None
+    return None
+
+
+def read_weights(checkpoint: Checkpoint, which: Which = "ema", alpha: float | None = None) -> dict[str, Tensor]:
+    """The transformer's weights by name, on the CPU, LoRA merged.
+
+    Args:
+        which: "ema" takes the averages where the run kept them, "raw" the weights themselves.
+        alpha: of the run's LoRA; needed where the checkpoint has one.
+
+    Raises:
+        UserError: a checkpoint that holds no transformer, or a LoRA without `alpha`.
+    """
+    state = _read_shards(checkpoint.state) if checkpoint.state.is_dir() else _read_file(checkpoint.state)
+    weights = {name.removeprefix(_MODEL): value for name, value in state.items() if name.startswith(_MODEL)}
+    if not weights:
+        raise UserError(f"checkpoint={str(checkpoint.state)!r}: holds no transformer; is it a checkpoint of idc fit?")
+    if which == "ema":
+        for name, value in state.items():
+            if name.startswith(_AVERAGES):
+                own = name.removeprefix(_AVERAGES).replace("/", ".")
+                if own in weights:
+                    weights[own] = value.to(weights[own].dtype)
+    return merge_lora(weights, alpha)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint={str(path)!r}: cannot be read: {reason}") from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """The model's part of FSDP2's shards, whole; optimiser states stay on the disk."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(path)
+    prefix = "state_dict."
+    wanted = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata) and name.startswith((prefix + _MODEL, prefix + _AVERAGES))
+    }
+    if wanted:
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in wanted.items()}
+
+
+def merge_lora(weights: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+    """Plain weights: W + alpha / rank * B A for each adapted layer, and the others as they are."""
+    merged: dict[str, Tensor] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        if found := _LORA.fullmatch(name):
+            adapters.setdefault(found["layer"], {})[found["part"]] = value
+        else:
+            merged[name.replace(".base_layer.", ".")] = value
+    if adapters and alpha is None:
+        raise UserError(
+            "the checkpoint has a LoRA and no config.yaml beside it: set model.init_args.lora as in its run"
+        )
+    for layer, parts in adapters.items():
+        assert alpha is not None
+        down, up = parts["A"].float(), parts["B"].float()
+        base = merged[f"{layer}.weight"]
+        merged[f"{layer}.weight"] = (base.float() + alpha / down.shape[0] * (up @ down)).to(base.dtype)
+    return merged
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
+    """Fill the transformer.
+
+    Raises:
+        UserError: where names or shapes are not the model's, naming the first and, from `config` (the run's own), what
+            the recipe should say.
+    """
+    own = model.state_dict()
+    odd = [f"{name} is missing" for name in own if name not in weights]
+    odd += [f"{name} has no place in the model" for name in weights if name not in own]
+    odd += [
+        f"{name} is {list(weights[name].shape)}, the model's is {list(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if odd:
+        settings = ((config or {}).get("model") or {}).get("init_args", {}).get("transformer")
+        hint = f"; the run was made with transformer={json.dumps(settings)}" if settings else ""
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"the checkpoint does not fit the transformer that the recipe describes: {odd[0]}{more}; leave "
+            f"model.init_args.transformer out to take the run's own{hint}"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,273 @@
+"""The whole model as a diffusers pipeline: prompt and reference pictures in, a video out; saved as one folder.
+
+It samples through `idc.models.sampling`, as the stages do, so a video is the same, bit for bit, from either. The
+scheduler is kept as the record of the shift and as diffusers' word for it; our Euler gives its bits in float32.
+Departure from diffusers: codec and conditioners are this kit's own objects, because they load late and move by
+themselves; `pipe.encoders` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from idc.errors import UserError, nearest
+from idc.models.checkpoints import Which
+from idc.models.conditioning import Encoders
+from idc.models.frozen import torch_dtype
+from idc.models.sampling import Sampler, Sampling, Source, to_uint8
+from idc.models.saved import MODEL_INDEX, read_pipeline_folder, save_encoders
+from idc.models.system import open_system
+from idc.models.transformer import IDCrafterTransformer
+from idc.types import Bucket, Sample, Subject
+
+OUTPUTS = ("np", "pt", "pil", "uint8", "latent")
+Picture = Any  # a PIL image, an array `[H, W, 3]` (uint8, or float in [0, 1]), or a tensor `[3, H, W]` in [-1, 1]
+
+
+class IDCrafterPipelineOutput(BaseOutput):
+    """`frames`: the videos, one a prompt, in the form that `output_type` names."""
+
+    frames: Any
+
+
+class IDCrafterPipeline(DiffusionPipeline):
+    """Generate and edit videos of several subjects.
+
+    Args:
+        transformer: the video transformer.
+        scheduler: of the rectified flow; its shift is that of `sampling`.
+        encoders: codec, text conditioner and, where the transformer reads one, VLM conditioner.
+        sampling: how it samples unless a call says otherwise.
+        compute_dtype: "bfloat16" runs the transformer under autocast.
+    """
+
+    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        transformer: IDCrafterTransformer,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        encoders: Any = None,
+        sampling: Any = None,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoders, Encoders):
+            raise UserError("encoders: give idc.models.conditioning.Encoders, or load a folder by from_pretrained")
+        settings = sampling if isinstance(sampling, Sampling) else Sampling(**(sampling or {}))
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(sampling=asdict(settings), compute_dtype=compute_dtype)
+        self._encoders = encoders
+
+    # Loading and saving ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_run(cls, path: str | Path, weights: Which = "ema") -> IDCrafterPipeline:
+        """The pipeline of a run of `idc fit`: of its newest checkpoint, or of the one named.
+
+        Args:
+            path: as in `idc.models.checkpoints.find_checkpoint`.
+            weights: "ema" or "raw".
+
+        Raises:
+            UserError: no such checkpoint, an incomplete one, or one without its run's config.yaml.
+        """
+        system = open_system(path, which=weights)
+        return cls(
+            system.build_transformer().eval(),
+            FlowMatchEulerDiscreteScheduler(shift=system.sampling.shift),
+            system.encoders,
+            system.sampling,
+            system.compute_dtype,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote, a folder or a hub id; further arguments as in diffusers.
+
+        Raises:
+            UserError: for a folder that is missing, incomplete or of another pipeline.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError
+
+            try:
+                folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
+            except HFValidationError:
+                raise UserError(f"{pretrained_model_name_or_path}: no such folder") from None
+        if not (folder / MODEL_INDEX).is_file():
+            raise UserError(f"{folder}: no {MODEL_INDEX}; it should be a folder saved by save_pretrained")
+        encoders, _ = read_pipeline_folder(folder)
+        kwargs.setdefault("encoders", encoders)
+        return super().from_pretrained(folder, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the pipeline as one folder: weights as safetensors, everything else as JSON."""
+        super().save_pretrained(save_directory, **kwargs)
+        save_encoders(self._encoders, Path(save_directory))
+
+    # Running --------------------------------------------------------------------------------------------------------
+
+    @property
+    def encoders(self) -> Encoders:
+        """Codec and conditioners."""
+        return self._encoders
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a call samples by default."""
+        return Sampling(**dict(self.config["sampling"]))
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; codec and conditioners follow to the device, each at its next use, and keep their dtype."""
+        moved: Any = super().to(*args, **kwargs)
+        moved._encoders.place(moved.device)
+        return moved
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        references: Sequence[Any] = (),
+        frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        steps: int | None = None,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "np",
+        source: Any = None,
+        strength: float = 0.8,
+        mask: Tensor | None = None,
+        sampling: Sampling | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Sample one video a prompt.
+
+        Args:
+            prompt: one, or several; each is sampled by itself, so none depends on the others.
+            references: 0 to 4 pictures in the prompt's order; with several prompts, one list each. PIL images, arrays
+                `[H, W, 3]` (uint8, or float in [0, 1]), or tensors `[3, H, W]` in [-1, 1]. Sides are rounded to
+                multiples of 16.
+            frames, height, width: 4n + 1 frames, sides in multiples of 16 pixels. An edit takes its source's.
+            steps, guidance, image_guidance: of the sampler; None is the pipeline's own.
+            seed: of the noise, one for all or one a prompt; None draws from `generator`, or takes 0 without one.
+            output_type: "np" float `[T, H, W, 3]` in [0, 1]; "uint8" the same as bytes; "pt" float `[3, T, H, W]` in
+                [-1, 1]; "pil" lists of images; "latent" latents `[16, T, H, W]`.
+            source: a clip to edit: a tensor `[3, T, H, W]` in [-1, 1], or an array `[T, H, W, 3]` as a reference.
+            strength: of the edit, in [0, 1].
+            mask: bool `[T, H, W]`, True where the source may change.
+            sampling: all the sampler's settings at once, in place of the pipeline's.
+
+        Returns:
+            `IDCrafterPipelineOutput`, or a tuple with its frames.
+
+        Raises:
+            UserError: for a value that breaks its rule.
+        """
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type={output_type!r}{nearest(output_type, OUTPUTS)}")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        pictures = [references] if isinstance(prompt, str) else list(references) or [()] * len(prompts)
+        if len(pictures) != len(prompts):
+            raise UserError(f"{len(pictures)} lists of references for {len(prompts)} prompts; give one each")
+        chosen = self._chosen(sampling or self.sampling, steps, guidance, image_guidance)
+        seeds = _seeds(seed, generator, len(prompts))
+        start = None if source is None else Source(_clip(source)[None], strength, None if mask is None else mask[None])
+        if start is not None:
+            frames, height, width = start.video_BCTHW.shape[2:]
+        videos = []
+        for text, own, number in zip(prompts, pictures, seeds, strict=True):
+            subjects = tuple(Subject(_picture(picture)) for picture in own)
+            bucket = Bucket(frames, height, width, len(subjects)).check()
+            sample = Sample("", text, None, subjects, fps=16.0)
+            sampler = self.sampler
+            run = sampler.sampled_latents if output_type == "latent" else sampler.videos
+            videos.append(run([sample], bucket, torch.tensor([number]), chosen, start)[0])
+        self.maybe_free_model_hooks()
+        output = [_as(video, output_type) for video in videos]
+        shown = output[0] if isinstance(prompt, str) else output
+        return IDCrafterPipelineOutput(frames=shown) if return_dict else (shown,)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler that stages share, over this pipeline's parts."""
+        dtype = torch_dtype(self.config["compute_dtype"])
+        if self.transformer.dtype is torch.bfloat16:  # loaded so: float32 inputs need the autocast
+            dtype = torch.bfloat16
+        return Sampler(self.transformer, self._encoders, self._execution_device, dtype)
+
+    @staticmethod
+    def _chosen(base: Sampling, steps: int | None, guidance: float | None, image_guidance: float | None) -> Sampling:
+        changes: dict[str, Any] = {"steps": steps, "scale": guidance, "image_scale": image_guidance}
+        return replace(base, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> list[int]:
+    if seed is None:
+        if generator is None:
+            return [0] * count
+        return torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
+    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} prompts; give one, or one each")
+    return seeds
+
+
+def _picture(picture: Picture) -> Tensor:
+    """float32 `[3, H, W]` in [-1, 1] with sides in multiples of 16."""
+    image_CHW = _channels_first(picture)
+    if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+        raise UserError(f"reference of shape {tuple(image_CHW.shape)}: must be [3, H, W], or [H, W, 3] as an array")
+    height, width = (max(16, round(side / 16) * 16) for side in image_CHW.shape[1:])
+    if image_CHW.shape[1:] == (height, width):
+        return image_CHW
+    resized = torch.nn.functional.interpolate(
+        image_CHW[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized[0].clamp(-1, 1)
+
+
+def _clip(clip: Any) -> Tensor:
+    video_CTHW = _channels_first(clip)
+    if video_CTHW.ndim != 4 or video_CTHW.shape[0] != 3:
+        raise UserError(f"source of shape {tuple(video_CTHW.shape)}: must be [3, T, H, W], or [T, H, W, 3] as an array")
+    return video_CTHW
+
+
+def _channels_first(pixels: Any) -> Tensor:
+    """A tensor as it is; an array or picture with its channels first, in [-1, 1]."""
+    if isinstance(pixels, Tensor):
+        return pixels.float()
+    array = np.asarray(pixels.convert("RGB") if hasattr(pixels, "convert") else pixels)
+    if array.ndim < 3 or array.shape[-1] != 3:
+        raise UserError(f"an array of shape {array.shape}: the last dimension must be the 3 colours")
+    floats = array.astype(np.float32) / (127.5 if array.dtype == np.uint8 else 0.5) - 1
+    return torch.from_numpy(floats).movedim(-1, 0).contiguous()
+
+
+def _as(video: Tensor, output_type: str) -> Any:
+    if output_type in ("pt", "latent"):
+        return video
+    if output_type == "np":
+        return ((video.float().cpu() + 1) / 2).movedim(0, -1).numpy()
+    frames = to_uint8(video)
+    if output_type == "uint8":
+        return frames
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in frames]

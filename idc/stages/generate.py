@@ -1,0 +1,283 @@
+"""Generation and editing: items in, a folder of videos out (`idc.data.output`), one video at a time.
+
+A video depends on its item, the model, the sampler's settings and the seed. It does not depend on ranks, on the other
+items or on interruptions, because every item is sampled by itself. Departure from the paper: none; the paper does not
+describe editing (`idc.flow.editing` says what is done).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from idc.data.benchmark import Item
+from idc.data.output import Existing, OutputFolder
+from idc.data.requests import GenerationData, Request
+from idc.data.video import PIXEL_FORMATS, encode_video
+from idc.errors import UserError, nearest
+from idc.flow.editing import check_strength
+from idc.models.baselines import Baseline
+from idc.models.checkpoints import Which
+from idc.models.codecs import Codec
+from idc.models.conditioners import TextConditioner
+from idc.models.sampling import Sampler, Sampling, Source, to_uint8
+from idc.models.spec import Lora, TransformerSpec
+from idc.models.system import Parts, System, open_system
+from idc.models.vlm import VLMConditioner
+
+T = TypeVar("T")
+
+
+@dataclass
+class SamplingChanges:
+    """Settings of `idc.models.sampling.Sampling` that differ from the run's own; null leaves them as they were."""
+
+    steps: int | None = None
+    scale: float | None = None
+    image_scale: float | None = None
+    shift: float | None = None
+    solver: Literal["euler", "heun"] | None = None
+    rescale: float | None = None
+
+    def over(self, base: Sampling) -> Sampling:
+        """`base` with these changes."""
+        return replace(base, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+@dataclass
+class Encoding:
+    """Of the MP4 files, as in `idc.data.video.encode_video`. yuv444p keeps the colours of tiny clips."""
+
+    crf: float = 18
+    pixel_format: str = "yuv420p"
+    preset: str = "medium"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"encoding.crf={self.crf}: from 0 (lossless) to 51; 18 is usual")
+        if self.pixel_format not in PIXEL_FORMATS:
+            raise UserError(f"encoding.pixel_format={self.pixel_format!r}{nearest(self.pixel_format, PIXEL_FORMATS)}")
+
+
+class Generate(LightningModule):
+    """Makes the videos of a `GenerationData`; `trainer.predict` runs it.
+
+    Args:
+        out: folder of the videos.
+        checkpoint: a run of `idc fit` (its newest checkpoint), one of its checkpoints, a folder of runs, or the folder
+            of an `IDCrafterPipeline`. Model settings come from there. None samples from `transformer.pretrained`.
+        weights: of a run: its averages (EMA, where it has them) or the weights themselves.
+        sampling: what differs from how the run itself samples.
+        existing: refuse or replace videos in `out` that were made by another model or with other settings.
+        encoding: of the MP4 files.
+        baseline: another system in place of ours.
+        transformer, codec, text, vlm, lora: in place of the run's own, or for a checkpoint without config.yaml.
+        compute_dtype: in place of the run's own.
+
+    Raises:
+        UserError: where there is no model in all that, or too much of it.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        checkpoint: str | None = None,
+        weights: Which = "ema",
+        sampling: SamplingChanges | None = None,
+        existing: Existing = "error",
+        encoding: Encoding | None = None,
+        baseline: Baseline | None = None,
+        transformer: TransformerSpec | None = None,
+        codec: Codec | None = None,
+        text: TextConditioner | None = None,
+        vlm: VLMConditioner | None = None,
+        lora: Lora | None = None,
+        compute_dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder, self.encoding = OutputFolder(out, existing), encoding or Encoding()
+        self.baseline = baseline
+        self.system: System | None = None
+        if baseline is None:
+            system = open_system(checkpoint, Parts(transformer, codec, text, vlm, lora=lora), weights)
+            self.compute_dtype = getattr(torch, compute_dtype or system.compute_dtype)
+            self.system, base = system, system.sampling
+        elif checkpoint is not None:
+            raise UserError(f"checkpoint={checkpoint!r} and a baseline: one of the two samples; set the other to null")
+        else:
+            base = baseline.sampling
+        self.sampling = (sampling or SamplingChanges()).over(base)
+        self.transformer: Any = None  # an IDCrafterTransformer from configure_model on, unless a baseline runs
+        self.failures: dict[str, str] = {}  # of this rank; of all of them in the end
+        self._items: list[Item] = []
+
+    @property
+    def exit_status(self) -> int:
+        """Of the command: 3, done with failures on record, where an item has no video."""
+        return 3 if self.failures else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every video depends on, as plain JSON."""
+        if self.baseline is not None:
+            model = self.baseline.identity
+        else:
+            assert self.system is not None
+            model = {**self.system.identity, "compute_dtype": str(self.compute_dtype).removeprefix("torch.")}
+        return {"model": model, "sampling": asdict(self.sampling), "encoding": asdict(self.encoding)}
+
+    # Building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the transformer with its weights; sharded where the strategy shards. Idempotent."""
+        if self.transformer is not None or self.system is None:
+            return
+        from idc.stages.sharding import build_sharded, is_sharding
+
+        build = self.system.build_transformer
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
+        self.transformer.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        from idc.stages.sharding import is_sharding
+
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, GenerationData):
+            raise UserError(f"data: {type(self).__name__} takes idc.data.requests.GenerationData")
+        device = self.trainer.strategy.root_device
+        if self.system is not None:
+            self.system.encoders.place(device)
+        elif self.baseline is not None:
+            self.baseline.device = device
+        self._items, known, todo = self._together(lambda: self._plan(data))
+        self.failures = dict(known) if self.trainer.is_global_zero else {}
+        chosen = [item for item in self._items if item.id in set(todo)]
+        data.choose(chosen, self.trainer.global_rank, self.trainer.world_size, is_sharding(self.trainer.strategy))
+
+    def _plan(self, data: GenerationData) -> tuple[list[Item], dict[str, str], list[str]]:
+        """On rank 0: the items, those known to fail, and the ids that have no video yet."""
+        self.folder.open()
+        items, failures = data.source.items(self.folder.path)
+        todo = self.folder.plan(items, {**self.settings, "data": data.settings})
+        if others := self.folder.others(items):
+            rank_zero_warn(f"{self.folder.path}: {len(others)} other videos lie there, such as {others[0]}")
+        done = len(items) - len(todo)
+        rank_zero_info(f"{len(items)} items, {done} of them done" if done else f"{len(items)} items")
+        return items, failures, [name for name in todo if name not in failures]
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on all ranks; what it raises, too."""
+        result, problem = None, None
+        if self.trainer.is_global_zero:
+            try:
+                result = work()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.trainer.strategy.broadcast((result, problem))
+        if problem is not None:
+            self.folder.close()
+            raise UserError(problem)
+        return result  # type: ignore[return-value]
+
+    # Running --------------------------------------------------------------------------------------------------
+
+    @property
+    def sampler(self) -> Sampler:
+        """The one that the pipeline has, too."""
+        assert self.system is not None
+        return Sampler(self.transformer, self.system.encoders, self.device, self.compute_dtype)
+
+    def predict_step(self, request: Request, batch_idx: int) -> None:
+        """Make, encode and write one video. What is wrong with the item is recorded, and the next one comes."""
+        if request.problem:
+            self._fail(request, request.problem)
+            return
+        try:
+            video_CTHW = self.make(request)
+        except UserError as error:
+            self._fail(request, str(error))
+            return
+        if not request.padding:
+            data = encode_video(to_uint8(video_CTHW), request.fps, **asdict(self.encoding))
+            self.folder.write(request.item, data)
+
+    def make(self, request: Request) -> Tensor:
+        """The video of a request, `[3, T, H, W]` in [-1, 1].
+
+        Raises:
+            UserError: for an item that this model or stage cannot make.
+        """
+        assert request.sample is not None
+        if request.item.source is not None:
+            raise UserError("it has a source clip: idc.stages.generate.Edit edits")
+        if self.baseline is not None:
+            return self.baseline.video(request.sample, request.bucket, request.seed, self.sampling)
+        return self._sample(request, None)
+
+    def _sample(self, request: Request, source: Source | None) -> Tensor:
+        assert request.sample is not None
+        seeds_B = torch.tensor([request.seed])
+        return self.sampler.videos([request.sample], request.bucket, seeds_B, self.sampling, source)[0]
+
+    def _fail(self, request: Request, reason: str) -> None:
+        if not request.padding:
+            self.failures[request.item.id] = reason
+            # On any rank: whoever watches need not wait for the end.
+            print(f"{request.item.id}: no video: {reason}", flush=True)
+
+    def teardown(self, stage: str) -> None:
+        """Gather the failures of all ranks. (A hook of the end of predicting is left out where there is no item.)"""
+        every = [self.failures]
+        if self.trainer.world_size > 1 and dist.is_initialized():
+            every = [self.failures] * self.trainer.world_size
+            dist.all_gather_object(every, self.failures)
+        self.failures = {name: reason for failures in every for name, reason in failures.items()}
+        if self.trainer.is_global_zero:
+            self.folder.write_failures(self.failures, self._items)
+        self.folder.close()
+        made = len(self._items) - len(self.failures)
+        rank_zero_info(f"{made} of {len(self._items)} videos are in {self.folder.path}")
+        if self.failures:
+            rank_zero_info(f"{len(self.failures)} failed, see {self.folder.path / 'failures.jsonl'}")
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.folder.close()
+
+
+class Edit(Generate):
+    """Edits each item's source clip: replaces a subject, inserts one, changes the background. No training.
+
+    Args:
+        out: folder of the videos.
+        strength: in [0, 1]: how much noise the source gets. 0 gives it back, 1 keeps nothing of it outside the mask.
+        invert_mask: masks are white where the source stays, as one of the subject is when the background shall change.
+        others: of `Generate`.
+
+    Raises:
+        UserError: for a strength outside [0, 1], or a baseline, which does not edit.
+    """
+
+    def __init__(self, out: str, strength: float = 0.8, invert_mask: bool = False, **others: Any) -> None:
+        super().__init__(out, **others)
+        check_strength(strength)
+        if self.baseline is not None:
+            raise UserError("baseline: editing runs on our own model; leave baseline out")
+        self.strength, self.invert_mask = strength, invert_mask
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "edit": {"strength": self.strength, "invert_mask": self.invert_mask}}
+
+    def make(self, request: Request) -> Tensor:
+        if request.sample is None or request.sample.video_CTHW is None:
+            raise UserError("it has no source clip to edit")
+        mask_BTHW = None if request.mask_THW is None else (request.mask_THW ^ self.invert_mask)[None]
+        return self._sample(request, Source(request.sample.video_CTHW[None], self.strength, mask_BTHW))

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from idc.errors import UserError
-from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames, sampled
+from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
 from idc.metrics.facesim import find_faces
 from idc.metrics.tracking import match
 from idc.models.faces import (
@@ -133,7 +133,7 @@ class CopyPaste(VideoMetric):
         if not known:
             return copies
         references_ND = np.stack([embedding for _, embedding in known.values()])
-        for frame in sampled(clip, self.frames):
+        for frame in clip.frames_THWC[self._chosen(clip)]:
             faces = _faces(frame, self.faces)
             likeness = np.array([references_ND @ embedding for _, embedding in faces]).reshape(len(faces), len(known))
             shows = match(likeness, self.faces.threshold, 0.1).tolist()
@@ -145,15 +145,17 @@ class CopyPaste(VideoMetric):
     def _objects(self, clip: Clip) -> dict[int, list[Copy | None]]:
         if clip.masks_TNHW is None:
             return {}
-        chosen = sample_frames(len(clip.frames_THWC), self.frames)
         copies: dict[int, list[Copy | None]] = {}
         for n, reference in enumerate(clip.references):
             if reference.kind == "object":
                 whole = np.ones(reference.image_HWC.shape[:2], bool)
                 view = masked_view(reference.image_HWC, whole if reference.mask_HW is None else reference.mask_HW)
-                found = [masked_view(clip.frames_THWC[t], clip.masks_TNHW[t, n]) for t in chosen]
+                found = [masked_view(clip.frames_THWC[t], clip.masks_TNHW[t, n]) for t in self._chosen(clip)]
                 copies[n] = [None if view is None or other is None else compare(view, other) for other in found]
         return copies
+
+    def _chosen(self, clip: Clip) -> NDArray[np.int64]:
+        return np.unique(sample_frames(len(clip.frames_THWC), self.frames))
 
 
 def face_view(picture_HWC: Picture, landmarks_52: NDArray[np.floating]) -> View:

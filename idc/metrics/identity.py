@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from idc.data.cuts import is_cut
 from idc.errors import UserError
-from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames, sampled
+from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
 from idc.metrics.facesim import GREY, face_embedding, find_faces
 from idc.metrics.tracking import STATES, Seen, Sighting, Tracking, follow, track
 from idc.models.faces import Embedding, FaceBackend, YuNetSFace
@@ -86,7 +86,8 @@ class IdentityTracking(VideoMetric):
             embedder: for subjects with masks.
             threshold: cosine below which a face is nobody; the backend's own where None.
             margin: of two references, a face may be matched to the less alike one if that is within this cosine.
-            frames: how many frames are looked at, spread evenly; None for all, which notices the shortest swaps.
+            frames: how many frames are looked at, spread evenly, fewer in a shorter clip; None for all, which
+                notices the shortest swaps.
 
         Raises:
             UserError: for a number out of its range.
@@ -126,7 +127,8 @@ class IdentityTracking(VideoMetric):
             return Score.failed(
                 "no subject can be judged: no reference shows a person, and for others masks or an embedder are missing"
             )
-        frames = sampled(clip, self.frames)
+        chosen = np.unique(sample_frames(len(clip.frames_THWC), self.frames))
+        frames = clip.frames_THWC[chosen]
         parts: list[tuple[list[int], Tracking]] = []
         if people:
             embeddings = [face_embedding(clip.references[n].image_HWC, self.faces) for n in people]
@@ -139,8 +141,8 @@ class IdentityTracking(VideoMetric):
         if objects:
             assert clip.masks_TNHW is not None
             assert self.embedder is not None
-            masks_TNHW = _sample_masks(clip, self.frames)[:, objects]
             pictures = [clip.references[n] for n in objects]
+            masks_TNHW = clip.masks_TNHW[chosen][:, objects]
             parts.append((objects, track_regions(frames, masks_TNHW, pictures, self.embedder)))
         return _summary(clip.references, parts)
 
@@ -197,11 +199,6 @@ def masked_crop(picture_HWC: NDArray[np.uint8], mask_HW: NDArray[np.bool_] | Non
     rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     return np.where(mask_HW[box][..., None], picture_HWC[box], np.uint8(GREY))
-
-
-def _sample_masks(clip: Clip, frames: int | None) -> NDArray[np.bool_]:
-    assert clip.masks_TNHW is not None
-    return clip.masks_TNHW[sample_frames(len(clip.masks_TNHW), frames)]
 
 
 def _summary(references: Sequence[Reference], parts: Sequence[tuple[list[int], Tracking]]) -> Score:

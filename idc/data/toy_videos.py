@@ -48,7 +48,7 @@ def _item(folder: Path, id: str, spec: ToySpec) -> Item:
         references=tuple(paths),
         labels=tuple(subject.name for subject in spec.subjects),
         kinds=("object",) * count,
-        category="singleobj" if count == 1 else "multiobject",
+        category={1: "single", 2: "two", 3: "three"}[count],
         meta={"toy": spec.to_json()},
     )
 

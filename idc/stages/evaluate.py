@@ -10,7 +10,8 @@ changed since and, unless `retry_failures` is false, what failed. Ranks share th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -99,6 +100,7 @@ class Evaluate(LightningModule):
         self.scorer = Scorer(self.metrics, self.out, cache_gb=cache_gb, retry_failures=retry_failures)
         self.items: list[Item] = []
         self._lock: IO[bytes] | None = None
+        self._ranks: Any = None  # a process group
 
     # What is judged ------------------------------------------------------------------------------------------
 
@@ -106,13 +108,20 @@ class Evaluate(LightningModule):
         """Nothing is trained or sharded; strategies that shard ask for this method."""
 
     def setup(self, stage: str) -> None:
+        with self._ended_by_an_error():
+            self._setup()
+
+    def _setup(self) -> None:
         first = self.trainer.is_global_zero
+        if dist.is_available() and dist.is_initialized():
+            # Not the strategy's own, which gives up after minutes. Made while all ranks live, it notices one that dies.
+            self._ranks = dist.new_group(backend="gloo", timeout=PATIENCE)
         if first:
             self._lock = lock(self.out)
             shutil.rmtree(self.out / FRAMES, ignore_errors=True)  # of a run that was killed
             if self.source is not None:
                 self.source.items(self.videos)
-        self.trainer.strategy.barrier("evaluate: items")
+        self._wait()
         self.items = self._read_items()
         if self.source is not None:
             self.source.make(self.videos, [item.id for item in self._share()])
@@ -120,7 +129,7 @@ class Evaluate(LightningModule):
         self.folder = find_videos(self.videos, [item.id for item in self.items])
         if first:
             write_info(self.out, self._info(self.folder))
-        self.trainer.strategy.barrier("evaluate: run.json")
+        self._wait()
 
     def _read_items(self) -> list[Item]:
         if self.benchmark is not None:
@@ -179,6 +188,10 @@ class Evaluate(LightningModule):
         return DataLoader([0])  # type: ignore[arg-type]
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
+        with self._ended_by_an_error():
+            self._score()
+
+    def _score(self) -> None:
         rank = self.trainer.global_rank
         self.scorer.device = self.trainer.strategy.root_device
         self.scorer.folder = self.out / FRAMES / f"rank{rank}"
@@ -203,6 +216,15 @@ class Evaluate(LightningModule):
             self._lock.close()
             self._lock = None
 
+    @contextmanager
+    def _ended_by_an_error(self) -> Iterator[None]:
+        """Lightning tears a module down only after what went well."""
+        try:
+            yield
+        except BaseException:
+            self.teardown("test")
+            raise
+
     def _log(self, run: Run) -> None:
         scalars: dict[str, float] = {}
         for name in run.info.metrics:
@@ -214,11 +236,9 @@ class Evaluate(LightningModule):
             logger.log_metrics(scalars, step=0)
 
     def _wait(self) -> None:
-        """Until all ranks are here. Not the strategy's barrier, which gives up after minutes."""
-        if dist.is_available() and dist.is_initialized():
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
-            dist.barrier(group)
-            dist.destroy_process_group(group)
+        """Until all ranks are here."""
+        if self._ranks is not None:
+            dist.barrier(self._ranks)
 
 
 def lock(folder: Path) -> IO[bytes]:

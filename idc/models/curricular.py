@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from idc.errors import UserError
 
-STAGES = ((64, 3), (128, 13), (256, 30), (512, 3))  # width, blocks: 2 x 49 + 3 = 101 layers
+STAGES = ((64, 3), (128, 13), (256, 30), (512, 3))  # width, number of blocks
 SIDE = 112
 WIDTH = 512  # of the embedding
 
@@ -101,15 +100,14 @@ def load_ir101(path: str | Path) -> IR101:
 def _read(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; CurricularFace needs glint360k_curricular_face_r101_backbone.bin")
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # both readers raise many kinds for a damaged file, KeyError and IndexError among them
+        raise UserError(f"{path}: cannot be read as weights: {(str(error) or repr(error)).splitlines()[0]}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict of tensors")
     return state

@@ -215,10 +215,8 @@ def latex(table: Table) -> str:
     body: list[str] = []
     if printed:
         block = len(table.columns)
-        names = (
-            rf"\multicolumn{{{block}}}{{c}}{{measured}}",
-            rf"\multicolumn{{{len(printed)}}}{{c}}{{{_latex(PRINTED)}}}",
-        )
+        spans = ((block, "measured"), (len(printed), PRINTED))
+        names = [rf"\multicolumn{{{count}}}{{c}}{{{_latex(name)}}}" for count, name in spans]
         body.append(" & ".join(("", *names)) + r" \\")
         body.append(rf"\cmidrule(lr){{2-{1 + block}}} \cmidrule(lr){{{2 + block}-{width}}}")
     heads = [table.layout.head, *(f"{c.title} ↑" for c in table.columns), *(c.title for c in printed)]

@@ -55,7 +55,9 @@ class Table:
         printed = f' Columns "{PRINTED}" are the paper\'s own figures, not ours.' if self.with_published else ""
         if printed and self.protocol not in ("", "paper", "opens2v-1.0"):
             printed += f" They are of protocol paper and do not compare with {self.protocol}."
-        return f"{self.layout.caption}{protocol}{spans}{commit}{printed}"
+        renamed = next((line.measured.renamed for line in self.lines if line.measured), {})
+        reads = "".join(f" Column {c.title} reads {renamed[c.key]}." for c in self.columns if c.key in renamed)
+        return f"{self.layout.caption}{protocol}{reads}{spans}{commit}{printed}"
 
 
 @dataclass(frozen=True)

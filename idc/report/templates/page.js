@@ -203,6 +203,12 @@
   // Items -------------------------------------------------------------------------------------------------------
   function chips(video, system) {
     const list = make("ul", { class: "chips" });
+    const scores = Object.values(video.scores || {});
+    const reasons = new Set(scores.map((score) => score.reason));
+    if (scores.length > 1 && reasons.size === 1 && scores[0].value === undefined) { // said once, not by each metric
+      list.append(make("li", {}, make("em", { text: scores[0].reason })));
+      return list;
+    }
     for (const metric of data.metrics) {
       if (!video.scores) break;
       const score = video.scores[metric.key];

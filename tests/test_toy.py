@@ -74,13 +74,33 @@ def test_the_odds_of_one_two_and_three_subjects_hold():
     assert {len(ToyWorld(subjects=(0, 1)).spec(seed).subjects) for seed in range(20)} == {2}
 
 
-def test_a_caption_names_every_subject_the_action_and_the_background():
+@pytest.mark.parametrize("named", [1.0, 0.5, 0.0])
+def test_a_caption_names_every_subject_the_action_and_the_background(named):
+    world = ToyWorld(named=named)
     for seed in range(50):
-        spec = WORLD.spec(seed)
-        assert all(subject.name in spec.caption for subject in spec.subjects)
+        spec = world.spec(seed)
+        looks = [subject.name for subject in spec.subjects]
+        assert [spec.name(k) for k in range(len(looks))] == (looks if spec.named else ["object"] * len(looks))
+        assert all(spec.name(k) in spec.caption for k in range(len(looks)))
         assert spec.background_colour in spec.caption
         moving = [subject for subject in spec.subjects if subject.action in ("moves", "meets", "bounces")]
         assert all(subject.direction in spec.caption for subject in moving)
+
+
+def test_a_caption_that_does_not_name_its_subjects_tells_nothing_of_their_looks():
+    looks = {*toy_render.COLOURS, *toy_render.SHAPES, *toy_render.TEXTURES}
+    for seed in range(200):
+        subjects = ToyWorld(named=0.0).spec(seed).caption.split(", on a ")[0]
+        assert not looks & set(subjects.replace(",", "").split())
+
+
+def test_naming_changes_no_pixel_and_half_of_the_captions():
+    named, unnamed = ToyWorld(named=1.0), ToyWorld(named=0.0)
+    for seed in range(10):
+        np.testing.assert_array_equal(render_clip(named.spec(seed)), render_clip(unnamed.spec(seed)))
+    assert abs(np.mean([WORLD.spec(seed).named for seed in range(1000)]) - 0.5) < 0.05
+    with pytest.raises(UserError, match=r"named=1\.5.*between 0"):
+        ToyWorld(named=1.5)
 
 
 def test_references_show_another_angle_and_background_than_the_clip():

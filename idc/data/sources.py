@@ -105,6 +105,7 @@ class ToyShards:
     reference_size: int = 32
     curated: bool = True
     combinations: str = "all"
+    named: float = 0.5
 
     def __post_init__(self) -> None:
         if self.count < 1:

@@ -2,8 +2,9 @@
 
 A clip shows one to three subjects (shape x texture x colour) that move and meet on a background; its caption names
 them and what they do; its references show each subject at another angle, scale and background than the clip, so that
-copying a reference does not pay. Everything follows from one integer seed. Subjects of one clip differ in colour, so
-that the exact scorers (toy_scoring.py) can tell who is who.
+copying a reference does not pay. Half of the captions do not say what the subjects look like, so that ignoring the
+references does not pay either. Everything follows from one integer seed. Subjects of one clip differ in colour, so that
+the exact scorers (toy_scoring.py) can tell who is who.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from idc.errors import UserError, nearest
 from idc.types import Bucket, Sample, Subject, check_side
 
 COMBINATIONS = ("all", "seen", "held_out")
+ORDINALS = ("first", "second", "third")
 Point = tuple[float, float]
 
 
@@ -83,6 +85,7 @@ class ToySpec:
     references: tuple[ToyReference, ...]
     reference_size: int
     curated: bool = True
+    named: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,12 +107,17 @@ class ToySpec:
 
     @property
     def caption(self) -> str:
-        clauses = [self._clause(subject) for subject in self.subjects]
+        clauses = [self._clause(index) for index in range(len(self.subjects))]
         floor = "" if self.background_pattern == "plain" else f" {self.background_pattern}"
         return f"{', and '.join(clauses)}, on a {self.background_colour}{floor} floor"
 
-    def _clause(self, subject: ToySubject) -> str:
-        other = "" if subject.target is None else f" the {self.subjects[subject.target].colour} one"
+    def name(self, index: int) -> str:
+        """What the caption calls a subject."""
+        return self.subjects[index].name if self.named else "object"
+
+    def _clause(self, index: int) -> str:
+        subject, name = self.subjects[index], self.name(index)
+        other = "" if subject.target is None else f" the {self._other(subject.target)} one"
         verb = {
             "moves": f"moves {subject.direction}",
             "stays": "stays still",
@@ -117,7 +125,12 @@ class ToySpec:
             "bounces": f"bounces {subject.direction} and back",
             "orbits": f"circles around{other}",
         }[subject.action]
-        return f"a {subject.name} {verb}"
+        return f"{'an' if name[0] in 'aeio' else 'a'} {name} {verb}"
+
+    def _other(self, target: int) -> str:
+        if self.named:
+            return self.subjects[target].colour
+        return "other" if len(self.subjects) == 2 else ORDINALS[target]
 
     def centres(self) -> NDArray[np.float32]:
         """Centres `[N, T, 2]` (x, y) of the subjects in pixels."""
@@ -190,6 +203,8 @@ class ToyWorld:
         reference_size: side of the references in pixels, a multiple of 16.
         curated: False makes the references crops of the clip itself, the paper's "w/o curated data".
         combinations: "all"; "seen" leaves out every sixth (shape, texture, colour); "held_out" shows only those.
+        named: probability that a caption names shape, texture and colour; else it says "an object" and only the
+            references tell.
 
     Raises:
         UserError: for a size, probability or option that does not hold to these rules.
@@ -203,12 +218,15 @@ class ToyWorld:
     reference_size: int = 32
     curated: bool = True
     combinations: str = "all"
+    named: float = 0.5
 
     def __post_init__(self) -> None:
         Bucket(self.frames, self.height, self.width, 1).check()
         check_side("reference_size", self.reference_size)
         if self.combinations not in COMBINATIONS:
             raise UserError(f"combinations={self.combinations!r}: unknown{nearest(self.combinations, COMBINATIONS)}")
+        if not 0 <= self.named <= 1:
+            raise UserError(f"named={self.named}: a probability, between 0 (references alone tell) and 1")
         if not 1 <= len(self.subjects) <= 3 or min(self.subjects) < 0 or sum(self.subjects) <= 0:
             raise UserError(
                 f"subjects={self.subjects}: 1 to 3 probabilities of 0 or more, not all 0, such as (0.3, 0.4, 0.3)"
@@ -241,6 +259,7 @@ class ToyWorld:
             ),
             reference_size=self.reference_size,
             curated=self.curated,
+            named=bool(rng.random() < self.named),  # drawn last: the pictures do not depend on it
         )
 
     def _looks(self, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
@@ -266,8 +285,8 @@ class ToyWorld:
             caption=spec.caption,
             video_CTHW=pixels(render_clip(spec)).permute(3, 0, 1, 2).contiguous(),
             subjects=tuple(
-                Subject(pixels(picture).permute(2, 0, 1).contiguous(), subject.name)
-                for picture, subject in zip(render_references(spec), spec.subjects, strict=True)
+                Subject(pixels(picture).permute(2, 0, 1).contiguous(), spec.name(index))
+                for index, picture in enumerate(render_references(spec))
             ),
             fps=spec.fps,
             meta={"toy": spec.to_json()},

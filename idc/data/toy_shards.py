@@ -79,7 +79,7 @@ def _write(
     progress: Callable[[int], None] | None,
 ) -> None:
     for number, (spec, video, pictures) in enumerate(clips, 1):
-        references = [(s.name, picture, "png") for s, picture in zip(spec.subjects, pictures, strict=True)]
+        references = [(spec.name(index), picture, "png") for index, picture in enumerate(pictures)]
         writer.write(
             f"{spec.seed:010d}",
             video,

@@ -5,6 +5,7 @@ A departure from the paper, whose raters chose the best of five videos at once: 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -192,6 +193,10 @@ class _Jobs:
             os.replace(aside, self.folder / name)
             return Media(name, media.width, media.height)
         except (VideoError, OSError, ValueError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"--out: the disk is full at {self.folder}; the build goes on when run again"
+                ) from error
             return f"{source}: {error}"
 
     def all(self, jobs: Sequence[tuple[str, Path, tuple[object, ...]]]) -> Iterator[Media | str]:

@@ -91,7 +91,7 @@ def _encode(frames: Iterator[np.ndarray], info: VideoInfo, target: Path, height:
     import av
 
     width, height = shown_size(info.width, info.height, height)
-    method = "NEAREST" if not width % info.width and not height % info.height else "LANCZOS"
+    method = "POINT" if not width % info.width and not height % info.height else "LANCZOS"
     rate = Fraction(info.fps if info.fps > 0 else 16).limit_denominator(1001)
     options = {"crf": str(CRF), "preset": "medium", "x264-params": "mbtree=0"}
     container_options = {"movflags": "+faststart"}

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,11 +44,11 @@ def report_study(
         raise UserError(f"--ours {ours!r}: is no system of this study{nearest(ours, study.systems)}")
     if not (folder / ANSWERS).is_file():
         raise UserError(f"{folder}: nobody has answered yet; idc study serve {folder} collects answers")
-    store = Store(folder / ANSWERS, study)
-    answers = store.answers()
+    with closing(Store(folder / ANSWERS, study)) as store:
+        answers, (joined, finished) = store.answers(), store.counts()
     if not answers:
-        raise UserError(f"{folder}: {store.counts()[0]} raters have joined, none has answered yet")
-    analysis = analyse(study, answers, *store.counts(), settings)
+        raise UserError(f"{folder}: {joined} raters have joined, none has answered yet")
+    analysis = analyse(study, answers, joined, finished, settings)
     text = markdown(study, analysis, ours)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (

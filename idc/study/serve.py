@@ -77,6 +77,10 @@ class StudyServer(ThreadingHTTPServer):
                 f"--host {host} --port {port}: cannot listen there ({error}); --port 0 picks one"
             ) from error
 
+    def server_close(self) -> None:
+        super().server_close()
+        self.store.close()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that hangs up in the middle of a video is no error."""
         error = sys.exception()

@@ -99,9 +99,14 @@ class Store:
         self, path: Path, study: Study, max_raters: int = 10_000, clock: Callable[[], float] = time.time
     ) -> None:
         self.path, self.study, self.max_raters, self.clock = path, study, max_raters, clock
-        with self._connect() as db:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.executescript(SCHEMA)
+        # Held open and idle: whenever the last connection closes, SQLite moves the whole log into the database.
+        self._held = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._held.execute("PRAGMA journal_mode=WAL")
+        self._held.executescript(SCHEMA)
+
+    def close(self) -> None:
+        """Close the database; the answers are in one file then, if no other process has it open."""
+        self._held.close()
 
     def join(self, token: str) -> None:
         """Give a new rater a questionnaire; nothing happens if the token has one.

@@ -129,6 +129,7 @@ function showVideos(question) {
     element.width = video.width;
     element.height = video.height;
     element.style.aspectRatio = `${video.width} / ${video.height}`;
+    element.parentElement.style.setProperty("--ratio", video.width / video.height);
     element.src = "media/" + video.file;
     element.load();
   });

@@ -107,6 +107,7 @@ def _quiet() -> None:
         "args parameter is intended to run from within Python",
         "exists and is not empty",
         "returned a view tensor",  # FSDP2: nobody writes into the velocity
+        "predict returned None",  # videos go to files as they are made
         "smaller than the logging interval",  # of an epoch; these runs count steps
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from idc.data import storage
 from idc.data.benchmark import Item, check_unique, file_name, read_benchmark, read_items
+from idc.data.index import Entry
+from idc.data.scan import VIDEO_EXTS
 from idc.data.sources import Source
 from idc.errors import UserError, nearest
 
@@ -25,14 +27,15 @@ class ItemSource(ABC):
         """Make what is missing on disk; called once a node."""
 
     @abstractmethod
-    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+    def items(self, folder: Path, replace: bool = False) -> tuple[list[Item], Failures]:
         """The items in order, and those among them that are known to fail, with the reason.
 
         Args:
             folder: of the videos; pictures that are no files yet are written under it.
+            replace: write them over others of the same name.
 
         Raises:
-            UserError: where nothing can be made of the source.
+            UserError: where nothing can be made of the source, or other pictures are in the way.
         """
 
 
@@ -51,7 +54,7 @@ class Benchmark(ItemSource):
     categories: list[str] | None = None
     limit: int | None = None
 
-    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+    def items(self, folder: Path, replace: bool = False) -> tuple[list[Item], Failures]:
         items = read_benchmark(self.path, self.root)
         known = {item.category for item in items}
         for category in self.categories or ():
@@ -70,7 +73,7 @@ class ItemFile(ItemSource):
     path: str
     limit: int | None = None
 
-    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+    def items(self, folder: Path, replace: bool = False) -> tuple[list[Item], Failures]:
         return _limited(read_items(self.path), self.limit), {}
 
 
@@ -86,7 +89,7 @@ class Prompt(ItemSource):
     source: str | None = None
     mask: str | None = None
 
-    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+    def items(self, folder: Path, replace: bool = False) -> tuple[list[Item], Failures]:
         item = Item(
             id=self.id,
             prompt=self.prompt,
@@ -116,7 +119,7 @@ class Shards(ItemSource):
     def prepare(self) -> None:
         self.shards.prepare()
 
-    def items(self, folder: Path) -> tuple[list[Item], Failures]:
+    def items(self, folder: Path, replace: bool = False) -> tuple[list[Item], Failures]:
         index = self.shards.index()
         entries = _limited(list(index.entries), self.limit)
         names = [entry.key for entry in entries]
@@ -125,30 +128,43 @@ class Shards(ItemSource):
         items, failures = [], {}
         for number, (name, entry) in enumerate(zip(map(file_name, names), entries, strict=True)):
             shown = entries[(number + 1) % len(entries)] if self.edit else entry
-            item, problem = self._item(index.root, name, shown, entry, folder)
+            item, problem = self._item(index.root, name, shown, entry, folder, replace)
             items.append(item)
             if problem:
                 failures[name] = problem
         check_unique(items, str(self.shards.path))
         return items, failures
 
-    def _item(self, root: str, name: str, shown: Any, own: Any, folder: Path) -> tuple[Item, str]:
+    def _item(self, root: str, name: str, shown: Entry, own: Entry, folder: Path, replace: bool) -> tuple[Item, str]:
+        """The item, and why it fails if it does."""
         from idc.data.shards import SampleError, read_members, read_sample
 
+        clip, suffix = b"", ""
         try:
             sample = read_sample(root, shown, decode_video=False)
-            pictures = [_write_png(subject.image_CHW, folder / "references" / f"{name}_{k}.png")
-                        for k, subject in enumerate(sample.subjects)]  # fmt: skip
-            source = None
             if self.edit:
-                clip = read_members(root, own)["mp4"]
-                source = _write(clip, folder / "sources" / f"{name}.mp4")
-        except (SampleError, KeyError) as error:
+                files = read_members(root, own)
+                suffix = next((ext for ext in VIDEO_EXTS if ext in files), "")
+                clip = files.get(suffix, b"")
+        except SampleError as error:
             return Item(id=name, prompt=""), str(error)
-        meta = {"toy": sample.meta["toy"]} if "toy" in sample.meta else {}
-        labels, kinds = tuple(s.name for s in sample.subjects), ("object",) * len(pictures)
-        category = {1: "single", 2: "two", 3: "three"}.get(len(pictures), "") if meta else ""
-        return Item(name, sample.caption, tuple(pictures), labels, kinds, category, meta, source), ""
+        pictures = tuple(
+            _write(_png(subject.image_CHW), folder / "references" / f"{name}_{k}.png", replace)
+            for k, subject in enumerate(sample.subjects)
+        )
+        source = _write(clip, folder / "sources" / f"{name}.{suffix}", replace) if clip else None
+        toy = "toy" in sample.meta
+        item = Item(
+            id=name,
+            prompt=sample.caption,
+            references=pictures,
+            labels=tuple(subject.name for subject in sample.subjects),
+            kinds=("object",) * len(pictures) if toy else (),
+            category={1: "single", 2: "two", 3: "three"}.get(len(pictures), "") if toy else "",
+            meta={"toy": sample.meta["toy"]} if toy else {},
+            source=source,
+        )
+        return item, "missing member: no clip to edit" if self.edit and source is None else ""
 
 
 def _limited(items: list[Any], limit: int | None) -> list[Any]:
@@ -157,16 +173,25 @@ def _limited(items: list[Any], limit: int | None) -> list[Any]:
     return items[:limit]
 
 
-def _write_png(image_CHW: Tensor, path: Path) -> Path:
+def _png(image_CHW: Tensor) -> bytes:
     from PIL import Image
 
     pixels = ((image_CHW + 1) * 127.5).round().clamp(0, 255).byte().movedim(0, -1).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
-    return _write(buffer.getvalue(), path)
+    return buffer.getvalue()
 
 
-def _write(data: bytes, path: Path) -> Path:
+def _write(data: bytes, path: Path, replace: bool) -> Path:
+    """Write a file that videos are made from; it must not change under videos that are there."""
+    if path.is_file():
+        if path.read_bytes() == data:
+            return path
+        if not replace:
+            raise UserError(
+                f"{path}: another file of that name is there, from an earlier run with other items; give another "
+                "folder, or set model.init_args.existing=replace"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.open_atomic(str(path)) as stream:
         stream.write(data)

@@ -165,7 +165,7 @@ class Generate(LightningModule):
     def _plan(self, data: GenerationData) -> tuple[list[Item], dict[str, str], list[str]]:
         """On rank 0: the items, those known to fail, and the ids that have no video yet."""
         self.folder.open()
-        items, failures = data.source.items(self.folder.path)
+        items, failures = data.source.items(self.folder.path, self.folder.existing == "replace")
         todo = self.folder.plan(items, {**self.settings, "data": data.settings})
         if others := self.folder.others(items):
             rank_zero_warn(f"{self.folder.path}: {len(others)} other videos lie there, such as {others[0]}")

@@ -153,15 +153,15 @@ def test_what_cannot_be_shown_is_named_and_the_rest_goes_on(tmp_path: Path, caps
 def test_a_build_that_was_cut_off_is_continued_without_doing_anything_twice(sources, tmp_path: Path) -> None:
     videos, items = sources
 
-    class Cut(Exception):
+    class CutOffError(Exception):
         pass
 
     def cut(done: int, total: int) -> None:
         if done == total // 2:
-            raise Cut
+            raise CutOffError
 
     out = tmp_path / "study"
-    with pytest.raises(Cut):
+    with pytest.raises(CutOffError):
         build_study(videos, items, out, SMALL, cut)
     with pytest.raises(UserError, match="did not finish"):
         read_study(out)

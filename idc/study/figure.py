@@ -8,7 +8,7 @@ from html import escape
 from idc.study.analysis import Analysis, CriterionResult, SystemResult
 
 WIDTH = 900
-LEFT, RIGHT, TOP = 56, 20, 92
+LEFT, RIGHT, TOP = 56, 66, 92
 PANEL = 260
 GAP = 84
 # Okabe and Ito's palette: told apart by the colour-blind, in print and on dark and light ground.
@@ -16,7 +16,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 STYLE = (
     "text{font-family:system-ui,-apple-system,'Liberation Sans',Arial,sans-serif;font-size:13px;fill:#222}"
     ".t{font-size:16px;font-weight:600}.s{fill:#666;font-size:12px}.g{stroke:#ddd}.w{stroke:#222;stroke-width:1.4}"
-    ".c{stroke:#b3261e;stroke-dasharray:5 4}.v{font-size:11px}"
+    ".c{stroke:#b3261e;stroke-dasharray:5 4}.v{font-size:11px;paint-order:stroke;stroke:#fff;stroke-width:3px}"
 )
 
 
@@ -37,7 +37,7 @@ def draw_figure(analysis: Analysis, ours: str) -> str:
         f'role="img" aria-label="Human preference study">',
         f'<style>{STYLE}</style><rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         _text(LEFT, 30, "Human preference study", "t"),
-        _text(LEFT, 50, f"{n_raters} raters, {sum(r.answers for r in results)} answers; bars: 95% intervals", "s"),
+        _text(LEFT, 50, f"{n_raters} raters, {sum(r.answers for r in results)} answers; whiskers: 95% intervals", "s"),
         *_legend(order),
         *_panel(results, order, top, best=has_best),
         *_outcomes(results, order, second),
@@ -59,6 +59,9 @@ def _panel(results: Sequence[CriterionResult], order: Sequence[str], top: float,
     chance = 1 / len(order) if best else 0.5
     yield _text(LEFT, top - 12, title, "t")
     yield from _axis(top)
+    y = top + PANEL * (1 - chance)
+    yield f'<path class="c" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
+    yield _text(WIDTH - RIGHT + 6, y + 4, "chance", "s")
     for slot, result in enumerate(results):
         for n, system, x, width in _bars(result, order, slot):
             share, interval = (system.best, system.best_interval) if best else (system.share, system.share_interval)
@@ -76,9 +79,6 @@ def _panel(results: Sequence[CriterionResult], order: Sequence[str], top: float,
                 ends = "".join(f"M{middle - cap:.1f} {end:.1f}h{2 * cap:.1f}" for end in (low, high))
                 yield f'<path class="w" fill="none" d="M{middle:.1f} {low:.1f}V{high:.1f}{ends}"/>'
             yield _text(x + width / 2, label - 4, f"{100 * share:.0f}", "v", "middle")
-    y = top + PANEL * (1 - chance)
-    yield f'<path class="c" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-    yield _text(WIDTH - RIGHT, y - 4, "chance", "s", "end")
     yield from _names(results, top)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from idc.data.benchmark import Item
+from idc.data.output import FAILURES
 from idc.data.video import VideoError, VideoInfo, iterate_video
 from idc.errors import UserError, nearest
 
@@ -37,10 +38,12 @@ class VideoFolder:
     Attributes:
         videos: id -> file; an item without one is missing from it.
         extra: name -> reason, for videos that belong to no item.
+        reasons: id -> why generation made no video of it, where it says so.
     """
 
     videos: Mapping[str, Path]
     extra: Mapping[str, str]
+    reasons: Mapping[str, str]
 
 
 def find_videos(folder: str | Path, ids: Sequence[str]) -> VideoFolder:
@@ -66,7 +69,19 @@ def find_videos(folder: str | Path, ids: Sequence[str]) -> VideoFolder:
     if ids and not videos:
         found = f"{len(extra)} other videos, such as {next(iter(extra))}" if extra else "no video at all"
         raise UserError(f"videos={folder}: none of the {len(ids)} items has its <id>{SUFFIX} here, but {found}")
-    return VideoFolder(videos, extra)
+    return VideoFolder(videos, extra, missing_reasons(folder))
+
+
+def missing_reasons(folder: str | Path) -> dict[str, str]:
+    """Why items have no video, by id, as the generation that made the folder says; {} where it says nothing."""
+    reasons = {}
+    try:
+        for line in (Path(folder) / FAILURES).read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            reasons[str(values["id"])] = str(values["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return reasons
+    return reasons
 
 
 def fingerprint(item: Item, video: Path | None) -> str:

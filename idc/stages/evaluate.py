@@ -195,7 +195,7 @@ class Evaluate(LightningModule):
         rank = self.trainer.global_rank
         self.scorer.device = self.trainer.strategy.root_device
         self.scorer.folder = self.out / FRAMES / f"rank{rank}"
-        works = self.scorer.plan(self._share(), self.folder.videos)
+        works = self.scorer.plan(self._share(), self.folder)
         total = sum(len(work.metrics) for work in works)
         what = "scores" if self.trainer.world_size == 1 else "scores of rank 0's videos"
         for _ in track(self.scorer.run(works), what, total, shown=self.trainer.is_global_zero and total > 0):

@@ -108,7 +108,7 @@ def _public(values: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     return {
         str(name): "(not written down)" if _SECRET.search(str(name)) and value else describe(value, depth - 1)
         for name, value in sorted(values.items(), key=lambda entry: str(entry[0]))
-        if not str(name).startswith("_")
+        if not str(name).startswith("_") and name != "device"  # where something runs is not what it is
     }
 
 
@@ -130,7 +130,7 @@ def describe(value: Any, depth: int = 4) -> Any:
         return sorted(entries, key=str) if isinstance(value, set | frozenset) else entries
     if isinstance(value, Mapping):
         return _public(value, depth) if depth > 0 else {}
-    if isinstance(value, type) or not hasattr(value, "__dict__") or callable(value):
+    if hasattr(value, "__qualname__") or not hasattr(value, "__dict__"):  # functions, classes; plain objects
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
     inner = _public(vars(value), depth) if depth > 0 else {}

@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ import torch
 
 from idc.data.benchmark import Item
 from idc.data.video import VideoError, probe
-from idc.data.videos import DecodedVideo, FrameCache, Ranks, fingerprint
+from idc.data.videos import DecodedVideo, FrameCache, Ranks, VideoFolder, fingerprint
 from idc.errors import UserError
 from idc.metrics.base import Score, VideoMetric, sample_frames
 from idc.metrics.results import Result, append_result, prune_results, read_results, results_file
@@ -40,6 +40,7 @@ class Work:
     path: Path | None
     fingerprint: str
     metrics: dict[str, VideoMetric]
+    why_missing: str = ""
     decoded: DecodedVideo | None = None
 
 
@@ -83,17 +84,17 @@ class Scorer:
 
     # What is to be done --------------------------------------------------------------------------------------
 
-    def plan(self, items: Sequence[Item], videos: Mapping[str, Path]) -> list[Work]:
+    def plan(self, items: Sequence[Item], folder: VideoFolder) -> list[Work]:
         """What is still to be scored. Results of videos that have changed since are dropped."""
         works = []
         for item in items:
-            path = videos.get(item.id)
+            path = folder.videos.get(item.id)
             mark = fingerprint(item, path)
             prune_results(self.out, item.id, mark)
             found = {result.metric: result for result in read_results(results_file(self.out, item.id))}
             metrics = {m.name: m for m in self.metrics if self._is_open(m, found.get(m.name))}
             if metrics:
-                works.append(Work(item, path, mark, metrics))
+                works.append(Work(item, path, mark, metrics, folder.reasons.get(item.id, "")))
         return works
 
     def _is_open(self, metric: VideoMetric, result: Result | None) -> bool:
@@ -142,7 +143,8 @@ class Scorer:
                 reason = f"not scored by its protocol ({work.item.category or 'no category'})"
                 yield self._write(work, metric, Score.failed(reason), applies=False)
         if work.path is None:
-            yield from self._fail(work, f"no video {work.item.id}.mp4")
+            why = f": {work.why_missing}" if work.why_missing else ""
+            yield from self._fail(work, f"no video {work.item.id}.mp4{why}")
 
     def _fail(self, work: Work, reason: str) -> Iterator[Result]:
         for metric in work.metrics.values():

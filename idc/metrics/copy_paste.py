@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from idc.errors import UserError
-from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
-from idc.metrics.facesim import find_faces
+from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames, sampled
+from idc.metrics.facesim import find_faces, for_each
 from idc.metrics.tracking import match
 from idc.models.faces import (
     ARCFACE_LANDMARKS,
@@ -69,7 +69,8 @@ class CopyPaste(VideoMetric):
     copies, rightly: a reference cut from the very clip is one. The clip's value is the mean over frames, then over
     subjects. Frames in which a subject is not found are left out; a clip in which none is found fails.
 
-    People (references of kind "face" and "human") are found by their faces, objects by the clip's masks.
+    People (references of kind "face" and "human") are compared with the faces most like theirs, however unlike that
+    is: a small blurred paste may be past recognition. Objects are found by the clip's masks.
 
     `details`: `subjects`, a list of {name, reference (its index), value, highest, subject, surroundings, frames (T
     values, null where not found)}; `not_judged`, names of the references left out.
@@ -128,10 +129,9 @@ class CopyPaste(VideoMetric):
         if not known:
             return copies
         references_ND = np.stack([embedding for _, embedding in known.values()])
-        for frame in clip.frames_THWC[self._chosen(clip)]:
-            faces = _faces(frame, self.faces)
+        for faces in for_each(sampled(clip, self.frames), lambda frame: _faces(frame, self.faces)):
             likeness = np.array([references_ND @ embedding for _, embedding in faces]).reshape(len(faces), len(known))
-            shows = match(likeness, self.faces.threshold, 0.1).tolist()
+            shows = match(likeness, threshold=-2, margin=2).tolist()
             for place, n in enumerate(known):
                 found = faces[shows.index(place)][0] if place in shows else None
                 copies[n].append(None if found is None else compare(known[n][0], found))
@@ -140,17 +140,15 @@ class CopyPaste(VideoMetric):
     def _objects(self, clip: Clip) -> dict[int, list[Copy | None]]:
         if clip.masks_TNHW is None:
             return {}
+        chosen = sample_frames(len(clip.frames_THWC), self.frames).tolist()
         copies: dict[int, list[Copy | None]] = {}
         for n, reference in enumerate(clip.references):
             if reference.kind == "object":
                 whole = np.ones(reference.image_HWC.shape[:2], bool)
                 view = masked_view(reference.image_HWC, whole if reference.mask_HW is None else reference.mask_HW)
-                found = [masked_view(clip.frames_THWC[t], clip.masks_TNHW[t, n]) for t in self._chosen(clip)]
+                found = [masked_view(clip.frames_THWC[t], clip.masks_TNHW[t, n]) for t in chosen]
                 copies[n] = [None if view is None or other is None else compare(view, other) for other in found]
         return copies
-
-    def _chosen(self, clip: Clip) -> NDArray[np.int64]:
-        return np.unique(sample_frames(len(clip.frames_THWC), self.frames))
 
 
 def face_view(picture_HWC: Picture, landmarks_52: NDArray[np.floating]) -> View:

@@ -8,18 +8,21 @@ The rule is one for all three protocols: v1.0 and v1.1 share it and the paper's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
+from idc.metrics.base import Clip, Reference, Score, VideoMetric, sampled
 from idc.models.faces import DetectedFace, Embedding, FaceBackend, Picture, YuNetSFace
 
 CATEGORIES = ("singlehuman", "singleface", "faceobj", "humanobj")  # the items with one person
 GREY = 128
 PADDING = 0.25  # of the picture's sides, on each side
+
+T = TypeVar("T")
 
 
 class FaceSim(VideoMetric):
@@ -69,10 +72,7 @@ class FaceSim(VideoMetric):
             return Score.failed(
                 f"no face is found in the reference picture of {reference.name or f'subject {found + 1}'}"
             )
-        # A short clip's frames are taken more than once, as the benchmark does, but looked at once.
-        chosen, repeats = np.unique(sample_frames(len(clip.frames_THWC), self.frames), return_inverse=True)
-        looked = face_similarity(face, clip.frames_THWC[chosen], self.faces)
-        cosines = [looked[index] for index in repeats]
+        cosines = face_similarity(face, sampled(clip, self.frames), self.faces)
         return Score(
             mean_similarity(cosines, skip_unlike=self.faces.name == "cur"),
             details={"similarity": cosines, "embedding": self.faces.name, "reference": found},
@@ -86,8 +86,16 @@ def first_person(references: Iterable[Reference]) -> int | None:
 
 def face_similarity(reference_D: Embedding, frames_THWC: NDArray[np.uint8], faces: FaceBackend) -> list[float | None]:
     """Cosine in [-1, 1] of the largest face of each frame to a unit embedding; None for a frame without a face."""
-    embeddings = (face_embedding(frame, faces) for frame in frames_THWC)
+    embeddings = for_each(frames_THWC, lambda frame: face_embedding(frame, faces))
     return [None if embedding is None else float(embedding @ reference_D) for embedding in embeddings]
+
+
+def for_each(frames_THWC: NDArray[np.uint8], look: Callable[[Picture], T]) -> list[T]:
+    """`look` at each frame, once only where a frame is repeated, as `sample_frames` does in short clips."""
+    found: list[T] = []
+    for t, frame in enumerate(frames_THWC):
+        found.append(found[-1] if t and np.array_equal(frame, frames_THWC[t - 1]) else look(frame))
+    return found
 
 
 def mean_similarity(cosines: Iterable[float | None], skip_unlike: bool = False) -> float:

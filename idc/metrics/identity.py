@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from idc.data.cuts import is_cut
 from idc.errors import UserError
 from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
-from idc.metrics.facesim import GREY, face_embedding, find_faces
+from idc.metrics.facesim import GREY, face_embedding, find_faces, for_each
 from idc.metrics.tracking import STATES, Seen, Sighting, Tracking, follow, track
 from idc.models.faces import Embedding, FaceBackend, YuNetSFace
 
@@ -86,8 +86,7 @@ class IdentityTracking(VideoMetric):
             embedder: for subjects with masks.
             threshold: cosine below which a face is nobody; the backend's own where None.
             margin: of two references, a face may be matched to the less alike one if that is within this cosine.
-            frames: how many frames are looked at, spread evenly, fewer in a shorter clip; None for all, which
-                notices the shortest swaps.
+            frames: how many frames are looked at, spread evenly; None for all, which notices the shortest swaps.
 
         Raises:
             UserError: for a number out of its range.
@@ -122,7 +121,7 @@ class IdentityTracking(VideoMetric):
             return Score.failed(
                 "no subject can be judged: no reference shows a person, and for others masks or an embedder are missing"
             )
-        chosen = np.unique(sample_frames(len(clip.frames_THWC), self.frames))
+        chosen = sample_frames(len(clip.frames_THWC), self.frames)
         frames = clip.frames_THWC[chosen]
         parts: list[tuple[list[int], Tracking]] = []
         if people:
@@ -151,12 +150,13 @@ def track_faces(
 ) -> Tracking:
     """Who of N people, given by unit embeddings of their faces, is seen in each frame (T at least 1)."""
     cuts = {t for t in range(1, len(frames_THWC)) if is_cut(frames_THWC[t - 1], frames_THWC[t])}
-    seen: list[list[Seen]] = []
-    for frame in frames_THWC:
-        found = find_faces(frame, faces)
-        picture, detected = found if found is not None else (frame, [])
-        seen.append([Seen(face.box, faces.embed(picture, face)) for face in detected])
-    # A face found only with padding around the frame is placed in the padded frame: a large one, which moves little.
+
+    def look(frame: NDArray[np.uint8]) -> list[Seen]:
+        # A face found only with padding is placed in the padded frame: it is a large one, which moves little.
+        picture, detected = find_faces(frame, faces) or (frame, [])
+        return [Seen(face.box, faces.embed(picture, face)) for face in detected]
+
+    seen = for_each(frames_THWC, look)
     known_ND = np.stack(references)
     sightings = [
         Sighting(frame, body, known_ND @ face.embedding_D)

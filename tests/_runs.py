@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,13 @@ def write_run(
         name: {"models": list((models or {}).get(name, ())), "bounds": [0.0, 1.0], "frames": 32} for name in metrics
     }
     write_info(folder, RunInfo(system, protocol, items, metrics=described, **({"commit": "0123456789abcdef"} | info)))
-    for id in {result.id for result in results}:
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        lines.setdefault(result.id, []).append(json.dumps(vars(result)) + "\n")
+    for id, written in lines.items():
         file = results_file(folder, id)
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(result)) + "\n" for result in results if result.id == id]
-        file.write_text("".join(lines), encoding="utf-8")
+        file.write_text("".join(written), encoding="utf-8")
     return folder
 
 

@@ -199,7 +199,7 @@ LATEX_ESCAPES = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
     "λ": r"$\lambda$",

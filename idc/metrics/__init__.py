@@ -16,6 +16,9 @@ _CLASSES = {
     "gme": ("GmeScore",),
     "identity": ("IdentityTracking",),
     "motion": ("MotionAmplitude",),
+    "natural": ("NaturalScore",),
+    "nexus": ("NexusScore",),
+    "qalign": ("QAlign",),
     "smoothness": ("MotionSmoothness",),
     "toy": ("ToyIdentity", "ToyScores"),
 }

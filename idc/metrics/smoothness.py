@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from idc.metrics.base import Clip, Score, VideoMetric
+from idc.metrics.qalign import QAlignRater
 
 WINDOW = 3
 THRESHOLD = 0.025
@@ -24,13 +25,13 @@ class FrameRater(Protocol):
 
     name: str
 
-    def load(self, device: torch.device | str = "cpu") -> Any:
+    def load(self, device: torch.device | str = "cpu") -> None:
         """Load the model; idempotent."""
 
     def unload(self) -> None:
         """Free it."""
 
-    def rate(self, frames_THWC: NDArray[np.uint8]) -> float:
+    def rate(self, frames_THWC: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> float:
         """Quality in [0, 1] of RGB uint8 frames `[T, H, W, 3]` as one video."""
 
 
@@ -69,7 +70,7 @@ class MotionSmoothness(VideoMetric):
     A clip of one frame fails: the benchmark's rule would call it perfectly smooth.
 
     Args:
-        rater: judges a window of 3 frames.
+        rater: judges a window of 3 frames; by default `QAlignRater`, the five-level rule for the quality of a video.
 
     >>> import numpy as np
     >>> from idc.metrics.base import Clip
@@ -87,10 +88,10 @@ class MotionSmoothness(VideoMetric):
     name = "motion_smoothness"
     frames = None
 
-    def __init__(self, rater: FrameRater, **kwargs: Any) -> None:
+    def __init__(self, rater: FrameRater | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.rater = rater
-        self.models = (rater.name,)
+        self.rater: FrameRater = QAlignRater() if rater is None else rater
+        self.models = (self.rater.name,)
 
     def load(self, device: torch.device | str = "cpu") -> None:
         self.rater.load(device)

@@ -39,6 +39,10 @@ class ImageTextEmbedder(Frozen):
         """As a report shows it."""
         return model_name(self.path)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def embed_images(self, pictures: Sequence[Picture]) -> Tensor:
         """Unit vectors, float32 `[N, D]` on the CPU, of RGB uint8 pictures `[H, W, 3]` of any sizes.
 

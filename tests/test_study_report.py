@@ -58,7 +58,7 @@ def simulate(study: Study, path: Path, raters: int, careless: int = 0, tie: floa
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Store]:
     study = plan(items=8, systems=4, pairs=14)
     path = tmp_path_factory.mktemp("simulated") / "answers.sqlite"
-    return study, simulate(study, path, raters=24, careless=2)
+    return study, simulate(study, path, raters=16, careless=2)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_simulated_preferences_are_found_again(analysis: Analysis) -> None:
         assert order[-1].system == "s3"
         assert sum(s.best for s in result.systems) == pytest.approx(1)
         for s in result.systems:
-            assert s.share == pytest.approx(expected(s.system), abs=0.12)
+            assert s.share == pytest.approx(expected(s.system), abs=0.15)
             assert s.share_interval[0] < s.share < s.share_interval[1]
             assert s.strength_interval[0] < s.strength < s.strength_interval[1]
             assert s.best_interval[0] < s.best < s.best_interval[1]
@@ -87,23 +87,23 @@ def test_simulated_preferences_are_found_again(analysis: Analysis) -> None:
 
 def test_counts_add_up_and_leave_repeats_and_catches_out(analysis: Analysis) -> None:
     for result in analysis.criteria:
-        assert result.answers == 22 * 14
+        assert result.answers == 14 * 14
         assert sum(s.comparisons for s in result.systems) == 2 * result.answers
         assert sum(p.wins + p.ties + p.losses for p in result.pairs) == result.answers
         assert sum(s.wins for s in result.systems) == sum(s.losses for s in result.systems)
-    assert [result.answers for result in analysis.everyone] == [24 * 14] * 4
+    assert [result.answers for result in analysis.everyone] == [16 * 14] * 4
 
 
 def test_careless_raters_are_left_out_by_the_stated_rule(analysis: Analysis) -> None:
     assert set(analysis.raters.excluded) == {0, 1}
-    assert (analysis.raters.joined, analysis.raters.answered, analysis.raters.finished) == (24, 24, 24)
+    assert (analysis.raters.joined, analysis.raters.answered, analysis.raters.finished) == (16, 16, 16)
     assert analysis.raters.unchecked == 0
     assert analysis.left.interval[0] < 0.5 < analysis.left.interval[1]
 
 
 def test_a_lower_bar_keeps_them_and_the_left_side_shows(simulated: tuple[Study, Store]) -> None:
     study, store = simulated
-    everybody = analyse(study, store.answers(), 24, 24, AnalysisSettings(catch_pass=0.0, draws=100))
+    everybody = analyse(study, store.answers(), 16, 16, AnalysisSettings(catch_pass=0.0, draws=100))
     assert everybody.raters.excluded == {}
     careless = [answer for answer in store.answers() if answer.rater < 2]
     alone = analyse(study, careless, 2, 2, AnalysisSettings(catch_pass=0.0, draws=100))
@@ -147,9 +147,9 @@ def test_a_criterion_without_answers_is_blank() -> None:
 def test_skipped_questions_count_nowhere_but_as_skipped(simulated: tuple[Study, Store]) -> None:
     study, store = simulated
     answers = [answer._replace(choice="skip") if answer.rater == 5 else answer for answer in store.answers()]
-    analysis = analyse(study, answers, 24, 24, FAST)
+    analysis = analyse(study, answers, 16, 16, FAST)
     assert analysis.skipped == len({answer.question for answer in answers if answer.rater == 5})
-    assert all(result.answers == 21 * 14 for result in analysis.criteria)
+    assert all(result.answers == 13 * 14 for result in analysis.criteria)
     assert analysis.raters.unchecked == 1
 
 

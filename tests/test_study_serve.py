@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,6 +99,7 @@ def test_the_page_asks_nothing_of_other_machines_and_allows_no_foreign_code(serv
         "/media/%2e%2e/%2e%2e/study.json",
         "/media/..%2f..%2fstudy.json",
         "//etc/passwd",
+        "//[",
         "/media//etc/passwd",
         "/answers.sqlite",
         "/media/",
@@ -253,6 +255,30 @@ def test_a_folder_that_cannot_be_served_is_named(folder: Path, tmp_path: Path, c
     (tmp_path / "study.json").write_bytes((folder / "study.json").read_bytes())
     with pytest.raises(UserError, match="missing"):
         StudyServer(tmp_path, port=0)
+    shutil.copytree(folder / "public", tmp_path / "public")
+    (tmp_path / "answers.sqlite").write_bytes(b"not a database, but long enough to look like one" * 100)
+    for command in ("serve", "report"):
+        assert main(["study", command, str(tmp_path)]) == 2
+        assert "cannot be used as the database of answers" in capsys.readouterr().err
+
+
+def test_when_answers_cannot_be_stored_the_page_is_told_to_try_again(folder: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(folder, tmp_path / "study", ignore=shutil.ignore_patterns("answers*"))
+    with StudyServer(tmp_path / "study", port=0, max_raters=1) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            port = server.server_address[1]
+            assert ask(port, "/api/join", {"rater": RATER})[0] == 200
+            status, _, body = ask(port, "/api/join", {"rater": "cd" * 16})
+            assert (status, json.loads(body)["error"]) == (403, "the study has its 1 raters")
+            with server.store._connect() as db:
+                db.execute("ALTER TABLE raters RENAME TO elsewhere")
+            assert ask(port, "/api/join", {"rater": RATER})[0] == 503
+            assert "no such table: raters" in capsys.readouterr().err
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_port_that_is_taken_is_named(server: StudyServer, folder: Path, capsys) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sqlite3
 import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from idc.errors import UserError
 from idc.study.questions import ANSWERS, MEDIA, PUBLIC, read_study
@@ -119,15 +120,19 @@ class Handler(BaseHTTPRequestHandler):
         except UnknownRaterError as error:
             self._json({"error": str(error.args[0])}, HTTPStatus.NOT_FOUND)
         except FullError as error:
-            self._json({"error": str(error)}, HTTPStatus.SERVICE_UNAVAILABLE)
+            self._json({"error": str(error)}, HTTPStatus.FORBIDDEN)
+        except sqlite3.Error as error:
+            # A full disk, say. The page keeps what it could not send and tries again.
+            print(f"{self.server.store.path}: {error}", file=sys.stderr)
+            self._json({"error": "answers cannot be stored at the moment"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def _get(self) -> None:
-        url = urlsplit(self.path)
-        if url.path == "/api/session":
-            self._json(self.server.store.session(parse_qs(url.query).get("rater", [""])[0]))
+        address, _, query = self.path.partition("?")
+        if address == "/api/session":
+            self._json(self.server.store.session(parse_qs(query).get("rater", [""])[0]))
             return
         # The whole address is looked up: no part of it is ever joined to a path.
-        path = self.server.files.get(url.path)
+        path = self.server.files.get(address)
         if path is None:
             raise RequestError(HTTPStatus.NOT_FOUND, "no such page")
         self._file(path)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from idc.errors import UserError
 from idc.study.questions import CHOICES, Comparison, Load, Study, questionnaire
 
 TOKEN = re.compile(r"[0-9a-f]{32}")
@@ -93,6 +94,9 @@ class Store:
         path: the database; made if it is not there.
         max_raters: how many may join.
         clock: seconds since the epoch.
+
+    Raises:
+        UserError: if the file is no database or cannot be written.
     """
 
     def __init__(
@@ -100,9 +104,12 @@ class Store:
     ) -> None:
         self.path, self.study, self.max_raters, self.clock = path, study, max_raters, clock
         # Held open and idle: whenever the last connection closes, SQLite moves the whole log into the database.
-        self._held = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self._held.execute("PRAGMA journal_mode=WAL")
-        self._held.executescript(SCHEMA)
+        try:
+            self._held = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._held.execute("PRAGMA journal_mode=WAL")
+            self._held.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: cannot be used as the database of answers ({error})") from error
 
     def close(self) -> None:
         """Close the database; the answers are in one file then, if no other process has it open."""

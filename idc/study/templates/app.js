@@ -12,15 +12,23 @@ const state = { rater: "", questions: [], answers: {}, drafts: {}, outbox: [], a
 
 function remember() {
   const { rater, drafts, outbox } = state;
-  try { localStorage.setItem(KEY, JSON.stringify({ rater, drafts, outbox })); } catch { /* private mode: the address still has the key */ }
+  try {
+    localStorage.setItem(KEY, rater);
+    localStorage.setItem(KEY + rater, JSON.stringify({ drafts, outbox }));
+  } catch { /* private mode: the address still has the key */ }
 }
 
 function recall() {
-  let kept = {};
-  try { kept = JSON.parse(localStorage.getItem(KEY)) || {}; } catch { /* nothing kept, or not readable */ }
   const inAddress = location.hash.slice(1);
-  state.rater = /^[0-9a-f]{32}$/.test(inAddress) ? inAddress : kept.rater || "";
-  if (kept.rater === state.rater) { state.drafts = kept.drafts || {}; state.outbox = kept.outbox || []; }
+  state.rater = /^[0-9a-f]{32}$/.test(inAddress) ? inAddress : "";
+  let kept = {};
+  try {
+    if (!state.rater) state.rater = localStorage.getItem(KEY) || "";
+    // Each rater's own: a link of another one, opened in this browser, loses nobody's unsent answers.
+    kept = JSON.parse(localStorage.getItem(KEY + state.rater)) || {};
+  } catch { /* nothing kept, or not readable */ }
+  state.drafts = kept.drafts || {};
+  state.outbox = kept.outbox || [];
 }
 
 function show(name) {

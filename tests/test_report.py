@@ -129,6 +129,18 @@ def test_smoothness_stands_in_table_1_of_protocol_1_1_alone(tmp_path):
     assert "Smoothness" not in markdown(fill(TABLE_1, []))
 
 
+def test_the_toy_worlds_exact_scores_fill_tables_of_their_own(tmp_path):
+    details = tracking([[0.9, 0.9], [0.5, 0.5]], ["a", "b"])
+    results = [r for id in "ab" for r in (Result(id, "toy", 0.8), Result(id, "toy_identity", 0.7, details=details))]
+    run = write_run(tmp_path, "grpo", results, protocol="toy", columns={"lambda": 0.5})
+    sweep, row = fill(TABLE_S7, [measured(run)]), next(iter(fill(TABLE_3, [measured(run)]).lines[2:]))
+    line = next(line for line in sweep.lines if line.measured)
+    assert [cell.value for cell in line.cells] == pytest.approx([0.7, 0.5, 0.8])
+    assert [cell.value for cell in row.cells] == [pytest.approx(0.7), None, None, pytest.approx(0.8)]
+    assert "Protocol toy" in sweep.caption
+    assert "Column Total Score reads toy." in sweep.caption
+
+
 # Bootstrap ------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from idc.report.render import (
     shown,
 )
 from idc.report.tables import PRINTED, Line, Table
-from idc.report.tracks import IDENTITY
+from idc.report.tracks import RATES
 
 MOST_IDS = 20  # named in a row of the table of failures
 
@@ -53,15 +53,16 @@ def measures_html(systems: Sequence[tuple[str, Measured]], metrics: Sequence[str
     """All measures of all systems, also those that no table of the paper has."""
     if not systems:
         return '<p class="empty">No run was given.</p>'
-    keys = ["total", *metrics, *(["subject_min"] if IDENTITY in metrics else [])]
-    titles = {key: metric_title(key) for key in keys} | {"subject_min": "Identity, least subject"}
+    titles = {"total": "Total Score"} | {key: metric_title(key) for key in metrics}
+    if any(measured.tracker for _, measured in systems):
+        titles |= {"subject_min": "Least subject"} | {f"subject_{rate}": f"{rate.capitalize()} ↓" for rate in RATES}
     notes = Notes()
     heads = _head("System", "text")
-    heads += "".join(_head(escape(titles[key])) for key in keys)
+    heads += "".join(_head(escape(titles[key])) for key in titles)
     rows = []
     for name, measured in systems:
         line = Line(name, "", (), (), (), measured)
-        cells = [(measured.cell(key), Column(key, titles[key])) for key in keys]
+        cells = [(measured.cell(key), Column(key, titles[key])) for key in titles]
         body = "".join(_cell_html(cell, column, None, line, notes) for cell, column in cells)
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{body}</tr>')
     below = "".join(f"<li><sup>{mark}</sup> {escape(text)}</li>" for mark, text in notes.lines())

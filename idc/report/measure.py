@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from idc.errors import UserError, nearest
 from idc.metrics.results import Result, Run
 from idc.metrics.total import DOMAINS, METRICS, PROTOCOLS, normalise, weights
 from idc.report.bootstrap import LEVEL, RESAMPLES, Floats, interval, resampled_means
-from idc.report.tracks import IDENTITY, subject_mean, subject_min
+from idc.report.tracks import METRICS as TRACKERS
+from idc.report.tracks import RATES, subject_mean, subject_min, subject_rate
 
 # Which of the benchmark's categories a domain holds; () for all of them.
 CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -22,11 +23,14 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "human": ("singlehuman", "singleface"),
 }
 
-# Columns that are read from a metric's details instead of its value.
-DERIVED: dict[str, tuple[str, Callable[[Result], float | None]]] = {
-    "subject_mean": (IDENTITY, subject_mean),
-    "subject_min": (IDENTITY, subject_min),
+# Columns that are read from the details of identity tracking instead of its value.
+DERIVED: dict[str, Callable[[Result], float | None]] = {
+    "subject_mean": subject_mean,
+    "subject_min": subject_min,
+    **{f"subject_{rate}": partial(subject_rate, rate=rate) for rate in RATES},
 }
+# The toy world has scorers of its own, exact ones, and so its tables have a protocol of their own.
+TOY = {"facesim": "toy_identity", "total": "toy"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Measured:
         run: as `read_run` gives it.
         domain: "open", "single" or "human": which items count (`idc.metrics.total`).
         resamples, seed: of the bootstrap.
-        renamed: metric to read in place of a column's key, such as {"video_quality": "qalign_quality"}.
+        renamed: metric to read in place of a column's key, such as {"video_quality": "qalign_aesthetics"}.
 
     Raises:
         UserError: if the domain has none of the run's items.
@@ -74,7 +78,7 @@ class Measured:
     ) -> None:
         self.run, self.domain = run, domain
         self.resamples, self.seed, self.level = resamples, seed, level
-        self.renamed = renamed or {}
+        self.renamed = (TOY if run.info.protocol == "toy" else {}) | (renamed or {})
         if domain not in DOMAINS:
             raise UserError(f"--domain {domain}: no such domain{nearest(domain, DOMAINS)}")
         categories = CATEGORIES[domain]
@@ -86,7 +90,7 @@ class Measured:
 
     def cell(self, key: str) -> Cell:
         """The cell of a column: "total" or a metric."""
-        return self.total if key == "total" else self._mean(key)
+        return self.total if self.renamed.get(key, key) == "total" else self._mean(key)
 
     @cached_property
     def total(self) -> Cell:
@@ -116,7 +120,12 @@ class Measured:
     def metric(self, key: str) -> str:
         """The metric whose results a column reads."""
         key = self.renamed.get(key, key)
-        return DERIVED[key][0] if key in DERIVED else key
+        return (self.tracker or TRACKERS[0]) if key in DERIVED else key
+
+    @property
+    def tracker(self) -> str | None:
+        """The run's metric that tracks identity."""
+        return next((name for name in TRACKERS if name in self.run.info.metrics), None)
 
     def value(self, result: Result, key: str) -> float | None:
         """What one video adds to a column's mean, as a fraction: the protocol's, else of the metric's bounds.
@@ -128,7 +137,7 @@ class Measured:
         if result.value is None:
             return None
         if key in DERIVED:
-            return DERIVED[key][1](result)
+            return DERIVED[key](result)
         if key not in METRICS or protocol not in PROTOCOLS:
             return self._within_bounds(key, result.value)
         if key == "nexusscore" and protocol.startswith("opens2v") and result.value == 0:

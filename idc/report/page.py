@@ -23,7 +23,7 @@ from idc.report.layout import metric_title
 from idc.report.measure import Measured
 from idc.report.media import Media, find_items
 from idc.report.tables import Table
-from idc.report.tracks import IDENTITY, identity
+from idc.report.tracks import identity
 
 FILES = ("page.css", "page.js")
 
@@ -157,7 +157,8 @@ def _video(system: System, media: Media, id: str, results: dict[str, Result]) ->
     entry["scores"] = {metric: _score(measured, result, metric) for metric, result in results.items() if result.applies}
     missing = [metric for metric in measured.run.info.metrics if metric not in results]
     entry["scores"] |= {metric: {"reason": "not scored yet"} for metric in missing}
-    if (tracked := results.get(IDENTITY)) is not None and (found := identity(tracked.details)) is not None:
+    tracked = results.get(measured.tracker or "")
+    if tracked is not None and (found := identity(tracked.details)) is not None:
         entry["identity"] = {
             "tracks": [
                 {

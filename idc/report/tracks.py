@@ -1,6 +1,7 @@
 """What the identity tracking of a video says of its subjects: how like their references they are, frame by frame.
 
-The details are those of `idc.metrics.identity.IdentityTracking`; they come from a file, so they are checked here.
+The details are those of `idc.metrics.identity.IdentityTracking` and of the toy world's `ToyIdentity`. They come from
+a file, so they are checked here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from idc.metrics.results import Result
 
-IDENTITY = "identity"
+METRICS = ("identity", "toy_identity")  # whose details have this form, the one that goes first first
 RATES = ("missing", "swapped", "unsure", "doubled")
 
 
@@ -74,6 +75,11 @@ def subject_mean(result: Result) -> float | None:
 def subject_min(result: Result) -> float | None:
     """Identity of a video's least similar subject (table S.7, "Min FaceSim"); None where it was not tracked."""
     return _number(result.details.get("minimum"))
+
+
+def subject_rate(result: Result, rate: str) -> float | None:
+    """One of `RATES` of a video, as a share of subjects and frames; None where it was not tracked."""
+    return _number(result.details.get(rate))
 
 
 def _number(value: Any) -> float | None:

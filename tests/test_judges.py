@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import email.utils
 import io
 import json
 import math
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +24,7 @@ from idc.errors import UserError
 from idc.metrics.base import Clip
 from idc.metrics.natural import QUESTIONS, NaturalScore, long_side, parse_score
 from idc.metrics.qalign import CLIP_MEAN, QAlign, QAlignRater, expectation, pad_square, softmax
-from idc.models.judge_server import ServerJudge
+from idc.models.judge_server import ServerJudge, _retry_after
 from idc.models.judges import ImageTextJudge, Judge, JudgeError, deciding_tokens
 
 RNG = np.random.default_rng(0)
@@ -347,6 +349,10 @@ def test_a_request_is_the_protocols(server: Server, monkeypatch: pytest.MonkeyPa
         assert kind == "data:image/jpeg;base64"
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
         assert np.abs(found - sent).max() < 8
+    extra = {"max_tokens": None, "max_completion_tokens": 9}
+    server.judge(extra=extra).generate([], "How natural?")
+    assert "max_tokens" not in server.requests[-1][2]
+    assert server.requests[-1][2]["max_completion_tokens"] == 9
     assert "secret" not in repr(vars(judge)) + repr(pickle.dumps(judge))
     assert pickle.loads(pickle.dumps(judge)).generate([image], "How natural?") == "4"
     monkeypatch.delenv("TEST_KEY")
@@ -420,6 +426,19 @@ def test_a_wrong_key_stops_the_run_and_is_not_shown(server: Server, monkeypatch:
         server.judge().generate([], "?")
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7), ("0.5", 0.5), ("-1", 0), ("nan", 0), ("inf", 0), ("soon", 0), (None, 0), ("", 0),
+     ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
+)  # fmt: skip
+def test_how_long_a_server_asks_to_wait(header: str | None, seconds: float) -> None:
+    assert _retry_after(header) == seconds
+
+
+def test_a_wait_until_a_date_is_counted_from_now() -> None:
+    assert 3500 < _retry_after(email.utils.formatdate(time.time() + 3600, usegmt=True)) <= 3600
+
+
 def test_no_more_requests_are_under_way_than_allowed(server: Server) -> None:
     full = threading.Barrier(2)  # passes only if two are under way at once
     server.script = lambda i, body: (full.wait(30), chat(str(body["seed"])))[1]
@@ -440,6 +459,7 @@ def test_no_more_requests_are_under_way_than_allowed(server: Server) -> None:
     ("settings", "match"),
     [({"url": "ftp://host/v1"}, "url="), ({"url": "localhost:8000"}, "url="),
      ({"url": "http://me:pass@host"}, "password"),
+     ({"extra": {"top_p": 1, "temperature": 1}}, "extra: must leave 'temperature' alone"),
      ({"tries": 0}, "tries=0"), ({"concurrency": 0}, "concurrency=0"), ({"timeout": 0.0}, "timeout=0")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named(settings: dict[str, Any], match: str) -> None:

@@ -112,7 +112,7 @@ def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:
         return load()
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"path={path!r}: cannot load {expected}: {reason}") from None
 

@@ -34,6 +34,7 @@ _HOPELESS = {
     404: "there is no such model or address on the server",
 }
 _PASSING = (408, 409, 425, 429)  # and all from 500
+_OURS = ("model", "messages", "temperature", "seed", "stream")  # what a recipe's `extra` may not change
 _MOST_BYTES = 4 << 20  # an answer is a few hundred bytes
 _LONGEST_PAUSE = 60.0
 
@@ -67,9 +68,12 @@ class ServerJudge(Judge):
             longer Retry-After of the server (up to 60) wins.
         concurrency: requests under way at once, over all threads of this process.
         max_tokens: longest answer, in tokens.
+        extra: more of the request's JSON, such as {"chat_template_kwargs": {"enable_thinking": false}}; a null takes a
+            key away, as {"max_tokens": null, "max_completion_tokens": 64} for servers that know only the latter.
 
     Raises:
-        UserError: for settings out of range or an address that is not HTTP.
+        UserError: for settings out of range, an address that is not HTTP, or an `extra` that would change the model,
+            the question, temperature 0 or the seed.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class ServerJudge(Judge):
         pause: float = 1.0,
         concurrency: int = 4,
         max_tokens: int = 64,
+        extra: dict[str, Any] | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -93,10 +98,12 @@ class ServerJudge(Judge):
                 raise UserError(f"{key}={value}: must be at least 1")
         if not (timeout > 0 and pause >= 0):
             raise UserError(f"timeout={timeout}, pause={pause}: must be positive numbers of seconds")
+        if taken := [key for key in extra or {} if key in _OURS]:
+            raise UserError(f"extra: must leave {', '.join(map(repr, taken))} alone; scores would not be reproducible")
         base = url.rstrip("/").removesuffix("/chat/completions")
         self.url, self.model, self.api_key_env = f"{base}/chat/completions", model, api_key_env
         self.timeout, self.tries, self.pause = timeout, tries, pause
-        self.concurrency, self.max_tokens = concurrency, max_tokens
+        self.concurrency, self.max_tokens, self.extra = concurrency, max_tokens, dict(extra or {})
         self._slots = threading.BoundedSemaphore(concurrency)
 
     @property
@@ -142,8 +149,9 @@ class ServerJudge(Judge):
             "seed": seed,
             "max_tokens": self.max_tokens,
             "stream": False,
+            **self.extra,
         }
-        data = json.dumps(body).encode()
+        data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
         reason, wait = "", 0.0
         for attempt in range(self.tries):
             if attempt:

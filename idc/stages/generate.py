@@ -157,13 +157,13 @@ class Generate(LightningModule):
             self.system.encoders.place(device)
         elif self.baseline is not None:
             self.baseline.device = device
-        self._items, known, todo = self._together(lambda: self._plan(data))
+        self._items, known, todo, self.folder.settings = self._together(lambda: self._plan(data))
         self.failures = dict(known) if self.trainer.is_global_zero else {}
         chosen = [item for item in self._items if item.id in set(todo)]
         data.choose(chosen, self.trainer.global_rank, self.trainer.world_size, is_sharding(self.trainer.strategy))
 
-    def _plan(self, data: GenerationData) -> tuple[list[Item], dict[str, str], list[str]]:
-        """On rank 0: the items, those known to fail, and the ids that have no video yet."""
+    def _plan(self, data: GenerationData) -> tuple[list[Item], dict[str, str], list[str], dict[str, Any]]:
+        """On rank 0: the items, those known to fail, the ids that have no video yet, and the settings of all."""
         self.folder.open()
         items, failures = data.source.items(self.folder.path, self.folder.existing == "replace")
         todo = self.folder.plan(items, {**self.settings, "data": data.settings})
@@ -171,7 +171,7 @@ class Generate(LightningModule):
             rank_zero_warn(f"{self.folder.path}: {len(others)} other videos lie there, such as {others[0]}")
         done = len(items) - len(todo)
         rank_zero_info(f"{len(items)} items, {done} of them done" if done else f"{len(items)} items")
-        return items, failures, [name for name in todo if name not in failures]
+        return items, failures, [name for name in todo if name not in failures], self.folder.settings
 
     def _together(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on all ranks; what it raises, too."""

@@ -219,10 +219,10 @@ def _one_frame(clips: Callable[[], list[Clip]]) -> Clip:
 
 EXAMPLES: dict[str, Example] = {
     "Aesthetics": Example(_aesthetics, noise),
-    "CopyPaste": Example(_plain("CopyPaste", frames=2), people, faceless),
-    "FaceSim": Example(_plain("FaceSim", frames=2), people, faceless),
+    "CopyPaste": Example(_plain("CopyPaste", frames=1), people, faceless),
+    "FaceSim": Example(_plain("FaceSim", frames=1), people, faceless),
     "GmeScore": Example(_gme, noise, lambda: Clip("silent", noise()[0].frames_THWC)),
-    "IdentityTracking": Example(_plain("IdentityTracking", frames=2), people, faceless),
+    "IdentityTracking": Example(_plain("IdentityTracking", frames=1), people, faceless),
     "MotionAmplitude": Example(_plain("MotionAmplitude"), noise, lambda: _one_frame(noise)),
     "MotionSmoothness": Example(_plain("MotionSmoothness", rater=Brightness()), flashes, lambda: _one_frame(flashes)),
     "NaturalScore": Example(

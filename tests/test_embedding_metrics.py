@@ -320,6 +320,17 @@ def test_a_wrong_head_is_named(saved, tmp_path):
         AestheticPredictor(str(tmp_path / "head.pth"), clip).load()
 
 
+def test_a_head_that_the_hub_does_not_give_is_named(saved, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"head='owner/name/head\.pth': no such file here, and the hub does not give it"
+    ):
+        AestheticPredictor("owner/name/head.pth", CLIPEmbedder(str(saved / "clip"))).load()
+
+
 def test_a_model_that_does_not_embed_both_and_wrong_settings_are_named(saved, tmp_path):
     for file in (saved / "clip").iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -339,6 +350,32 @@ def test_a_model_that_does_not_embed_both_and_wrong_settings_are_named(saved, tm
     for picture in (frames(1)[0].astype(np.float32), frames(1)[0, :, :, 0], frames(1)[0, :0]):
         with pytest.raises(UserError, match=r"must be uint8 \[H, W, 3\]"):
             CLIPEmbedder(str(saved / "clip")).embed_images([picture])
+
+
+def test_recipes_can_name_the_models(saved):
+    from jsonargparse import ArgumentParser
+
+    from idc.metrics.base import VideoMetric
+    from idc.metrics.qalign import QAlignRater
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--metrics", type=list[VideoMetric])
+    clip = {"class_path": "idc.models.embedders.CLIPEmbedder", "init_args": {"path": str(saved / "clip")}}
+    predictor = {"class_path": "idc.models.aesthetic.AestheticPredictor", "init_args": {"head": "a.pth", "clip": clip}}
+    metrics = [
+        {"class_path": "idc.metrics.Aesthetics", "init_args": {"predictor": predictor}},
+        {"class_path": "idc.metrics.GmeScore", "init_args": {"embedder": clip, "frames": 8}},
+        {"class_path": "idc.metrics.MotionAmplitude"},
+        {
+            "class_path": "idc.metrics.MotionSmoothness",
+            "init_args": {"rater": {"class_path": "idc.metrics.qalign.QAlignRater", "init_args": {"task": "quality"}}},
+        },
+    ]
+    made = parser.instantiate_classes(parser.parse_object({"metrics": metrics})).metrics
+    assert [metric.name for metric in made] == ["aesthetics", "gmescore", "motion_amplitude", "motion_smoothness"]
+    assert made[0].predictor.clip.path == made[1].embedder.path == str(saved / "clip")
+    assert made[1].frames == 8
+    assert isinstance(made[3].rater, QAlignRater)
 
 
 def test_nothing_here_needs_torchvision_and_special_tokens_are_single(saved):

@@ -205,7 +205,7 @@ def ranks(folder: Path) -> list[dict[str, dict[str, list[float]]]]:
     """What each of two gloo ranks computed for each metric."""
     port = free_port()
     calls = [(rank, port, str(folder), idc.metrics.__all__) for rank in range(2)]
-    assert join(launch(rank_main, calls), timeout=120) == [0, 0]
+    assert join(launch(rank_main, calls), timeout=240) == [0, 0]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

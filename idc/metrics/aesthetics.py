@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from idc.metrics.base import Clip, Score, VideoMetric, sampled
+from idc.metrics.base import Clip, Score, VideoMetric, sample_frames
 from idc.models.aesthetic import AestheticPredictor
 
 
@@ -39,7 +40,9 @@ class Aesthetics(VideoMetric):
         self.predictor.unload()
 
     def score(self, clip: Clip) -> Score:
-        ratings = self.predictor.predict(list(sampled(clip, self.frames))).double()
+        # A short video's frames are taken more than once, but rated once.
+        frames, places = np.unique(sample_frames(len(clip.frames_THWC), self.frames), return_inverse=True)
+        ratings = self.predictor.predict(list(clip.frames_THWC[frames])).double()[places]
         if not ratings.isfinite().all():
             return Score.failed("the predictor gave a rating that is not finite")
         return Score(ratings.mean().clamp(*self.bounds).item(), details={"ratings": ratings.tolist()})

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from idc.errors import UserError
-from idc.metrics.base import Clip, Score, VideoMetric, sampled
+from idc.metrics.base import Clip, Score, VideoMetric, sample_frames
 from idc.models.embedders import GMEEmbedder, ImageTextEmbedder
 
 INSTRUCTION = "Find an image that matches the given text."
@@ -47,8 +48,10 @@ class GmeScore(VideoMetric):
         if not clip.prompt.strip():
             return Score.failed("no prompt to compare with")
         self.embedder.load(self.embedder.device)  # what is missing there is no fault of the clip's
+        # A short video's frames are taken more than once, but embedded once.
+        frames, places = np.unique(sample_frames(len(clip.frames_THWC), self.frames), return_inverse=True)
         try:
-            frames_ND = self.embedder.embed_images(list(sampled(clip, self.frames))).double()
+            frames_ND = self.embedder.embed_images(list(clip.frames_THWC[frames])).double()[places]
         except UserError as error:
             return Score.failed(str(error))
         prompt_D = self.embedder.embed_texts([clip.prompt], INSTRUCTION)[0].double()

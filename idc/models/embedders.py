@@ -116,7 +116,10 @@ class CLIPEmbedder(ImageTextEmbedder):
         self.device = torch.device(device)
         if self._model is None:
             self._check_files()
-            from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+            from transformers import AutoModel, AutoTokenizer
+
+            # The top level's own is a stand-in that refuses to work without torchvision in some releases.
+            from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
             # The PIL backend is the one that published scores were made with, and needs no torchvision.
             images = load_weights(

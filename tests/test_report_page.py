@@ -18,7 +18,7 @@ from idc.errors import UserError
 from idc.metrics.results import Problem, Result, read_run
 from idc.report.layout import TABLE_1, TABLE_2
 from idc.report.measure import Measured
-from idc.report.media import file_name
+from idc.report.media import Media, file_name, find_items
 from idc.report.page import name_systems, script_json, write_page
 from idc.report.tables import fill
 
@@ -319,6 +319,26 @@ def test_a_video_outside_of_the_runs_folder_is_not_copied(tmp_path):
     write_page(tmp_path / "out", [Measured(read_run(run), resamples=20)], [])
     assert not list((tmp_path / "out").rglob("*secret*"))
     assert "is not there" in (tmp_path / "out" / "data.js").read_text()
+
+
+def test_references_come_from_the_benchmark_where_the_videos_carry_none(tmp_path):
+    (tmp_path / "videos").mkdir()
+    Image.new("RGBA", (400, 100), (200, 0, 0, 0)).save(tmp_path / "cup.png")
+    record = {"img_paths": ["cup.png"], "prompt": "a cup", "class_label": ["cup"], "synthesis_flag": "false"}
+    (tmp_path / "bench.json").write_text(json.dumps({"singleobj_1": record}))
+    config = {"model": {"init_args": {"benchmark": str(tmp_path / "bench.json"), "benchmark_root": None}}}
+    results = [Result("singleobj_1", "gmescore", 0.5)]
+    run = read_run(write_run(tmp_path / "run", "vidu", results, videos=str(tmp_path / "videos"), config=config))
+    item = find_items([run])["singleobj_1"]
+    (found,) = Media(tmp_path / "out").references(item)
+    assert (found["name"], found["kind"]) == ("cup", "object")
+    with Image.open(tmp_path / "out" / found["src"]) as picture:
+        assert picture.size == (240, 60)
+        assert picture.getpixel((5, 5)) == (255, 255, 255)  # transparent is white
+    (tmp_path / "bench.json").write_text("[")
+    assert find_items([run]) == {}
+    with pytest.raises(UserError, match="not valid JSON"):
+        find_items([run], tmp_path / "bench.json")
 
 
 def test_names_of_files_are_safe_and_never_shared():

@@ -75,7 +75,7 @@ def measures_html(systems: Sequence[tuple[str, Measured]], metrics: Sequence[str
 
 
 def failures_html(systems: Sequence[tuple[str, Measured]]) -> str:
-    """What has no score and why: a row a system, metric and reason, with the ids."""
+    """What has no score and why: a row a system and reason, with the metrics and ids."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, measured in systems:
         ids = set(measured.ids)
@@ -90,14 +90,17 @@ def failures_html(systems: Sequence[tuple[str, Measured]]) -> str:
             groups.setdefault((name, "–", problem.reason), []).append(problem.file)
     if not groups:
         return '<p class="empty">Nothing failed: every score that was expected is there.</p>'
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    # A video that does not decode fails every metric: that is one row.
+    merged: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (name, metric, reason), found in groups.items():
+        merged.setdefault((name, reason, tuple(found)), []).append(metric)
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="words">{escape(metric)}</td>'
+        f'<tr><th scope="row">{escape(name)}</th><td class="words">{escape(", ".join(metrics))}</td>'
         f'<td class="words">{escape(reason)}</td><td data-value="{len(ids)}">{len(ids)}</td>'
         f'<td class="words ids">{_ids(ids)}</td></tr>'
-        for (name, metric, reason), ids in ordered
+        for (name, reason, ids), metrics in sorted(merged.items(), key=lambda row: -len(row[0][2]))
     )
-    heads = _head("System", "text") + _head("Metric", "text") + _head("Reason", "text") + _head("Videos")
+    heads = _head("System", "text") + _head("Metrics", "text") + _head("Reason", "text") + _head("Videos")
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Failures"><table class="sortable" id="failed">'
         f'<thead><tr>{heads}<th scope="col" class="words">Which</th></tr></thead><tbody>{rows}</tbody></table></div>'
@@ -120,7 +123,7 @@ def _row_html(table: Table, line: Line, notes: Notes) -> str:
     for cell, column, change in zip(line.cells, table.columns, line.changes, strict=True):
         cells.append(_cell_html(cell, column, change, line, notes))
     for text, note, column in printed_cells(table, line):
-        mark = f"<sup>{notes.mark(printed_note(line, column, note))}</sup>" if note else ""
+        mark = f"<sup>{notes.mark(printed_note(note))}</sup>" if note else ""
         cells.append(f'<td class="printed" data-value="{escape(text)}">{printed_number(text, column)}{mark}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 

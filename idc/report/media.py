@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,9 +33,11 @@ class Media:
 
     def video(self, system: str, run: Run, name: str) -> dict[str, str]:
         """{"src", "poster"} of a run's video, or {"missing": why}; a video without a poster is shown without."""
+        if not name or not run.info.videos:
+            return {"missing": "no video was kept"}
         source = Path(run.info.videos) / name
-        if not name or not source.is_file() or not source.resolve().is_relative_to(Path(run.info.videos).resolve()):
-            return {"missing": "the video is not there" if name else "no video"}
+        if not source.is_file() or not source.resolve().is_relative_to(Path(run.info.videos).resolve()):
+            return {"missing": "the video is not there"}
         target = source
         if self.copy_videos:
             target = self.folder / file_name(system) / (file_name(source.stem) + file_name(source.suffix or ".mp4"))
@@ -66,7 +68,8 @@ class Media:
 
 
 def find_items(runs: Sequence[Run], file: Path | None = None) -> dict[str, Item]:
-    """The items by id, with their references: from `file`, else from the `items.jsonl` beside the runs' videos.
+    """The items by id, with their references: from `file`, else from the `items.jsonl` beside the runs' videos, else
+    from the benchmark that the runs were judged by.
 
     Raises:
         UserError: if `file` is missing or holds no items.
@@ -76,14 +79,25 @@ def find_items(runs: Sequence[Run], file: Path | None = None) -> dict[str, Item]
         return {item.id: item for item in read(file)}
     items: dict[str, Item] = {}
     for run in runs:
-        beside = Path(run.info.videos) / ITEMS
-        if run.info.videos and beside.is_file():
-            try:
-                found = read_items(beside)
-            except UserError:
-                continue  # the page does without its references; nothing that was scored depends on them
-            items = {item.id: item for item in found} | items
+        try:
+            found = _items_of(run)
+        except (UserError, OSError):
+            continue  # the page does without its references; nothing that was scored depends on them
+        items = {item.id: item for item in found} | items
     return items
+
+
+def _items_of(run: Run) -> list[Item]:
+    beside = Path(run.info.videos) / ITEMS
+    if run.info.videos and beside.is_file():
+        return read_items(beside)
+    settings: Any = run.info.config
+    for name in ("model", "init_args"):
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    benchmark = settings.get("benchmark") if isinstance(settings, Mapping) else None
+    if not isinstance(benchmark, str) or not Path(benchmark).is_file():
+        return []
+    return read_benchmark(benchmark, settings.get("benchmark_root"))
 
 
 def file_name(text: str) -> str:

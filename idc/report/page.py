@@ -22,7 +22,7 @@ from idc.report.html import failures_html, measures_html, table_html
 from idc.report.layout import metric_title
 from idc.report.measure import Measured
 from idc.report.media import Media, find_items
-from idc.report.tables import Table
+from idc.report.tables import Table, short_commit
 from idc.report.tracks import identity
 
 FILES = ("page.css", "page.js")
@@ -197,7 +197,7 @@ def _facts(systems: Sequence[System], data: dict[str, Any]) -> str:
         ("Domain", ", ".join(sorted({system.measured.domain for system in systems})) or "–"),
         ("Items", str(len(data["items"]))),
         ("Systems", str(len(systems))),
-        ("Commit", ", ".join(sorted({info.commit[:12] or "unknown" for info in infos})) or "–"),
+        ("Commit", ", ".join(sorted({short_commit(info.commit) for info in infos})) or "–"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in facts)
 

@@ -63,7 +63,7 @@ def shown(cell: Cell | None, column: Column, change: float | None, line: Line, n
         return Shown()
     system = line.measured.run.info.system
     if cell.value is None:
-        return Shown(marks=notes.mark(f"{line.title}, {column.title}: {cell.reason}"))
+        return Shown(marks=notes.mark(cell.reason))
     span = ""
     if cell.low is not None and cell.high is not None:
         span = f"[{number(cell.low, column)}, {number(cell.high, column)}]"
@@ -129,7 +129,7 @@ def _markdown_cells(table: Table, line: Line, notes: Notes) -> list[str]:
         parts = [s.value + mark, f"({s.change})" if s.change else "", s.span, s.count]
         cells.append(" ".join(_markdown(part) if part is not parts[0] else part for part in parts if part))
     for text, note, column in printed_cells(table, line):
-        mark = f"<sup>{notes.mark(printed_note(line, column, note))}</sup>" if note else ""
+        mark = f"<sup>{notes.mark(printed_note(note))}</sup>" if note else ""
         cells.append(printed_number(text, column) + mark)
     return cells
 
@@ -258,7 +258,7 @@ def _latex_cells(table: Table, line: Line, notes: Notes) -> list[str]:
             top = rf"\begin{{tabular}}[c]{{@{{}}c@{{}}}}{top} \\[-1pt] {rows}\end{{tabular}}"
         cells.append(top)
     for text, note, column in printed_cells(table, line):
-        mark = rf"\textsuperscript{{{notes.mark(printed_note(line, column, note))}}}" if note else ""
+        mark = rf"\textsuperscript{{{notes.mark(printed_note(note))}}}" if note else ""
         cells.append(_latex(printed_number(text, column)) + mark)
     return cells
 
@@ -282,8 +282,8 @@ def printed_cells(table: Table, line: Line) -> list[tuple[str, str, Column]]:
     return [(text, note, column) for text, note, column in cells if column.key in _printed_keys(table)]
 
 
-def printed_note(line: Line, column: Column, note: str) -> str:
-    return f"{line.title}, {column.title} ({PRINTED}): {note}"
+def printed_note(note: str) -> str:
+    return f"{PRINTED}: {note}"
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "csv": csv_text, "tex": latex}

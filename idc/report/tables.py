@@ -44,14 +44,14 @@ class Table:
 
     @property
     def caption(self) -> str:
-        commits = sorted({line.measured.run.info.commit or "unknown" for line in self.lines if line.measured})
+        commits = sorted({short_commit(line.measured.run.info.commit) for line in self.lines if line.measured})
         protocol = f" Protocol {self.protocol}, {self.domain} domain." if self.protocol else " No runs."
         spans = (
             f" In brackets the {self.level:.0%} bootstrap interval over videos, then videos scored / expected."
             if commits
             else ""
         )
-        commit = f" Commit {', '.join(commit[:12] for commit in commits)}." if commits else ""
+        commit = f" Commit {', '.join(commits)}." if commits else ""
         printed = f' Columns "{PRINTED}" are the paper\'s own figures, not ours.' if self.with_published else ""
         if printed and self.protocol not in ("", "paper", "opens2v-1.0"):
             printed += f" They are of protocol paper and do not compare with {self.protocol}."
@@ -81,6 +81,12 @@ class Assignment:
                 if (run := self.by_name.get(prefix + normal_name(name))) is not None:
                     return run
         return None
+
+
+def short_commit(commit: str) -> str:
+    """A commit as a caption names it, with what it says of local changes."""
+    name, plus, changes = commit.partition("+")
+    return name[:12] + plus + changes or "unknown"
 
 
 def check_one_protocol(runs: Sequence[Measured], protocol: str | None = None) -> list[Measured]:

@@ -110,18 +110,19 @@
     picture.seek = (share) => { for (const end of ["x1", "x2"]) head.setAttribute(end, left + (right - left) * share); };
     return picture;
   }
+  const key = (n, name) => make("span", { class: "key", style: `background:${colour(n)}`, text: String(n + 1), ...(name ? { title: name, "aria-label": name, role: "img" } : {}) });
   function confusionTable(identity) {
-    const names = identity.tracks.map((t) => t.name);
+    const keys = identity.tracks.map((t, n) => key(n, t.name));
     const table = make("table", { class: "confusion" });
     table.append(make("caption", { text: "Rows: whose body. Columns: whom its sightings look like." }));
-    const head = make("tr", {}, make("td"), ...[...names, "like none"].map((name) => make("th", { scope: "col", text: name })));
+    const head = make("tr", {}, make("td"), ...keys.map((name) => make("th", { scope: "col" }, name)), make("th", { scope: "col", text: "none" }));
     table.append(make("thead", {}, head));
     const body = make("tbody");
     identity.confusion.forEach((row, n) => {
       const cells = row.map((share, m) => make("td", {
         text: percent(share, 0), class: n === m ? "right" : "", style: `background: rgba(var(--heat), ${(0.65 * share).toFixed(2)})`,
       }));
-      body.append(make("tr", {}, make("th", { scope: "row", text: names[n] }), ...cells));
+      body.append(make("tr", {}, make("th", { scope: "row" }, key(n, identity.tracks[n].name)), ...cells));
     });
     table.append(body);
     return table;
@@ -133,7 +134,7 @@
     });
     const picture = plot(identity, `Similarity over time, ${system}. ${words.join("; ")}`);
     const legend = make("ul", { class: "legend" }, ...identity.tracks.map((t, n) =>
-      make("li", {}, make("i", { style: `background:${colour(n)}` }), `${t.name} ${t.identity === null ? "–" : t.identity.toFixed(2)}`)));
+      make("li", {}, key(n, ""), `${t.name} ${t.identity === null ? "–" : t.identity.toFixed(2)}`)));
     const block = make("div", {}, picture, legend);
     const rates = Object.entries(identity.rates).map(([name, rate]) => `${name} ${percent(rate, 0)}`).join(", ");
     if (identity.confusion.length || rates) {

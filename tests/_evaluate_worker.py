@@ -27,15 +27,17 @@ from idc.stages.evaluate import Evaluate
 class Traced(VideoMetric):
     """A metric that writes a line to `trace` for every score, with what is loaded and how large the frames' cache is.
 
-    `kill_after` scores of a process, it kills itself.
+    `kill_after` scores of a process, it sends itself `kill_signal`.
     """
 
     loaded: tuple[str, ...] = ()  # names, over all metrics of the process
     scores = 0
 
-    def __init__(self, trace: str = "", kill_after: int = 0, frames: int | None = None) -> None:
+    def __init__(
+        self, trace: str = "", kill_after: int = 0, frames: int | None = None, kill_signal: int = signal.SIGKILL
+    ) -> None:
         super().__init__()
-        self._trace, self._kill_after, self.frames = trace, kill_after, frames
+        self._trace, self._kill_after, self._kill_signal, self.frames = trace, kill_after, kill_signal, frames
 
     def value(self, clip: Clip) -> Score:
         return Score(float(sampled(clip, self.frames).mean() / 255), details={"frames": len(clip.frames_THWC)})
@@ -48,7 +50,7 @@ class Traced(VideoMetric):
                 file.write(json.dumps(line) + "\n")
         Traced.scores += 1
         if self._kill_after and Traced.scores > self._kill_after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self._kill_signal)
         return self.value(clip)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,15 @@ def test_a_run_that_is_killed_goes_on_and_computes_nothing_twice(ranks: int, vid
     assert len(steps) <= 12 + 1  # the one that the kill fell into
     whole, _ = evaluate(tmp_path / "whole", [Brightness(), Contrast(), Likeness()], videos)
     assert values(run) == values(whole)
+
+
+def test_a_termination_signal_ends_the_run_after_the_score_it_falls_into(videos: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", {"kill_after": 2, "kill_signal": int(signal.SIGTERM)}
+    assert evaluate_apart(out, videos, [(Brightness, settings)], kill_rank=0) == [128 + signal.SIGTERM]
+    assert read_run(out).mean("brightness").scored == 3
+    assert not (out / "frames").exists()
+    run, status = evaluate(out, [Brightness()], videos)
+    assert (status, run.mean("brightness").scored) == (0, 4)
 
 
 def test_two_ranks_give_what_one_gives(videos: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class FrameCache:
         """Bytes that the frames of such a video would take."""
         return len(_union(info, wanted)) * info.height * info.width * 3
 
-    def decode(self, video: Path, info: VideoInfo, wanted: Sequence[Ranks], threads: int = 1) -> DecodedVideo:
+    def decode(self, video: Path, info: VideoInfo, wanted: Sequence[Ranks]) -> DecodedVideo:
         """Decode a video to its end and keep the frames that any of `wanted` asks for; `info` is from `probe`.
 
         Raises:
@@ -159,7 +159,7 @@ class FrameCache:
         keep, count = set(ranks.tolist()), 0
         try:
             with decoded.file.open("wb") as file:
-                for rank, picture in enumerate(iterate_video(video, threads=threads)):
+                for rank, picture in enumerate(iterate_video(video)):
                     if picture.shape != decoded.shape:
                         raise VideoError("the frame size changes within the clip")
                     if rank in keep:

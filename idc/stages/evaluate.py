@@ -4,14 +4,16 @@
 
 The results lie in a run folder (idc.metrics.results) and are kept: a second run computes what is missing, what has
 changed since and, unless `retry_failures` is false, what failed. Ranks share the videos. Exit status: 0 all scored,
-3 scored with failures that are named in the results, 2 bad settings; 1 is a crash.
+3 scored with failures that are named in the results (a video that nobody asked for among them), 2 bad settings,
+143 stopped by SIGTERM; 1 is a crash.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -118,6 +120,7 @@ class Evaluate(LightningModule):
             self._ranks = dist.new_group(backend="gloo", timeout=PATIENCE)
         if first:
             self._lock = lock(self.out)
+            before = self._earlier_metrics()
             shutil.rmtree(self.out / FRAMES, ignore_errors=True)  # of a run that was killed
             if self.source is not None:
                 self.source.items(self.videos)
@@ -128,7 +131,7 @@ class Evaluate(LightningModule):
             self._wait()
         self.folder = find_videos(self.videos, [item.id for item in self.items])
         if first:
-            write_info(self.out, self._info(self.folder))
+            write_info(self.out, self._info(self.folder, before))
         self._wait()
 
     def _read_items(self) -> list[Item]:
@@ -146,18 +149,19 @@ class Evaluate(LightningModule):
     def _share(self) -> list[Item]:
         return self.items[self.trainer.global_rank :: self.trainer.world_size]
 
-    def _info(self, folder: VideoFolder) -> RunInfo:
-        """`run.json`; metrics that an earlier evaluation of the same videos had stay in it."""
-        videos = str(self.videos.resolve())
-        before: Mapping[str, Any] = {}
-        if (self.out / RUN_FILE).exists():
-            earlier = read_info(self.out)
-            if earlier.videos != videos or earlier.protocol != self.protocol:
-                raise UserError(
-                    f"out={self.out}: holds the scores of {earlier.videos} under protocol {earlier.protocol!r}; "
-                    "set model.init_args.out to another folder"
-                )
-            before = earlier.metrics
+    def _earlier_metrics(self) -> Mapping[str, Any]:
+        """Those that an earlier evaluation of the same videos had: they stay in `run.json`."""
+        if not (self.out / RUN_FILE).exists():
+            return {}
+        earlier = read_info(self.out)
+        if earlier.videos != str(self.videos.resolve()) or earlier.protocol != self.protocol:
+            raise UserError(
+                f"out={self.out}: holds the scores of {earlier.videos} under protocol {earlier.protocol!r}; "
+                "set model.init_args.out to another folder"
+            )
+        return earlier.metrics
+
+    def _info(self, folder: VideoFolder, before: Mapping[str, Any]) -> RunInfo:
         settings = {
             name: {**settings, "config": self.scorer.configs[name]} for name, settings in self.scorer.settings.items()
         }
@@ -171,7 +175,7 @@ class Evaluate(LightningModule):
             metrics={**before, **settings},
             rewards=self.rewards,
             columns=self.columns,
-            videos=videos,
+            videos=str(self.videos.resolve()),
             problems=tuple(Problem(name, reason) for name, reason in folder.extra.items()),
         )
 
@@ -198,8 +202,11 @@ class Evaluate(LightningModule):
         works = self.scorer.plan(self._share(), self.folder)
         total = sum(len(work.metrics) for work in works)
         what = "scores" if self.trainer.world_size == 1 else "scores of rank 0's videos"
-        for _ in track(self.scorer.run(works), what, total, shown=self.trainer.is_global_zero and total > 0):
-            pass
+        with closing(self.scorer.run(works)) as scores:
+            for _ in track(scores, what, total, shown=self.trainer.is_global_zero and total > 0):
+                # Lightning only makes a note of the signal, and this step is the whole run.
+                if self.trainer.received_sigterm:
+                    raise SystemExit(128 + signal.SIGTERM)
         self._wait()
 
     def on_test_end(self) -> None:
@@ -213,6 +220,8 @@ class Evaluate(LightningModule):
 
     def teardown(self, stage: str) -> None:
         if self._lock is not None:
+            with suppress(OSError):  # another rank's frames, if it still runs
+                (self.out / FRAMES).rmdir()
             self._lock.close()
             self._lock = None
 

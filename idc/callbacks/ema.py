@@ -44,11 +44,14 @@ class EMAWeights(nn.Module):
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, parameter, average), whole tensors or this rank's shards of both."""
+        for (parameter, average), name in zip(self.trained(module), self._buffers, strict=True):
+            yield name.replace("/", "."), _local(parameter.detach()), _local(average)
+
+    def trained(self, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """The parameters themselves (under FSDP2 the sharded ones) and their averages."""
         _reshard(module)
         parameters = {original_name(name): parameter for name, parameter in module.named_parameters()}
-        for name, average in self.named_buffers():
-            name = name.replace("/", ".")
-            yield name, _local(parameters[name].detach()), _local(average)
+        return [(parameters[name.replace("/", ".")], average) for name, average in self.named_buffers()]
 
 
 class EMA(Callback):
@@ -77,6 +80,7 @@ class EMA(Callback):
         self.updated_at = 0  # the optimiser step of the last update; 0: the averages are not in use yet
         self.is_swapped = False
         self._module: LightningModule | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # parameters and averages of the running training
         self._validation = contextlib.ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,6 +106,7 @@ class EMA(Callback):
         attach(pl_module)  # under FSDP2: after sharding, before the checkpoint is loaded
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pairs = []
         if not self.updated_at:  # pretrained weights may have been loaded since on_fit_start
             if trainer.global_step:
                 rank_zero_warn("The checkpoint has no averaged weights: EMA starts from its weights")
@@ -119,13 +124,21 @@ class EMA(Callback):
     @torch.no_grad()
     def update(self, pl_module: LightningModule, step: int) -> None:
         """Move the averages towards the weights after optimiser step `step`."""
-        decay = self.decay_at(step)
-        pairs = list(attach(pl_module).pairs(pl_module))
-        averages, parameters = [average for _, _, average in pairs], [parameter for _, parameter, _ in pairs]
-        if averages:
-            torch._foreach_mul_(averages, decay)
-            torch._foreach_add_(averages, parameters, alpha=1 - decay)
+        # Listed at a training's first update, when FSDP2 has settled which tensors are its shards, and kept: listing
+        # takes as long as the update of a small model. From an optimiser step to the next only their values change.
+        self._pairs = self._pairs or attach(pl_module).trained(pl_module)
+        parameters = [_local(parameter) for parameter, _ in self._pairs]
+        averages = [_local(average) for _, average in self._pairs]
+        weight = 1 - self.decay_at(step)
+        if {parameter.dtype for parameter in parameters} == {torch.float32}:
+            torch._foreach_lerp_(averages, parameters, weight)
+        else:  # one after another, so that there is no second copy of the weights in float32
+            for average, parameter in zip(averages, parameters, strict=True):
+                average.lerp_(parameter.to(average.dtype), weight)
         self.updated_at = step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pairs = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation.enter_context(self.swapped())
@@ -138,6 +151,7 @@ class EMA(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._validation.close()
+        self._pairs = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.is_swapped:

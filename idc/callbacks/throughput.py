@@ -45,7 +45,8 @@ class Throughput(Callback):
         self._batch_ended = now
         self._clips += len(batch) * trainer.world_size
         steps = trainer.global_step - self._step
-        if steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 logs nothing
+        if steps and every and trainer.global_step % every == 0:
             total = max(self._busy + self._waited, 1e-9)
             metrics = {
                 "perf/clips_per_second": self._clips / total,

@@ -23,6 +23,7 @@ COMMANDS = {
     "edit": "edits of videos, without training: idc edit --config recipes/edit.yaml",
     "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
+    "export": "a trained run as one folder to load and share: idc export RUN --out DIR",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",
     "study": "ask people which videos are better, blind and in pairs: idc study --help",
 }
@@ -74,6 +75,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.report.cli import main as report
 
         return report(rest)
+    if command == "export":
+        from idc.export import main as export
+
+        return export(rest)
     if command == "study":
         from idc.study.cli import main as study
 

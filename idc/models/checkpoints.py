@@ -21,6 +21,7 @@ from torch import Tensor
 
 from idc.errors import UserError, nearest
 from idc.models.manifest import STATE, Manifest, hash_files, read_valid
+from idc.models.shipped import shipped_names
 
 CONFIG = "config.yaml"
 STEP_DIRECTORY = re.compile(r"step-\d{8,}")
@@ -70,8 +71,9 @@ def find_checkpoint(value: str | Path) -> Checkpoint:
     """
     path = Path(value)
     if not path.exists():
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path, siblings) if siblings else ""
+        near = path.parent.glob("[!.]*") if path.parent.is_dir() else []
+        siblings = [str(p) for p in near if p.is_dir()]
+        hint = nearest(path, [*siblings, *shipped_names()])
         raise UserError(f"checkpoint={str(value)!r}: no such file or folder{hint}; a run of idc fit makes one")
     path = path.resolve()  # `last` is a link that the next save moves on
     if path.name == STATE and (path.parent / "manifest.json").exists():

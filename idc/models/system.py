@@ -19,6 +19,7 @@ from idc.models.conditioning import Encoders
 from idc.models.frozen import weights_identity
 from idc.models.sampling import Sampling
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder
+from idc.models.shipped import resolve_shipped
 from idc.models.spec import IDBlocks, Lora, Trainable, TransformerSpec
 from idc.models.vlm import VLMConditioner
 
@@ -98,8 +99,8 @@ def open_system(value: str | Path | None, given: Parts | None = None, which: Whi
     """Find out all about a trained model without loading it.
 
     Args:
-        value: a run, a checkpoint (`find_checkpoint`) or the folder of an `IDCrafterPipeline`; None takes the weights
-            that `given.transformer.pretrained` names.
+        value: a run, a checkpoint (`find_checkpoint`), the folder of an `IDCrafterPipeline`, or the name of one that
+            comes with the package ("toy"); None takes the weights that `given.transformer.pretrained` names.
         given: settings that win over the run's own.
         which: of a run's weights.
 
@@ -107,6 +108,7 @@ def open_system(value: str | Path | None, given: Parts | None = None, which: Whi
         UserError: nothing at `value`, or settings that neither it nor `given` has.
     """
     given = given or Parts()
+    value = None if value is None else resolve_shipped(value)
     if value is not None and (Path(value) / MODEL_INDEX).is_file():
         return _with(given, *_from_pipeline(Path(value)), None, which)
     checkpoint = None if value is None else find_checkpoint(value)

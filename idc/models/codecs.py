@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, dtype_name, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, aligned, dtype_name, resolve, torch_dtype, weights_identity
 from idc.types import check_frames
 
 
@@ -109,6 +109,7 @@ class WanVAECodec(Codec):
                 z_dim, self._model = self._model.config.z_dim, None
                 raise UserError(f"path={self.path!r}: a VAE of {z_dim} latent channels; Wan2.1's has {self.channels}")
             self._model.eval().requires_grad_(False)
+            aligned(self._model)
             if self.tiling:
                 self._model.enable_tiling()
         self._model.to(self.device)

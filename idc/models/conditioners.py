@@ -19,7 +19,16 @@ from torch import Tensor
 
 from idc.errors import UserError
 from idc.flow.times import generator
-from idc.models.frozen import Frozen, check_width, dtype_name, resolve, token_width, torch_dtype, weights_identity
+from idc.models.frozen import (
+    Frozen,
+    aligned,
+    check_width,
+    dtype_name,
+    resolve,
+    token_width,
+    torch_dtype,
+    weights_identity,
+)
 
 
 class TextConditioner(Frozen):
@@ -94,6 +103,7 @@ class UMT5Conditioner(TextConditioner):
             self._tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder=self.tokenizer)
             model = UMT5EncoderModel.from_pretrained(self.path, subfolder=self.text_encoder, dtype=self.dtype)
             self._model = model.eval().requires_grad_(False)
+            aligned(self._model)
         self._model.to(self.device)
         return self
 

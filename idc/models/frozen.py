@@ -82,6 +82,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def aligned(model: torch.nn.Module) -> None:
+    """Copy weights that lie at odd addresses, as safetensors maps them: there the CPU's kernels round differently, and
+    the same weights from another file would give other bits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
 def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json") -> Path | None:
     """The folder `path/subfolder` where it exists and holds the file `marker`, or None for a hub id (`owner/name`).
 

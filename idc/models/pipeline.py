@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from idc.models.conditioning import Encoders
 from idc.models.frozen import torch_dtype
 from idc.models.sampling import Sampler, Sampling, Source, to_uint8
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder, save_encoders
+from idc.models.shipped import resolve_shipped
 from idc.models.system import open_system
 from idc.models.transformer import IDCrafterTransformer
 from idc.types import Bucket, Sample, Subject
@@ -59,11 +60,12 @@ class IDCrafterPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         encoders: Any = None,
         sampling: Any = None,
-        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        compute_dtype: str = "float32",
     ) -> None:
         super().__init__()
         if not isinstance(encoders, Encoders):
             raise UserError("encoders: give idc.models.conditioning.Encoders, or load a folder by from_pretrained")
+        torch_dtype(compute_dtype)
         settings = sampling if isinstance(sampling, Sampling) else Sampling(**(sampling or {}))
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(sampling=asdict(settings), compute_dtype=compute_dtype)
@@ -88,17 +90,19 @@ class IDCrafterPipeline(DiffusionPipeline):
             FlowMatchEulerDiscreteScheduler(shift=system.sampling.shift),
             system.encoders,
             system.sampling,
-            system.compute_dtype,  # type: ignore[arg-type]
+            system.compute_dtype,
         )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load what `save_pretrained` wrote, a folder or a hub id; further arguments as in diffusers.
+        """Load what `save_pretrained` wrote: a folder, a hub id, or "toy", which comes with the package.
+
+        Further arguments are as in diffusers.
 
         Raises:
             UserError: for a folder that is missing, incomplete or of another pipeline.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = resolve_shipped(pretrained_model_name_or_path)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HFValidationError

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from idc.errors import UserError
 from idc.flow import samplers
-from idc.flow.editing import edit
+from idc.flow.editing import check_strength, edit
 from idc.flow.guidance import guided, guided_text_image
 from idc.flow.path import Velocity
 from idc.flow.times import noise_like
@@ -70,6 +70,15 @@ class Source:
     video_BCTHW: Tensor
     strength: float
     mask_BTHW: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+        video, mask = self.video_BCTHW.shape, self.mask_BTHW
+        if mask is not None and (mask.dtype is not torch.bool or mask.shape != (video[0], *video[2:])):
+            raise UserError(
+                f"mask of shape {list(mask.shape[1:])} and {mask.dtype}: must be bool [T, H, W] of the source's size, "
+                f"{list(video[2:])}"
+            )
 
 
 @dataclass(frozen=True)

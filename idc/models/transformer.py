@@ -17,11 +17,13 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - pipelines look for it beside the class to load
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from idc.errors import UserError
+from idc.models.frozen import aligned
 from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
 from idc.models.id_settings import check_settings, complete_settings
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
@@ -149,6 +151,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         if ours:
             return cls.from_pretrained(path, **where, **dtype)
         wan = WanTransformer3DModel.from_pretrained(path, **where, **dtype)
+        aligned(wan)
         return cls._around(wan, wan.state_dict(), id_block_settings)
 
     @classmethod
@@ -162,6 +165,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
                 f"{pretrained_model_name_or_path}: holds no {missing[0]} and {len(missing) - 1} other parameters; "
                 "load plain Wan weights with IDCrafterTransformer.from_wan_pretrained"
             )
+        aligned(model)
         return loaded
 
     @classmethod

@@ -19,7 +19,16 @@ from torch import Tensor
 from idc.errors import UserError
 from idc.flow.times import generator
 from idc.models.conditioners import ToyTextConditioner, clean_caption, sinusoidal
-from idc.models.frozen import Frozen, check_width, dtype_name, resolve, token_width, torch_dtype, weights_identity
+from idc.models.frozen import (
+    Frozen,
+    aligned,
+    check_width,
+    dtype_name,
+    resolve,
+    token_width,
+    torch_dtype,
+    weights_identity,
+)
 
 
 class VLMConditioner(Frozen):
@@ -123,6 +132,7 @@ class QwenVLConditioner(VLMConditioner):
             self._tokenizer = AutoTokenizer.from_pretrained(self.path)
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.path, dtype=self.dtype).model
             self._model = model.eval().requires_grad_(False)
+            aligned(self._model)
             self._images = self._image_processor()
         self._model.to(self.device)
         return self

@@ -13,24 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from idc.callbacks.preemption import requested
+from idc.models.sampling import to_uint8
 from idc.types import Batch, Bucket, Sample
 
 GIF_HEIGHT, GIF_WIDTH, GIF_FRAMES = 256, 640, 16
 GAP = 2  # pixels between the parts of a panel
-
-
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """[-1, 1] float to uint8, channels last: CTHW -> THWC, CHW -> HWC."""
-    scaled = (pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).movedim(0, -1).numpy()
 
 
 def panel(video_THWC: np.ndarray, references: list[np.ndarray], truth_THWC: np.ndarray | None = None) -> np.ndarray:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from idc.errors import UserError
-from idc.metrics.base import Score
 
 RUN_FILE = "run.json"
 RESULTS_FOLDER = "results"
@@ -56,10 +55,6 @@ class Result:
     def failed(self) -> bool:
         """Whether a value was expected and is missing."""
         return self.applies and self.value is None
-
-    @property
-    def score(self) -> Score:
-        return Score(self.value, self.reason, self.details)
 
 
 @dataclass(frozen=True)

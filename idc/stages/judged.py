@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from enum import Enum
@@ -133,6 +134,8 @@ def describe(value: Any, depth: int = 4) -> Any:
     if hasattr(value, "__qualname__") or not hasattr(value, "__dict__"):  # functions, classes; plain objects
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
+    if isinstance(value, os.PathLike):  # jsonargparse has its own
+        return os.fspath(value)
     inner = _public(vars(value), depth) if depth > 0 else {}
     return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **inner}
 

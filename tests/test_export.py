@@ -1,0 +1,103 @@
+"""A run becomes one folder that samples as the run does; the shipped model is what its record says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from _generate import tiny_run
+
+from idc.cli import main
+from idc.data.toy import ToyWorld
+from idc.data.toy_scoring import score_video
+from idc.errors import UserError
+from idc.export import export
+from idc.models.pipeline import IDCrafterPipeline
+from idc.models.shipped import WEIGHTS, resolve_shipped, shipped_names
+from idc.models.system import open_system
+
+
+@pytest.fixture(scope="module")
+def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(toy_data, tmp_path_factory.mktemp("run"))
+
+
+def test_an_exported_run_has_the_runs_averages_and_says_how_it_was_trained(run: Path, tmp_path: Path) -> None:
+    record = export(run, tmp_path / "out")
+    loaded, own = IDCrafterPipeline.from_pretrained(tmp_path / "out"), IDCrafterPipeline.from_run(run)
+    assert all(map(torch.equal, loaded.transformer.parameters(), own.transformer.parameters()))
+    assert loaded.sampling == own.sampling
+    assert record == json.loads((tmp_path / "out" / "training.json").read_text())
+    assert (record["step"], record["samples_seen"], record["seed"]) == (
+        6,
+        6 * record["recipe"]["data"]["init_args"]["batch_size"],
+        0,
+    )
+    raw = export(run, tmp_path / "raw", weights="raw")
+    assert raw["weights"] == "raw"
+    other = IDCrafterPipeline.from_pretrained(tmp_path / "raw").transformer
+    assert not all(map(torch.equal, other.parameters(), own.transformer.parameters()))
+
+
+def test_bfloat16_rounds_the_matrices_once_and_keeps_wans_float32_islands(run: Path, tmp_path: Path) -> None:
+    whole, half = export(run, tmp_path / "whole"), export(run, tmp_path / "half", dtype="bfloat16")
+    assert half["bytes"] < 0.7 * whole["bytes"]
+    own = dict(IDCrafterPipeline.from_pretrained(tmp_path / "whole").transformer.named_parameters())
+    for name, value in IDCrafterPipeline.from_pretrained(tmp_path / "half").transformer.named_parameters():
+        assert value.dtype is torch.float32
+        island = any(part in name for part in ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"))
+        assert torch.equal(value, own[name] if island else own[name].bfloat16().float())
+
+
+def test_export_writes_over_nothing_but_an_earlier_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for flags in ([], ["--replace"]):
+        assert main(["export", str(run), "--out", str(out), *flags]) == 2
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert "idc export wrote" in capsys.readouterr().err
+    assert main(["export", str(run), "--out", str(tmp_path / "new")]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "new"), "--replace", "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "newer")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_path_of_ones_own_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "toy" in shipped_names()
+    assert resolve_shipped("toy") == WEIGHTS / "toy"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    assert resolve_shipped("toy") == Path("toy")
+    with pytest.raises(UserError, match=r"did you mean 'toy'"):
+        open_system("toi")
+
+
+def test_the_shipped_toy_model_is_small_and_holds_its_record() -> None:
+    record = json.loads((WEIGHTS / "toy" / "training.json").read_text())
+    assert sum(path.stat().st_size for path in (WEIGHTS / "toy").rglob("*")) < 10e6
+    assert record["recipe"]["model"]["class_path"] == "idc.stages.sft.SFT"
+    assert record["samples_seen"] == record["step"] * record["recipe"]["data"]["init_args"]["batch_size"]
+    losses = [value for _, value in sorted(record["held_out_loss"].items(), key=lambda item: int(item[0]))]
+    assert losses[-1] < losses[0]
+
+
+def test_the_shipped_toy_model_shows_its_references_and_one_without_them_does_not() -> None:
+    """Captions that do not name: what the subjects look like is in the references alone."""
+    world, pipeline = ToyWorld(named=0.0), IDCrafterPipeline.from_pretrained("toy")
+    specs = [world.spec(2_000_000_000 + number) for number in range(12)]
+    looks = {True: 0.0, False: 0.0}
+    for number, spec in enumerate(specs):
+        references = [subject.image_CHW for subject in world.sample(spec.seed).subjects]
+        for shown in looks:
+            given = references if shown else []
+            video = pipeline(spec.caption, given, 9, 64, 64, seed=number, output_type="uint8").frames
+            found = score_video(video, spec).subjects
+            looks[shown] += (
+                sum(s.presence * (s.colour + s.shape + s.texture) / 3 for s in found) / len(found) / len(specs)
+            )
+    assert looks[True] > 2 * looks[False]

@@ -368,3 +368,14 @@ def test_toy_metrics_say_why_they_have_no_score(metric):
     short = metric.score(Clip("a", clip.frames_THWC[:5], meta=clip.meta))
     assert short.value is None
     assert "the spec asks for" in short.reason
+
+
+def test_items_without_people_are_not_expected_unless_an_embedder_can_judge_objects() -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+
+    def clip(*kinds: str) -> Clip:
+        return Clip("a", picture[None], references=tuple(Reference(picture, kind=kind) for kind in kinds))
+
+    faces, both = IdentityTracking(), IdentityTracking(embedder=MeanColour())
+    assert [faces.applies(clip(*kinds)) for kinds in (["face"], ["object", "human"], ["object"], [])] == [1, 1, 0, 0]
+    assert [both.applies(clip(*kinds)) for kinds in (["object"], ["background"])] == [1, 0]

@@ -106,6 +106,10 @@ class CopyPaste(VideoMetric):
     def unload(self) -> None:
         self.faces.unload()
 
+    def applies(self, clip: Clip) -> bool:
+        """An item that shows people, or comes with masks of its objects."""
+        return clip.masks_TNHW is not None or any(r.kind in ("face", "human") for r in clip.references)
+
     def score(self, clip: Clip) -> Score:
         if not clip.references:
             return Score.failed("the clip has no references")

@@ -113,6 +113,11 @@ class IdentityTracking(VideoMetric):
         if self.embedder is not None:
             self.embedder.unload()
 
+    def applies(self, clip: Clip) -> bool:
+        """An item that shows people; with an embedder, one of objects too."""
+        judged = PEOPLE if self.embedder is None else (*PEOPLE, "object")
+        return any(reference.kind in judged for reference in clip.references)
+
     def score(self, clip: Clip) -> Score:
         people = [n for n, reference in enumerate(clip.references) if reference.kind in PEOPLE]
         masked = clip.masks_TNHW is not None and self.embedder is not None

@@ -318,7 +318,7 @@ def test_edits_resume_and_an_edit_of_strength_0_is_the_source_up_to_the_codec(
         expected = to_uint8(codec.decode(codec.encode(clip[None]))[0])
         found = decode_video(out / f"{item.id}.mp4")
         assert abs(found.astype(int) - expected.astype(int)).max() <= 3  # RGB and back through lossless YUV
-    with pytest.raises(UserError, match=r"edit.strength was 0.0, is 0.8"):
+    with pytest.raises(UserError, match=r"edit.strength was 0, is 0.8"):
         direct(out, run, toy_items(toy_data, edit=True, limit=2), edit=True, fps=None)
 
 

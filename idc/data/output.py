@@ -78,7 +78,8 @@ class OutputFolder:
         Raises:
             UserError: for videos that were made otherwise, naming what differs, unless they are to be replaced.
         """
-        self.settings = json.loads(json.dumps(settings))
+        # 8 and 8.0 are the same setting, whether it was written in a recipe or in Python.
+        self.settings = json.loads(json.dumps(settings), parse_float=_number)
         todo, stale = [], []
         for item in items:
             if not self._is_done(item):
@@ -165,6 +166,11 @@ def _changes(before: Any, after: Any, name: str = "") -> list[tuple[str, Any, An
         found = [_changes(before.get(key), after.get(key), f"{name}.{key}" if name else key) for key in keys]
         return [change for changes in found for change in changes]
     return [] if before == after else [(name, before, after)]
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _digest(path: Path) -> str:

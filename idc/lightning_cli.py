@@ -12,6 +12,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
 from idc.data.module import VideoDataModule
@@ -60,6 +61,8 @@ class CLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         wanted, logger = config.get("ckpt_path"), config.trainer.logger
+        if logger is False:
+            _leave_out_rates(config.trainer)
         if not hasattr(logger, "init_args"):
             self.save_config_callback = None  # there is no run's folder for it
             if wanted in ("last", "auto"):
@@ -97,6 +100,14 @@ class CLI(LightningCLI):
                 f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"
             )
         return kwargs
+
+
+def _leave_out_rates(trainer: Any) -> None:
+    """Take out the callback that fails without a logger, at its first step."""
+    rates = [c for c in trainer.callbacks or [] if str(c.class_path).endswith(".LearningRateMonitor")]
+    trainer.callbacks = [c for c in trainer.callbacks or [] if c not in rates]
+    folder = trainer.get("default_root_dir") or Path.cwd()
+    rank_zero_info(f"trainer.logger=false: no curves are written; checkpoints and samples go to {folder}")
 
 
 def _quiet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from idc.errors import UserError, nearest
 # An overlay may only change what an earlier file has set. A later layer that is written before an earlier one
 # would be silently undone by it.
 ORDER = ("stage", "scale", "protocols", "data", "hardware", "ablations")
+
+
+_ITEM = re.compile(r"--(?P<list>[A-Za-z_][\w.]*?)\.\d+(?:\.[\w.]+)?(?=\+?(?:=|$))")
 
 
 class _Strict(yaml.SafeLoader):
@@ -27,11 +31,12 @@ class _Strict(yaml.SafeLoader):
 
 
 def check_command_line(args: Sequence[str]) -> None:
-    """Check every `--config` of a command line.
+    """Check the names of settings and every `--config` of a command line.
 
     Raises:
-        UserError: for a missing file, broken YAML, or overlays before what they change.
+        UserError: for a list's item as a setting, a missing file, broken YAML, or overlays before what they change.
     """
+    _check_no_items(args)
     paths = _config_paths(args)
     layers = [(path, _layer(path, _load(path))) for path in paths]
     ranks = [ORDER.index(layer) if layer else None for _, layer in layers]
@@ -47,6 +52,16 @@ def check_command_line(args: Sequence[str]) -> None:
             f"--config {paths[0]}: an overlay changes a stage recipe and does not run alone; "
             f"write --config recipes/sft.yaml --config {paths[0]}"
         )
+
+
+def _check_no_items(args: Sequence[str]) -> None:
+    """Refuse `--sources.0.path`: the parser finds no such setting, or takes it for another one (betas.0 sets both)."""
+    for arg in args:
+        if found := _ITEM.match(arg):
+            raise UserError(
+                f"{found[0]}: an item of a list cannot be set by its number; write the whole list into an overlay "
+                f"(--config FILE) or behind --{found['list']}, or add items at its end with --{found['list']}+"
+            )
 
 
 def _config_paths(args: Sequence[str]) -> list[Path]:

@@ -50,6 +50,12 @@ def complaint(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             ["order", "--config recipes/data/toy.yaml --config recipes/hardware/cpu2.yaml"],
         ),
         (["fit", "--config", "recipes/ablations/vanilla.yaml"], ["does not run alone", SFT]),
+        (
+            ["fit", "--config", SFT, "--data.init_args.sources.0.path", "x"],
+            ["--data.init_args.sources.0.path:", "by its number", "--config FILE", "--data.init_args.sources+"],
+        ),
+        (["fit", "--config", SFT, "--model.init_args.optimizer.init_args.betas.1=0.5"], ["init_args.betas.1:"]),
+        (["fit", "--config", SFT, "--trainer.callbacks.3"], ["--trainer.callbacks.3:", "--trainer.callbacks+"]),
     ],
 )
 def test_a_wrong_command_is_answered_before_torch_is_imported(
@@ -153,3 +159,7 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "fit" in out
     assert "shards" in out
+
+
+def test_numbers_in_names_and_values_are_no_items_of_lists() -> None:
+    recipes.check_command_line(["--model.x2.y", "3", "--data.path=a.0.b", "runs/v.1", "--trainer.callbacks+=x.2"])

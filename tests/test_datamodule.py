@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from _server import free_port, join, launch
+from _shards import overwrite, restamp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -17,10 +21,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_loader import write_shards
 
 from idc.data.features import feature_key
-from idc.data.index import build_index
+from idc.data.index import ShardIndex, build_index
 from idc.data.module import VideoDataModule, batches_of
 from idc.data.sources import ShardSource, ToyShards
 from idc.errors import UserError
+from idc.models.conditioners import ToyTextConditioner
+from idc.models.conditioning import Encoders
+from idc.models.toy_codec import CosineCodec
+from idc.stages.features import fill_cache
 from idc.types import Batch, Bucket
 
 TRAINER = {
@@ -199,6 +207,50 @@ def test_ranks_that_see_other_files_encode_the_same_list(shards: dict, tmp_path:
     (batches, ids, keys), (others, other_ids, _) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
     assert batches == others
     assert sorted(ids + other_ids) == sorted(keys[1:])
+
+
+class Encoding(Recorder):
+    """Fills the features cache first, as a stage does."""
+
+    def setup(self, stage: str) -> None:
+        fill_cache(self.trainer, Encoders(CosineCodec(), ToyTextConditioner(dim=32)))
+
+
+def meet_corrupt_samples(rank: int, shards: dict, root: Path, features: bool, port: int) -> None:
+    """Rank 1 reads a copy of the shards in which every second clip is broken."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
+    os.environ["WORLD_SIZE"] = "2"
+    torch.set_num_threads(1)
+    source = Path(shards["train"])
+    if rank == 1:
+        source = Path(shutil.copytree(source, root / "copy"))
+        for entry in ShardIndex.load(source).entries[::2]:
+            video = next(member for member in entry.members if member.ext == "mp4")
+            overwrite(source / entry.shard, video.offset, bytes(video.size))
+        restamp(source)
+    module = data(
+        shards,
+        sources=[ShardSource(str(source), name="train")],
+        features=str(root / "features") if features else None,
+        max_corrupt_rate=0.1,
+    )
+    trainer = Trainer(**TRAINER | {"max_steps": 40, "strategy": "ddp", "devices": 2})
+    try:
+        trainer.fit(Encoding() if features else Recorder(), datamodule=module)
+    except UserError as error:
+        (root / f"{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_what_stops_one_rank_stops_all_with_its_words(features: bool, shards: dict, tmp_path: Path):
+    """Rank 0 reads nothing corrupt, and would wait for rank 1 at the next exchange of gradients for ever."""
+    port = free_port()
+    calls = [(rank, shards, tmp_path, features, port) for rank in range(2)]
+    assert join(launch(meet_corrupt_samples, calls)) == [0, 0]
+    one, other = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert one == other
+    assert re.match(r"\d+ of \d+ samples could not be read .*max_corrupt_rate=10.0%", one)
 
 
 def test_what_does_not_fit_is_dropped_and_shown(shards: dict, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -433,3 +433,15 @@ def test_above_the_set_rate_a_run_stops_with_one_line(
     assert re.fullmatch(rf"idc: error: {rate}; listed in {re.escape(str(tmp_path))}\S+; the last reason: .+", message)
     lines = [json.loads(line) for line in (tmp_path / "runs" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines} == {*kinds, f"toy/{Path(fifth.shard).stem}/sample100"}
+
+
+def test_a_run_without_a_logger_leaves_out_curves_alone(toy_data: Path, tmp_path: Path) -> None:
+    overlay = merge(tiny_overlay(toy_data, tmp_path / "runs"), {"trainer": {"max_steps": 4}})
+    del overlay["trainer"]["logger"]
+    run = Fit(tmp_path, overlay)
+    assert fit_here(run, ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path / "own")]) == 0
+    assert len(run.steps()) == 4
+    assert set(run.validation()) == {4}
+    assert not list(tmp_path.rglob("events.out*"))
+    assert len(list((tmp_path / "own" / "samples" / "step-000004").glob("*.mp4"))) == 8
+    assert (tmp_path / "own" / "checkpoints" / "last").exists()

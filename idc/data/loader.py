@@ -7,7 +7,7 @@ of ranks or workers. It counts batches handed to the trainer, not batches read a
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,8 @@ class PlanLoader:
         overfit: give the batches of epoch 0 at every epoch.
         allow_mix_change: accept a state of other data, weights, buckets or batch size: epoch and number of the next
             batch are kept.
+        agree: called at every batch with the error that it met or None, on all ranks alike; it raises on all of them
+            where one has an error. By default an error is raised where it is.
 
     Raises:
         UserError: a global batch that the ranks cannot share.
@@ -63,12 +65,14 @@ class PlanLoader:
         limit: int | None = None,
         overfit: bool = False,
         allow_mix_change: bool = False,
+        agree: Callable[[UserError | None], None] | None = None,
     ) -> None:
         if isinstance(plan, Plan):
             check_divisible(plan.global_batch, world)
         self.plan, self.catalogue = plan, catalogue
         self.quarantine = (quarantine or Quarantine()).load()
         self.allow_mix_change = allow_mix_change
+        self._agree = agree or _raise
         self._held_out = isinstance(plan, HeldOutPlan)
         self._limit = len(plan) if limit is None else min(limit, len(plan))
         self._rate = CorruptRate(len(catalogue), max_corrupt_rate)
@@ -104,7 +108,7 @@ class PlanLoader:
         epoch, start = self._epoch, self._next
         self._tasks.epoch, self._tasks.start = epoch, start
         for parcel in self._reader:
-            batch = self._batch(parcel, epoch)
+            batch = self._agreed(parcel, epoch)
             done = parcel.task.number + 1
             self._epoch, self._next = (epoch, done) if done < self._limit else (epoch + 1, 0)
             yield batch
@@ -157,6 +161,17 @@ class PlanLoader:
         if state["index_hash"] != self.catalogue.hash:
             changes.append(f"the shards' content is {self.catalogue.hash}, was {state['index_hash']} (index_hash)")
         return changes
+
+    def _agreed(self, parcel: Parcel, epoch: int) -> Batch:
+        """This rank's batch, if all ranks have theirs: one that stopped alone would leave the others waiting for it."""
+        batch, error = None, None
+        try:
+            batch = self._batch(parcel, epoch)
+        except UserError as found:
+            error = found
+        self._agree(error)
+        assert batch is not None
+        return batch
 
     def _batch(self, parcel: Parcel, epoch: int) -> Batch:
         task = parcel.task
@@ -252,6 +267,11 @@ def check_divisible(global_batch: int, world: int, name: str = "batch_size") -> 
             f"{name}={global_batch} (of all ranks together) does not divide among {world} ranks; "
             f"the nearest valid: {sizes}"
         )
+
+
+def _raise(error: UserError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _finish(sample: Sample) -> Sample:

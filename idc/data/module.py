@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -215,8 +216,11 @@ class VideoDataModule(LightningDataModule):
             UserError: samples are missing in it.
         """
         cache.refresh()
-        if missing := self.missing(cache):
-            raise UserError(f"{cache.root}: {missing} samples lack cached features; let the stage compute them")
+        for reasons in _of_all_ranks(dict(self.quarantine.reasons)):
+            self.quarantine.know(reasons)  # without a file, each rank has met its own
+        missing = self.missing(cache)
+        lacking = f"{cache.root}: {missing} samples lack cached features; let the stage compute them"
+        self._agree(UserError(lacking) if missing else None)
         self._cache = cache
 
     def _missing(self, split: Split, cache: FeatureCache) -> dict[tuple[str, ...], list[int]]:
@@ -289,10 +293,22 @@ class VideoDataModule(LightningDataModule):
             prefetch=self.prefetch,
             quarantine=self.quarantine,
             max_corrupt_rate=self.max_corrupt_rate,
+            agree=self._agree,
             **kwargs,
         )
         self._loaders.append(loader)
         return loader
+
+    def _agree(self, error: UserError | None) -> None:
+        """Raise an error on all ranks where one of them has met it. All must call this together."""
+        if not _several_ranks():
+            if error is not None:
+                raise error
+            return
+        strategy = self.trainer.strategy  # type: ignore[union-attr]
+        if strategy.reduce_boolean_decision(error is not None, all=False):
+            texts = _of_all_ranks(error and str(error))
+            raise error or UserError(next(text for text in texts if text))
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop all reading processes."""
@@ -309,6 +325,19 @@ def batches_of(limit: float | int | None, batches: int) -> int | None:
     if limit is None:
         return None
     return int(batches * limit) if isinstance(limit, float) else min(limit, batches)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    """The value of each rank, on all of them."""
+    if not _several_ranks():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _check_names(train: Sequence[Source], held_out: Sequence[Source]) -> None:

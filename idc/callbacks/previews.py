@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from idc.callbacks.preemption import requested
+from idc.callbacks.progress import show
 from idc.models.sampling import to_uint8
 from idc.types import Batch, Bucket, Sample
 
@@ -134,16 +136,23 @@ class Previews(Callback):
             return
         self._last_step = step
         self._enter(trainer)
-        left = -(-self.count // trainer.world_size)
+        chosen = list(self._chosen(-(-self.count // trainer.world_size)))
+        done, total = 0, sum(count for _, count in chosen)
+        for batch, count in chosen:
+            show(trainer, "sampling previews", done, total)
+            self._preview(trainer, pl_module, batch, count)
+            done += count
+        self._batches = {}
+
+    def _chosen(self, left: int) -> Iterator[tuple[Batch, int]]:
+        """(batch, how many of its conditions), `left` in all: as many of each bucket as there are."""
         # The smallest bucket first, so that what it lacks goes to the others.
         for done, batches in enumerate(sorted(self._batches.values(), key=lambda kept: sum(map(len, kept)))):
             share = -(-left // (len(self._batches) - done))
             for batch in batches:
-                now = min(share, len(batch))
-                if now:
-                    self._preview(trainer, pl_module, batch, now)
+                if now := min(share, len(batch)):
+                    yield batch, now
                 share, left = share - now, left - now
-        self._batches = {}
 
     def _enter(self, trainer: Trainer) -> None:
         """Choose the folder. Asking for log_dir is a collective: all ranks, once."""

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from idc.flow.times import LogitNormal
 from idc.flow.weights import CosMap
 from idc.models.conditioners import ToyTextConditioner
 from idc.models.conditioning import ConditionDropout, Drop
+from idc.models.sampling import Sampling
 from idc.models.spec import IDBlocks, TransformerSpec
 from idc.models.toy_codec import CosineCodec
 from idc.models.vlm import ToyVLM
@@ -158,6 +160,38 @@ def test_the_true_velocity_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     features = stage.encoders.features(batch.samples)
     losses = stage.losses(features, batch.seeds_B, torch.full((12,), 0.5), Drop.NOTHING)
     assert losses.max() < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [4.0, 1.0])
+def test_separate_scales_sample_as_three_forwards_a_step_by_hand(text: float) -> None:
+    """v_none + s_image (v_references - v_none) + s_text (v_both - v_references), each sample by itself, in one Euler
+    loop; the batch has references of different numbers and sizes."""
+    stage, batch = make_stage().eval(), make_batch(2)
+    assert stage.transformer is not None
+    sampling = Sampling(steps=3, scale=text, image_scale=2.0, shift=3.0)
+    videos = stage.sample_videos(batch.samples, batch.bucket, batch.seeds_B, sampling)
+    codec, vlm, encoder = CosineCodec(), ToyVLM(dim=32), ToyTextConditioner(dim=32)
+
+    def velocity(z: torch.Tensor, t: float, caption: str, pictures: list[torch.Tensor]) -> torch.Tensor:
+        condition = Condition(
+            text_BLD=encoder.encode([caption]).float(),
+            vlm_BLD=vlm.encode([caption], [pictures])[0].float(),
+            references=tuple(codec.encode(picture[None, :, None])[:, :, 0] for picture in pictures),
+        )
+        return stage.transformer(z, torch.tensor([1000 * t]), condition.text_BLD, condition, return_dict=False)[0]
+
+    for sample, seed, video in zip(batch.samples, batch.seeds_B.tolist(), videos, strict=True):
+        pictures = [subject.image_CHW for subject in sample.subjects]
+        z = torch.randn(codec.latent_shape(5, 32, 32), generator=drawn(seed, "noise"))[None]
+        times = [3 * u / (1 + 2 * u) for u in (1, 2 / 3, 1 / 3, 0)]
+        for now, then in pairwise(times):
+            both, none = velocity(z, now, sample.caption, pictures), velocity(z, now, "", [])
+            references = velocity(z, now, "", pictures)
+            z = z + (then - now) * (none + 2.0 * (references - none) + text * (both - references))
+        torch.testing.assert_close(video, codec.decode(z)[0], rtol=0, atol=2e-4)
+    one_scale = stage.sample_videos(batch.samples, batch.bucket, batch.seeds_B, replace(sampling, image_scale=None))
+    assert (one_scale - videos).abs().max() > 0.05
 
 
 # Training -----------------------------------------------------------------------------------------------------------

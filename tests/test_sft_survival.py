@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from _sft_worker import ROOT, Fit, callbacks, merge, tiny_overlay
+import torch
+from _sft_worker import ROOT, TRANSFORMER, Fit, callbacks, merge, tiny_overlay
+from diffusers import WanTransformer3DModel
 
 STEPS, SAVE_EVERY = 9, 2  # 6 steps an epoch: the run goes over the end of one
 TOLERANCE = 1e-5
@@ -81,6 +84,31 @@ def test_two_ranks_give_the_curve_of_one(strategy: str, uninterrupted: Fit, toy_
     parts = [run.steps(rank) for rank in range(2)]
     for step, whole in uninterrupted.steps().items():
         assert sorted(parts[0][step]["ids"] + parts[1][step]["ids"]) == sorted(whole["ids"])
+
+
+@pytest.mark.parametrize("mode", ["id_blocks", "id_blocks+lora"])
+def test_a_part_of_the_weights_trains_on_two_sharded_ranks_as_on_one(mode: str, toy_data: Path, tmp_path: Path) -> None:
+    """Frozen weights are sharded beside trained ones. One rank goes on from the checkpoint of two, with its average."""
+    torch.manual_seed(1)
+    wan = {**TRANSFORMER, "in_channels": 16, "out_channels": 16, "text_dim": 32}
+    WanTransformer3DModel(**wan).save_pretrained(tmp_path / "wan" / "transformer")
+    spec = {**TRANSFORMER, "pretrained": str(tmp_path / "wan"), "id_blocks": {"layers": 1}}
+    part = {"transformer": spec, "trainable": mode, "lora": {"rank": 2, "alpha": 4}}
+    changes = {"trainer": {"max_steps": 4, "val_check_interval": 2}, "model": {"init_args": part}}
+
+    def run(name: str, **settings: Any) -> Fit:
+        overlay = tiny_overlay(toy_data, tmp_path / name / "runs")
+        made = Fit(tmp_path / name, merge(overlay, callbacks(save_every=2, count=1), changes), **settings)
+        assert made.finish() == [0] * made.ranks, made.errors()
+        return made
+
+    alone, both = run("alone"), run("both", ranks=2, overlays=(FSDP2,))
+    check_close(both, alone)
+    assert len(set(alone.losses())) == 4
+    checkpoint = str(both.run / "checkpoints" / "step-00000002")
+    back = run("back", args=("--ckpt_path", checkpoint))
+    assert back.losses() == pytest.approx(alone.losses()[2:], rel=TOLERANCE)
+    assert back.validation()[4] == pytest.approx(alone.validation()[4], rel=TOLERANCE)
 
 
 def test_a_run_moves_from_one_rank_to_two_and_back_and_a_signal_to_one_rank_ends_both(

@@ -30,7 +30,8 @@ def contact_sheet(samples: Sequence[Sample], frames: int = 6, row_height: int = 
         for gap, picture in row:
             page.paste(picture, (left + gap, top))
             left += gap + picture.width
-        draw.text((MARGIN, top + row_height + 2), _fit(f"{sample.id}: {sample.caption}", page.width), fill="black")
+        text = ": ".join(part for part in (sample.id, sample.caption) if part)
+        draw.text((MARGIN, top + row_height + 2), _fit(text, page.width), fill="black")
     return np.asarray(page)
 
 

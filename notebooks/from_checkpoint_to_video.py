@@ -124,14 +124,14 @@ matrix(table, list(made_of), ["of the clip's subjects", "of the other clip's"], 
 
 # %% [markdown]
 # A model that draws what it is shown has its dark cells on the diagonal of the upper two rows. The last row is what
-# guessing gives: one colour in seven, one shape in four and one texture in three are right by accident.
+# guessing gives: one colour in six, one shape in four and one texture in three are right by accident.
 
 # %% [markdown]
 # ## From noise to clip
 #
 # Sampling walks the flow path back from noise, at t = 1, to data, at t = 0, by Euler's method. At each step the model
-# says which way; following that straight to the end gives its present guess of the clip. Layout comes first, then
-# colours, then edges.
+# says which way; following that straight to the end gives its present guess of the clip. Layout and colours come
+# first, edges last.
 
 # %%
 from idc.flow.path import denoised
@@ -324,7 +324,7 @@ for name, frames in whole.items():
 # another. (In a terminal: `idc edit --config recipes/edit.yaml`.)
 
 # %%
-source, newcomer = clips[1], clips[3].subjects[0]
+source, newcomer = clips[1], clips[0].subjects[1]
 spec = spec_of(source)
 rows_HW, columns_HW = np.mgrid[: spec.height, : spec.width]
 centres = spec.centres()[0]  # of the first subject, in pixels, frame by frame

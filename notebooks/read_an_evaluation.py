@@ -166,13 +166,18 @@ def table(columns, rows):
     display(Markdown("\n".join(lines)))
 
 
-metrics = ("toy", "toy_identity", "motion_amplitude", "facesim")
+metrics = ("toy", "toy_identity", "motion_amplitude")
 table(["", *measured], [[metric, *(cell_text(each.cell(metric)) for each in measured.values())] for metric in metrics])
 
 # %% [markdown]
-# `facesim` has nothing to say here: toy subjects have no faces, so no video is expected to have a score, which is
-# something else than a failure.
-#
+# Face similarity was measured, too, and has nothing to say: toy subjects have no faces, so no video is expected to have
+# a score. That is something else than a failure.
+
+# %%
+for name, run in runs.items():
+    print(f"{name:8} facesim {run.mean('facesim')}")
+
+# %% [markdown]
 # ## What failed
 #
 # Every failure with its reason, and what lies in the folder without having been asked for:
@@ -198,7 +203,8 @@ def frames_of(run, id):
 
 def curves(run, id):
     tracked = identity(run.results[id, "toy_identity"].details)
-    return {f"{n}: {track.name}": track.similarity for n, track in enumerate(tracked.tracks, 1)}
+    seen = {track: any(value is not None for value in track.similarity) for track in tracked.tracks}
+    return {track.name if seen[track] else f"{track.name}: not seen": track.similarity for track in tracked.tracks}
 
 
 damaged, model = runs["damaged"], runs["model"]

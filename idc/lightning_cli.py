@@ -106,6 +106,8 @@ def _leave_out_rates(trainer: Any) -> None:
     """Take out the callback that fails without a logger, at its first step."""
     rates = [c for c in trainer.callbacks or [] if str(c.class_path).endswith(".LearningRateMonitor")]
     trainer.callbacks = [c for c in trainer.callbacks or [] if c not in rates]
+    if not rates:
+        return
     folder = trainer.get("default_root_dir") or Path.cwd()
     rank_zero_info(f"trainer.logger=false: no curves are written; checkpoints and samples go to {folder}")
 

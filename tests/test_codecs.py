@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 from _tiny_real import tiny_vae
@@ -158,7 +161,12 @@ def test_fingerprint_follows_settings_and_weights_not_loading(root, tmp_path, va
     before = codec.fingerprint
     codec.load("cpu", torch.bfloat16)
     assert codec.fingerprint == before == WanVAECodec(str(root)).fingerprint
-    vae.save_pretrained(tmp_path / "vae")
+    shutil.copytree(root / "vae", tmp_path / "moved" / "vae")
+    assert WanVAECodec(str(tmp_path / "moved")).fingerprint == before
+    changed = copy.deepcopy(vae)
+    with torch.no_grad():
+        next(changed.parameters()).mul_(0.5)
+    changed.save_pretrained(tmp_path / "vae")  # files of the same names and sizes
     others = [WanVAECodec(str(root), dtype="bfloat16"), WanVAECodec(str(root), tiling=True), WanVAECodec(str(tmp_path))]
     assert len({before, *(other.fingerprint for other in others)}) == 4
 

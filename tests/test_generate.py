@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from _generate import EDIT, apart, command, contents, direct, held_out, here, ti
 from _sft_worker import ROOT, TRANSFORMER
 from _shards import restamp
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from idc.cli import main
 from idc.data.benchmark import read_items
@@ -26,7 +29,9 @@ from idc.data.output import OutputFolder
 from idc.data.sources import ShardSource
 from idc.data.video import decode_video, encode_video, probe
 from idc.errors import UserError
+from idc.models import weight_hashes
 from idc.models.baselines import VACE
+from idc.models.pipeline import IDCrafterPipeline
 from idc.models.sampling import to_uint8
 from idc.models.spec import IDBlocks, TransformerSpec
 from idc.models.toy_codec import CosineCodec
@@ -161,6 +166,67 @@ def test_videos_that_were_made_otherwise_are_noticed_and_replaced_only_on_reques
     assert f"1 of 8 videos there, such as {foreign}" in capsys.readouterr().err
     assert here(out, run, *held_out(toy_data), "--model.init_args.existing=replace") == 0
     assert contents(out) == contents(made)
+
+
+def test_weights_that_were_swapped_in_place_are_noticed_and_a_folder_that_moved_is_the_same(
+    run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """The files keep their names, sizes and times; the manifest tells the sizes of the model that is there."""
+    pipe, out = tmp_path / "pipe", tmp_path / "videos"
+    IDCrafterPipeline.from_run(run).save_pretrained(pipe)
+    stage = direct(out, pipe, toy_items(toy_data, limit=1))
+    recorded = json.loads((out / "manifest.json").read_text())["settings"]["model"]["transformer"]
+    assert stage.transformer.config["num_layers"] == 2
+    expected = {name: stage.transformer.config[name] for name in ("num_layers", "num_attention_heads", "ffn_dim")}
+    assert {name: recorded[name] for name in expected} == expected
+    shutil.copytree(pipe, tmp_path / "moved")
+    direct(out, tmp_path / "moved", toy_items(toy_data, limit=2))
+    before = videos(out)
+    assert len(before) == 2
+    file = pipe / "transformer" / "diffusion_pytorch_model.safetensors"
+    stat = file.stat()
+    save_file({name: value / 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+    with pytest.raises(UserError, match=r"2 of 3 videos .* made otherwise.*model\.weights\.files"):
+        direct(out, pipe, toy_items(toy_data, limit=3))
+    assert videos(out) == before
+
+
+def test_a_large_files_hash_is_kept_on_disk_and_follows_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of another process: what this one knows is forgotten. The file's times are two hours old, but for the inode's
+    change time, which nobody can set; so the clock goes forward."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(weight_hashes, "_PERSISTED_BYTES", 1000)
+    now, reads = time.time(), []
+    monkeypatch.setattr(weight_hashes.time, "time", lambda: now + 60)
+    plain = weight_hashes._read
+    monkeypatch.setattr(weight_hashes, "_read", lambda path: reads.append(path) or plain(path))
+    file = tmp_path / "large.safetensors"
+
+    def found() -> str:
+        weight_hashes._known.clear()
+        return weight_hashes.content_hash(file)
+
+    file.write_bytes(bytes(2000))
+    first = found()
+    assert [found(), weight_hashes.content_hash(file), len(reads)] == [first, first, 1]
+    (record,) = tmp_path.glob("cache/idc/hashes/*.json")
+    record.write_text(record.read_text()[:20])  # cut short
+    assert [found(), found(), len(reads)] == [first, first, 2]
+    stat = file.stat()
+    file.write_bytes(b"\1" * 2000)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert found() != first
+    monkeypatch.setattr(weight_hashes.time, "time", lambda: file.stat().st_ctime)  # too fresh to be trusted
+    record.unlink()
+    reads.clear()
+    assert [found(), weight_hashes.content_hash(file)] == [weight_hashes.content_hash(file)] * 2
+    assert len(reads) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file / "no folder"))
+    assert len(found()) == 64
 
 
 def test_a_second_run_into_the_same_folder_is_refused(made: Path, run: Path, toy_data: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from idc.errors import UserError, nearest
+from idc.models.weight_hashes import content_hash
 
 _T = TypeVar("_T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -165,12 +166,21 @@ def check_width(path: str, dim: int, found: int) -> None:
         raise UserError(f"dim={dim}: the weights of {path!r} are {found} wide; set dim to {found}")
 
 
+def weights_config(path: str, subfolder: str = "") -> dict[str, Any] | None:
+    """The config.json of a local folder without what says where it was saved from; None for a hub id."""
+    file = Path(path).expanduser() / subfolder / "config.json"
+    if not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    return config
+
+
 def weights_identity(path: str, subfolder: str = "") -> dict[str, Any]:
-    """Path, config and the names and sizes of the weight files: what tells two sets of weights apart without reading
-    them. For a hub id, or a path that is not there yet, the path alone."""
-    folder = Path(path).expanduser() / subfolder
-    identity: dict[str, Any] = {"path": path, "subfolder": subfolder}
-    if (folder / "config.json").is_file():
-        identity["config"] = json.loads((folder / "config.json").read_text())
-        identity["files"] = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
-    return identity
+    """What tells two sets of weights apart: config, and names and hashes of the weight files. Where they lie is no part
+    of it, so a folder may move. For a hub id, or a path that is not there yet, the path alone."""
+    config = weights_config(path, subfolder)
+    if config is None:
+        return {"path": path, "subfolder": subfolder}
+    files = sorted((Path(path).expanduser() / subfolder).glob("*.safetensors"))
+    return {"config": config, "files": [[file.name, content_hash(file)] for file in files]}

@@ -16,7 +16,7 @@ from idc.models.checkpoints import Checkpoint, Which, find_checkpoint, load_weig
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
 from idc.models.conditioning import Encoders
-from idc.models.frozen import weights_identity
+from idc.models.frozen import weights_config, weights_identity
 from idc.models.sampling import Sampling
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder
 from idc.models.shipped import resolve_shipped
@@ -67,9 +67,13 @@ class System:
         if weights is None and self.spec.pretrained is not None:
             weights = weights_identity(self.spec.pretrained, self.spec.subfolder)
         settings = {f.name: getattr(self.spec, f.name) for f in fields(self.spec) if f.name not in _SPEED}
+        if self.spec.pretrained is not None:  # what it was saved with wins over the spec's sizes
+            own = weights_config(self.spec.pretrained, self.spec.subfolder) or {}
+            settings = {name: value for name, value in settings.items() if name not in _SIZES}
+            settings |= {name: own[name] for name in _SIZES if name in own}
         return {
             "weights": weights,
-            "which": self.which,
+            "which": self.which if self.checkpoint else None,
             "transformer": {**settings, "id_blocks": asdict(self.spec.id_blocks)},
             "encoders": {name: part.fingerprint for name, part in encoders.items() if part is not None},
         }
@@ -93,6 +97,10 @@ class System:
 
 
 _SPEED = ("pretrained", "subfolder", "id_blocks", "gradient_checkpointing", "init_seed")
+_SIZES = (
+    *("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim"),
+    *("patch_size", "freq_dim", "in_channels"),
+)
 
 
 def open_system(value: str | Path | None, given: Parts | None = None, which: Which = "ema") -> System:

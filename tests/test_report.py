@@ -354,7 +354,7 @@ def test_rows_and_metrics_can_be_said_by_hand(tmp_path, capsys):
     arguments = ["--row", f"2:no_vlm_encoder={run}", "--metric", "video_quality=sharpness", "--resamples", "50"]
     assert main(["report", "--table", "2", *arguments]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"w/o VLM Encoder \| 50.00%.*\| 50.00% \\\[", out)
+    assert re.search(r"w/o VLM Encoder \| 50.00%.*\| 50.00%<sup>\w</sup> \\\[", out)
     assert "Column Video Quality reads sharpness." in out
 
 

@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from idc.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from idc.report.measure import Measured
 
 EPILOG = """\
 A run folder is the `out` of idc evaluate. Its `system` says which rows it fills; case and punctuation do not matter:
@@ -50,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--protocol", help="take the runs of this protocol only")
     add("--domain", default="open", help="open: all items; single: one reference; human: one person (default: open)")
     add("--row", action="append", default=[], metavar="NAME=RUN", help="which run fills a row; may be repeated")
+    add("--common", action="store_true", help="count only the items that all runs have")
     add("--metric", action="append", default=[], metavar="COLUMN=METRIC", help="read a column from another metric")
     add("--with-published", action="store_true", help="the paper's printed figures beside ours, labelled")
     add("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap (default: {RESAMPLES})")
@@ -66,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from idc.report.measure import Measured
     from idc.report.render import FORMATS
     from idc.report.tables import Assignment, check_one_protocol, fill
 
@@ -85,6 +89,8 @@ def _report(arguments: argparse.Namespace) -> int:
         if measured not in kept:
             info = measured.run.info
             print(f"idc report: {measured.run.path} left out: protocol {info.protocol}", file=sys.stderr)
+    if arguments.common:
+        _keep_common(kept)
     named = {name: by_path[Path(path).resolve()] for name, path in rows.items()}
     assignment = Assignment({name: measured for name, measured in named.items() if measured in kept})
     tables = [fill(layout, kept, assignment, arguments.domain, arguments.with_published) for layout in layouts]
@@ -110,6 +116,12 @@ def _report(arguments: argparse.Namespace) -> int:
         )
         print(f"page -> {page}")
     return 0
+
+
+def _keep_common(runs: Sequence[Measured]) -> None:
+    common = set.intersection(*(set(first.shared_items(other)) for first in runs[:1] for other in runs)) if runs else ()
+    for measured in runs:
+        measured.keep(common)
 
 
 def _open_run(path: Path, by_path: dict, arguments: argparse.Namespace, renamed: dict[str, str]) -> None:

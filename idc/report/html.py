@@ -17,7 +17,7 @@ from idc.report.render import (
     provenance,
     shown,
 )
-from idc.report.tables import PRINTED, Line, Table
+from idc.report.tables import PRINTED, Line, Table, item_notes
 from idc.report.tracks import RATES
 
 MOST_IDS = 20  # named in a row of the table of failures
@@ -60,11 +60,11 @@ def measures_html(systems: Sequence[tuple[str, Measured]], metrics: Sequence[str
     heads = _head("System", "text")
     heads += "".join(_head(escape(titles[key])) for key in titles)
     rows = []
-    for name, measured in systems:
-        line = Line(name, "", (), (), (), measured)
-        cells = [(measured.cell(key), Column(key, titles[key])) for key in titles]
+    for (name, measured), other in zip(systems, item_notes([measured for _, measured in systems]), strict=True):
+        line = Line(name, "", (), (), (), measured, notes=other)
+        cells = [(_measure(measured, key), Column(key, titles[key])) for key in titles]
         body = "".join(_cell_html(cell, column, None, line, notes) for cell, column in cells)
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{body}</tr>')
+        rows.append(f"<tr>{_row_head(line, notes)}{body}</tr>")
     below = "".join(f"<li><sup>{mark}</sup> {escape(text)}</li>" for mark, text in notes.lines())
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="All measures">'
@@ -119,13 +119,22 @@ def _head(title: str, kind: str = "") -> str:
 
 
 def _row_html(table: Table, line: Line, notes: Notes) -> str:
-    cells = [f'<th scope="row">{escape(line.title)}</th>']
+    cells = [_row_head(line, notes)]
     for cell, column, change in zip(line.cells, table.columns, line.changes, strict=True):
         cells.append(_cell_html(cell, column, change, line, notes))
     for text, note, column in printed_cells(table, line):
         mark = f"<sup>{notes.mark(printed_note(note))}</sup>" if note else ""
         cells.append(f'<td class="printed" data-value="{escape(text)}">{printed_number(text, column)}{mark}</td>')
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _row_head(line: Line, notes: Notes) -> str:
+    marks = notes.marks(line.notes)
+    return f'<th scope="row">{escape(line.title)}{f"<sup>{marks}</sup>" if marks else ""}</th>'
+
+
+def _measure(measured: Measured, key: str) -> Cell:
+    return measured.cell(key) if key == "total" else measured.measure(key)
 
 
 def _cell_html(cell: Cell | None, column: Column, change: float | None, line: Line, notes: Notes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -31,6 +31,8 @@ DERIVED: dict[str, Callable[[Result], float | None]] = {
 }
 # The toy world has scorers of its own, exact ones, and so its tables have a protocol of their own.
 TOY = {"facesim": "toy_identity", "total": "toy"}
+FEWER = "over fewer videos than expected: what has no score, or one that the protocol leaves out, is in no mean"
+FEWER_PARTS = "a part of it is a mean over fewer videos than expected"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Cell:
         scored, expected: videos with a score, and videos that should have one. For a total: videos that miss no score.
         reason: why the cell is blank.
         shared: networks that judge here and that rewarded the system in training.
+        notes: what else a reader must know before comparing it with the cells above and below.
     """
 
     value: float | None
@@ -52,6 +55,7 @@ class Cell:
     expected: int = 0
     reason: str = ""
     shared: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Measured:
@@ -78,7 +82,6 @@ class Measured:
     ) -> None:
         self.run, self.domain = run, domain
         self.resamples, self.seed, self.level = resamples, seed, level
-        self.renamed = (TOY if run.info.protocol == "toy" else {}) | (renamed or {})
         if domain not in DOMAINS:
             raise UserError(f"--domain {domain}: no such domain{nearest(domain, DOMAINS)}")
         categories = CATEGORIES[domain]
@@ -87,10 +90,53 @@ class Measured:
         if not self.ids:
             names = ", ".join(sorted(set(run.info.items.values()) - {""})) or "none"
             raise UserError(f"{run.path}: no item of the domain {domain!r}; its categories are {names}")
+        self.common = False
+        self.renamed = (self._toy_columns() if run.info.protocol == "toy" else {}) | (renamed or {})
 
-    def cell(self, key: str) -> Cell:
-        """The cell of a column: "total" or a metric."""
-        return self.total if self.renamed.get(key, key) == "total" else self._mean(key)
+    def _toy_columns(self) -> dict[str, str]:
+        """The toy world's scorers in place of a column's own metric, unless only that one was measured."""
+        return {key: toy for key, toy in TOY.items() if self._looked_at(toy) or not self._looked_at(key)}
+
+    def _looked_at(self, metric: str) -> bool:
+        found = (self.run.results.get((id, metric)) for id in self.ids)
+        return any(result is not None and result.applies for result in found)
+
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """Each counted item with what it asks for, "" where no result says."""
+        asked = {id: result.prompt for (id, _), result in self.run.results.items() if result.prompt}
+        return {id: asked.get(id, "") for id in self.ids}
+
+    def shared_items(self, other: Measured) -> list[str]:
+        """The items that both runs were asked for: equal ids, and no prompts that differ."""
+        theirs = other.prompts
+        return [
+            id for id, prompt in self.prompts.items() if id in theirs and (not prompt or theirs[id] in ("", prompt))
+        ]
+
+    def keep(self, ids: Collection[str]) -> None:
+        """Count these items only, which all runs of a table share.
+
+        Raises:
+            UserError: if none would be left.
+        """
+        kept = [id for id in self.ids if id in ids]
+        if not kept:
+            raise UserError(f"--common: {self.run.path} shares none of its {len(self.ids)} items with all other runs")
+        self.ids, self.common = kept, True
+        for name in ("total", "prompts"):
+            self.__dict__.pop(name, None)
+
+    def cell(self, column: str) -> Cell:
+        """The cell of a table's column: "total" or a metric, or the one that is read in its place (`renamed`)."""
+        return self.total if self.renamed.get(column, column) == "total" else self._mean(self._read(column))
+
+    def measure(self, key: str) -> Cell:
+        """The cell of a metric under its own name, whatever the tables' columns read."""
+        return self._mean(key)
+
+    def _read(self, column: str) -> str:
+        return self.renamed.get(column, column)
 
     @cached_property
     def total(self) -> Cell:
@@ -99,18 +145,19 @@ class Measured:
             parts = weights(self.run.info.protocol, self.domain)
         except UserError as error:
             return Cell(None, reason=str(error), expected=len(self.ids))
-        cells = {key: self._mean(key) for key in parts}
+        cells = {key: self._mean(self._read(key)) for key in parts}
         missing = [f"{key} ({cell.reason})" for key, cell in cells.items() if cell.value is None]
         if missing:
             return Cell(None, reason="no total without " + ", ".join(missing), expected=len(self.ids))
-        values_VM = np.stack([self._values(key)[0] for key in parts], axis=1)
-        applies_VM = np.stack([self._values(key)[1] for key in parts], axis=1)
+        values_VM = np.stack([self._values(self._read(key))[0] for key in parts], axis=1)
+        applies_VM = np.stack([self._values(self._read(key))[1] for key in parts], axis=1)
         weight_M = np.array(list(parts.values()))
         value = math.fsum(parts[key] * (cell.value or 0.0) for key, cell in cells.items())
         span = self._interval(resampled_means(values_VM, self.resamples, self.seed) @ weight_M, values_VM)
         scored = int((~np.isnan(values_VM) | ~applies_VM).all(axis=1).sum())
         shared = tuple(dict.fromkeys(model for cell in cells.values() for model in cell.shared))
-        return Cell(value, *span, scored, len(self.ids), shared=shared)
+        notes = (FEWER_PARTS,) if scored < len(self.ids) else ()
+        return Cell(value, *span, scored, len(self.ids), shared=shared, notes=notes)
 
     def shared_models(self, metric: str) -> tuple[str, ...]:
         """Networks of a metric that the system was rewarded by."""
@@ -118,8 +165,7 @@ class Measured:
         return tuple(model for model in self.run.info.metrics.get(metric, {}).get("models", ()) if model in rewards)
 
     def metric(self, key: str) -> str:
-        """The metric whose results a column reads."""
-        key = self.renamed.get(key, key)
+        """The metric whose results `key` stands for, which may be derived from its details."""
         return (self.tracker or TRACKERS[0]) if key in DERIVED else key
 
     @property
@@ -130,10 +176,10 @@ class Measured:
     def value(self, result: Result, key: str) -> float | None:
         """What one video adds to a column's mean, as a fraction: the protocol's, else of the metric's bounds.
 
-        The column `key` may be derived from the metric's details; a failed result adds nothing, and neither does a
+        `key` may be derived from the metric's details; a failed result adds nothing, and neither does a
         NexusScore of exactly 0 in the benchmark's own protocols, which leave it out of the mean.
         """
-        key, protocol = self.renamed.get(key, key), self.run.info.protocol
+        protocol = self.run.info.protocol
         if result.value is None:
             return None
         if key in DERIVED:
@@ -159,7 +205,8 @@ class Measured:
         means = resampled_means(values[:, None], self.resamples, self.seed)[:, 0]
         mean = math.fsum(values[~np.isnan(values)]) / scored
         span = self._interval(means, values[:, None])
-        return Cell(mean, *span, scored, expected, shared=self.shared_models(metric))
+        notes = (FEWER,) if scored < expected else ()
+        return Cell(mean, *span, scored, expected, shared=self.shared_models(metric), notes=notes)
 
     def _values(self, key: str) -> tuple[Floats, np.ndarray]:
         """Per video: its score (NaN without one), and whether one is expected."""

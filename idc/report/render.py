@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -32,6 +32,10 @@ class Notes:
             place, rest = divmod(place - 1, 26)
             letters = chr(ord("a") + rest) + letters
         return letters
+
+    def marks(self, texts: Iterable[str]) -> str:
+        """The marks of several notes."""
+        return ",".join(map(self.mark, texts))
 
     def dagger(self, system: str, models: tuple[str, ...]) -> str:
         self.shared.setdefault(system, set()).update(models)
@@ -68,7 +72,7 @@ def shown(cell: Cell | None, column: Column, change: float | None, line: Line, n
     if cell.low is not None and cell.high is not None:
         span = f"[{number(cell.low, column)}, {number(cell.high, column)}]"
     moved = "" if change is None else f"{'↑' if change >= 0 else '↓'}{abs(change):.1%}"
-    marks = notes.dagger(system, cell.shared) if cell.shared else ""
+    marks = (notes.dagger(system, cell.shared) if cell.shared else "") + notes.marks(cell.notes)
     unit = "%" if column.unit == PERCENT else ""
     return Shown(number(cell.value, column) + unit, span, f"{cell.scored}/{cell.expected}", moved, marks)
 
@@ -122,7 +126,8 @@ def markdown(table: Table) -> str:
 
 
 def _markdown_cells(table: Table, line: Line, notes: Notes) -> list[str]:
-    cells = [_markdown(line.title)]
+    marks = notes.marks(line.notes)
+    cells = [_markdown(line.title) + (f"<sup>{marks}</sup>" if marks else "")]
     for cell, column, change in zip(line.cells, table.columns, line.changes, strict=True):
         s = shown(cell, column, change, line, notes)
         mark = f"<sup>{s.marks}</sup>" if s.marks else ""
@@ -148,7 +153,7 @@ def _markdown(text: str) -> str:
 
 def csv_text(table: Table) -> str:
     """One row a line of the table, one column a number; per cent where the table prints it; blanks are empty."""
-    heads = ["table", "group", "row", "system", "run", "protocol", "domain", "commit"]
+    heads = ["table", "group", "row", "system", "run", "protocol", "domain", "commit", "row_note"]
     for column in table.columns:
         unit = "_percent" if column.unit == PERCENT else ""
         key = column.key + unit
@@ -168,13 +173,15 @@ def _csv_row(table: Table, line: Line) -> list[str]:
     run = line.measured.run if line.measured else None
     row = [table.layout.number, line.group, line.title]
     row += [run.info.system, str(run.path), run.info.protocol, table.domain, run.info.commit] if run else [""] * 5
+    row.append("; ".join(line.notes))
     for place, (cell, column) in enumerate(zip(line.cells, table.columns, strict=True)):
         scale = 100.0 if column.unit == PERCENT else 1.0
         if cell is None:
             row += [""] * 7
         else:
             row += ["" if x is None else f"{scale * x:.6g}" for x in (cell.value, cell.low, cell.high)]
-            row += [str(cell.scored), str(cell.expected), cell.reason, " ".join(cell.shared)]
+            said = "; ".join(filter(None, (cell.reason, *cell.notes)))
+            row += [str(cell.scored), str(cell.expected), said, " ".join(cell.shared)]
         if table.layout.changes:
             change = line.changes[place]
             row.append("" if change is None else f"{100 * change:.6g}")
@@ -247,7 +254,8 @@ def latex(table: Table) -> str:
 
 
 def _latex_cells(table: Table, line: Line, notes: Notes) -> list[str]:
-    cells = [_latex(line.title)]
+    marks = notes.marks(line.notes)
+    cells = [_latex(line.title) + (rf"\textsuperscript{{{_latex(marks)}}}" if marks else "")]
     for cell, column, change in zip(line.cells, table.columns, line.changes, strict=True):
         s = shown(cell, column, change, line, notes)
         top = _latex(s.value) + (rf"\textsuperscript{{{_latex(s.marks)}}}" if s.marks else "")

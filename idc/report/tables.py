@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from idc.errors import UserError, nearest
 from idc.metrics.total import total_score
@@ -19,7 +19,10 @@ ROUNDING = 0.0125
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a filled table. `cells` and `printed` follow the table's columns; None and "" are blanks."""
+    """A row of a filled table. `cells` and `printed` follow the table's columns; None and "" are blanks.
+
+    `notes` are of the row as a whole: that it stands on other items than the rest.
+    """
 
     title: str
     group: str
@@ -28,6 +31,7 @@ class Line:
     printed: tuple[str, ...]
     measured: Measured | None = None
     printed_notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,14 @@ class Table:
         printed = f' Columns "{PRINTED}" are the paper\'s own figures, not ours.' if self.with_published else ""
         if printed and self.protocol not in ("", "paper", "opens2v-1.0"):
             printed += f" They are of protocol paper and do not compare with {self.protocol}."
-        renamed = next((line.measured.renamed for line in self.lines if line.measured), {})
-        reads = "".join(f" Column {c.title} reads {renamed[c.key]}." for c in self.columns if c.key in renamed)
-        return f"{self.layout.caption}{protocol}{reads}{spans}{commit}{printed}"
+        reads = "".join(
+            f" Column {c.title} reads {' or '.join(names)}."
+            for c in self.columns
+            if (names := _reads(self.lines, c)) not in ([], [c.key])
+        )
+        common = next((len(line.measured.ids) for line in self.lines if line.measured and line.measured.common), None)
+        items = "" if common is None else f" Over the {common} items that all runs share."
+        return f"{self.layout.caption}{protocol}{items}{reads}{spans}{commit}{printed}"
 
 
 @dataclass(frozen=True)
@@ -136,8 +145,47 @@ def fill(
         blank = ("",) * len(columns) if with_published else ()
         line = _line(columns, _title(layout, measured), FURTHER, measured, None)
         lines.append(Line(line.title, FURTHER, line.cells, line.changes, blank, measured, blank))
+    lines = _with_notes(lines, columns)
     level = runs[0].level if runs else 0.95
     return Table(layout, columns, tuple(lines), protocol, domain, with_published, level)
+
+
+def item_notes(runs: Sequence[Measured | None]) -> list[tuple[str, ...]]:
+    """For each run, a note where its items are not those that most of the runs stand on (of equals, the first)."""
+    there = list({id(run): run for run in runs if run is not None}.values())
+    alike = {id(run): sum(_same_items(run, other) for other in there) for run in there}
+    usual = max(there, key=lambda run: alike[id(run)], default=None)
+    notes: list[tuple[str, ...]] = []
+    for run in runs:
+        if run is None or usual is None or _same_items(run, usual):
+            notes.append(())
+        else:
+            shared, own = len(run.shared_items(usual)), len(run.ids)
+            notes.append((f"other items than {usual.run.info.system}: {shared} shared of {own}; not to be compared",))
+    return notes
+
+
+def _same_items(run: Measured, other: Measured) -> bool:
+    return len(run.ids) == len(other.ids) == len(run.shared_items(other))
+
+
+def _with_notes(lines: Sequence[Line], columns: Sequence[Column]) -> list[Line]:
+    """The lines with what forbids to compare one with the next: other items, or another metric in the column."""
+    noted = []
+    mixed = [len(_reads(lines, column)) > 1 for column in columns]
+    for line, notes in zip(lines, item_notes([line.measured for line in lines]), strict=True):
+        cells = list(line.cells)
+        for place, (cell, column) in enumerate(zip(line.cells, columns, strict=True)):
+            if mixed[place] and cell is not None and line.measured is not None:
+                read = line.measured.renamed.get(column.key, column.key)
+                cells[place] = replace(cell, notes=(f"reads {read}", *cell.notes))
+        noted.append(replace(line, cells=tuple(cells), notes=notes))
+    return noted
+
+
+def _reads(lines: Sequence[Line], column: Column) -> list[str]:
+    """The metrics that the runs of a table show in one column."""
+    return sorted({line.measured.renamed.get(column.key, column.key) for line in lines if line.measured})
 
 
 def choose(layout: Layout, runs: Sequence[Measured], named: Assignment) -> Chosen:

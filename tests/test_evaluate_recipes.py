@@ -19,6 +19,7 @@ from idc.data.video import encode_video
 from idc.errors import UserError
 from idc.lightning_cli import CLI, Parser
 from idc.metrics.base import VideoMetric
+from idc.metrics.facesim import FaceSim
 from idc.metrics.results import read_run
 from idc.metrics.total import required
 from idc.stages.evaluate import Evaluate
@@ -59,6 +60,8 @@ def test_a_protocol_has_what_its_total_is_made_of(path: Path) -> None:
     names = {metric.name for metric in stage.metrics}
     assert set(required(path.stem, "open")) <= names
     assert len(names) == len(stage.metrics)
+    faces = {metric.name: metric.faces.name for metric in stage.metrics if isinstance(metric, FaceSim)}
+    assert faces == {"facesim": "cur"} | ({"facesim_arc": "arc"} if path.stem.startswith("opens2v") else {})
     assert all(isinstance(metric, VideoMetric) and metric.models for metric in stage.metrics)
     assert json.loads(json.dumps(stage.scorer.settings)) == stage.scorer.settings
     assert made(path, args=("--model.init_args.videos", "y")).scorer.configs == stage.scorer.configs

@@ -12,6 +12,7 @@ from _people import FACES, crop, cyclist, driver, largest, photos, retaken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idc.errors import UserError
 from idc.metrics.base import Clip, Reference
 from idc.metrics.facesim import (
     CATEGORIES,
@@ -23,6 +24,8 @@ from idc.metrics.facesim import (
     mean_similarity,
 )
 from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, Picture, unit
+from idc.report.layout import metric_title
+from idc.stages.scoring import Scorer
 
 BLANK = np.full((48, 64, 3), 90, np.uint8)
 
@@ -65,6 +68,17 @@ def test_clips_score_by_who_is_in_them(people):
     other = [value for (shown, asked), value in scores.items() if shown != asked]
     assert min(same) > 0.6
     assert max(other) < 0.3
+
+
+def test_a_second_figure_has_a_name_of_its_own_and_stands_in_the_same_run(tmp_path):
+    both = FaceSim(FACES), FaceSim(FACES, variant="arc")
+    assert [metric.name for metric in both] == ["facesim", "facesim_arc"]
+    assert [metric.clone().name for metric in both] == ["facesim", "facesim_arc"]
+    assert set(Scorer(both, tmp_path).configs) == {"facesim", "facesim_arc"}
+    assert metric_title("facesim_arc") == "FaceSim (arc)"
+    assert metric_title("facesim") == "FaceSim"
+    with pytest.raises(UserError, match=r"variant='Arc 2': must be lower-case letters"):
+        FaceSim(FACES, variant="Arc 2")
 
 
 class Scripted(FaceBackend):

@@ -134,6 +134,14 @@ def test_nothing_in_gives_no_mean_and_reset_goes_back_to_it(case):
         case.metric.reset()
 
 
+def test_counts_read_alike(case):
+    """Both are plain integers, also after a copy, and `expected` is no state that a user could overwrite."""
+    case.metric.update([*case.scores, Score.failed("no reason")])
+    for metric in case.metric, case.metric.clone(), pickle.loads(pickle.dumps(case.metric)):
+        assert (type(metric.scored), type(metric.expected)) == (int, int)
+        assert f"{metric.scored} / {metric.expected}" == "4 / 5"
+
+
 def test_a_failure_is_expected_and_not_scored(case):
     case.metric.update(case.scores)
     make = EXAMPLES[case.name].failing

@@ -108,9 +108,12 @@ def test_bad_input_is_named_with_the_rule():
         total_score(scores | {"facesim": 58.12}, protocol="paper")
     with pytest.raises(UserError, match=r"naturalscore=-0.2: .*normalise"):
         total_score(scores | {"naturalscore": -0.2}, protocol="paper")
-    for nothing in (None, math.nan):
-        with pytest.raises(UserError, match=r"no total: facesim missing.*needs aesthetics"):
-            total_score(scores | {"facesim": nothing}, protocol="paper")
+    with pytest.raises(UserError, match=r"no total: facesim missing; .*needs aesthetics"):
+        total_score(scores | {"facesim": None}, protocol="paper")
+    with pytest.raises(UserError, match=r"no total: facesim is NaN, not a score; .*needs aesthetics"):
+        total_score(scores | {"facesim": math.nan}, protocol="paper")
+    with pytest.raises(UserError, match=r"no total: facesim missing; aesthetics, gmescore are NaN, not a score; "):
+        total_score(scores | {"facesim": None, "gmescore": math.nan, "aesthetics": math.nan}, protocol="paper")
     with pytest.raises(UserError, match="aesthetics, motion_amplitude, facesim"):
         total_score({}, protocol="paper")
     with pytest.raises(UserError, match="aesthetics=nan"):

@@ -17,7 +17,7 @@ from idc.data import storage
 from idc.errors import UserError, nearest
 
 ITEMS = "items.jsonl"
-KINDS = ("face", "human", "object", "background")  # of references, as in idc.metrics.base
+KINDS = ("face", "human", "object", "background")  # of references
 RECORD = ("img_paths", "prompt", "class_label", "synthesis_flag")  # keys of an OpenS2V-Eval record
 # Parts of a reference's path that tell what it shows: the benchmark's own rule for people, and names for places.
 PATH_KINDS = {

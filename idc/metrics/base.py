@@ -21,8 +21,6 @@ from torchmetrics import Metric
 
 from idc.errors import UserError
 
-KINDS = ("face", "human", "object", "background")
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -31,7 +29,7 @@ class Reference:
     Attributes:
         image_HWC: RGB uint8 `[H, W, 3]`.
         name: what it shows in a word or two (the benchmark's class label).
-        kind: "face", "human", "object" or "background"; a "human" shows more than the face.
+        kind: of `idc.data.benchmark.KINDS`; a "human" shows more than the face.
         mask_HW: bool `[H, W]`, True on the subject; None where there is none.
 
     Raises:
@@ -143,14 +141,14 @@ class VideoMetric(Metric):
     full_state_update = False
 
     values: list[Tensor]
-    expected: Tensor
+    asked: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # A rank without values joins the others with an empty tensor of the metric's own dtype: it must be theirs.
         self.set_dtype(torch.float64)
         self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.add_state("expected", default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("asked", default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load the networks that `score` needs; idempotent. One metric is loaded at a time, so that one card does.
@@ -183,7 +181,7 @@ class VideoMetric(Metric):
             if isinstance(item, Clip) and not self.applies(item):
                 continue
             score = item if isinstance(item, Score) else self.score(item)
-            self.expected += 1
+            self.asked += 1
             if score.value is not None:
                 self.values.append(torch.tensor([score.value], dtype=torch.float64, device=self.device))
 
@@ -194,8 +192,13 @@ class VideoMetric(Metric):
 
     @property
     def scored(self) -> int:
-        """How many clips have a score: on this rank, or on all of them within `sync_context()`, as `expected` is."""
+        """How many clips have a score: on this rank, or on all of them within `sync_context()`."""
         return len(self._all_values())
+
+    @property
+    def expected(self) -> int:
+        """How many clips should have a score, counted where `scored` is."""
+        return int(self.asked)
 
     def _all_values(self) -> list[float]:
         # After a sync over ranks the list is one tensor.

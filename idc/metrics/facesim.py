@@ -8,6 +8,7 @@ The rule is one for all three protocols: v1.0 and v1.1 share it and the paper's 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from idc.errors import UserError
 from idc.metrics.base import Clip, Reference, Score, VideoMetric, sampled
 from idc.models.faces import DetectedFace, Embedding, FaceBackend, Picture, YuNetSFace
 
@@ -47,9 +49,21 @@ class FaceSim(VideoMetric):
 
     name = "facesim"
 
-    def __init__(self, faces: FaceBackend | None = None) -> None:
-        """`faces`: finds and tells apart faces; the offline YuNet and SFace where None."""
+    def __init__(self, faces: FaceBackend | None = None, variant: str = "") -> None:
+        """
+        Args:
+            faces: finds and tells apart faces; the offline YuNet and SFace where None.
+            variant: for a second figure beside the one that enters the total: its results go by
+                "facesim_<variant>", such as the benchmark's "facesim_arc".
+
+        Raises:
+            UserError: for a variant that is no word of lower-case letters, digits and "_".
+        """
         super().__init__()
+        if variant:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", variant):
+                raise UserError(f"variant={variant!r}: must be lower-case letters, digits and '_', such as 'arc'")
+            self.name = f"{type(self).name}_{variant}"  # type: ignore[misc]
         self.faces = YuNetSFace() if faces is None else faces
         self.models = self.faces.models
 

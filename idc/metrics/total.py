@@ -126,8 +126,8 @@ def total_score(scores: Mapping[str, float | None], *, protocol: str, domain: st
         domain: "open" (180 items), "single" (90) or "human" (60).
 
     Raises:
-        UserError: for an unknown metric, protocol or domain, a weighted score that is missing or None (a total of
-            part of the metrics would look like a low total), or one outside [0, 1] (percent?).
+        UserError: for an unknown metric, protocol or domain, a weighted score that is missing, None or NaN (a total
+            of part of the metrics would look like a low total), or one outside [0, 1] (percent?).
 
     >>> vidu = {"aesthetics": 0.4147, "motion_amplitude": 0.1352, "facesim": 0.3511}
     >>> vidu |= {"gmescore": 0.6757, "nexusscore": 0.4355, "naturalscore": 0.7144}
@@ -138,10 +138,13 @@ def total_score(scores: Mapping[str, float | None], *, protocol: str, domain: st
     for name in scores:
         _check_name(name)
     values = {name: scores.get(name) for name in weighted}
-    missing = [name for name, value in values.items() if value is None or math.isnan(value)]
-    if missing:
+    missing = [name for name, value in values.items() if value is None]
+    failed = [name for name, value in values.items() if value is not None and math.isnan(value)]
+    if missing or failed:
+        faults = [f"{', '.join(missing)} missing"] if missing else []
+        faults += [f"{', '.join(failed)} {'is' if len(failed) == 1 else 'are'} NaN, not a score"] if failed else []
         rule = f"protocol {protocol!r}, domain {domain!r} needs {', '.join(weighted)}"
-        raise UserError(f"no total: {', '.join(missing)} missing; {rule}")
+        raise UserError(f"no total: {'; '.join(faults)}; {rule}")
     total = 0.0
     for name, weight in weighted.items():
         value = values[name]

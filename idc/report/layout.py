@@ -226,4 +226,7 @@ LAYOUTS = {layout.number: layout for layout in (TABLE_1, TABLE_2, TABLE_3, TABLE
 def metric_title(name: str) -> str:
     """A metric's name as the tables head it."""
     titles = {column.key: column.title for layout in LAYOUTS.values() for column in layout.columns}
+    base = next((key for key in titles if name.startswith(f"{key}_")), "")
+    if name not in titles and base:  # a variant, such as "facesim_arc"
+        return f"{titles[base]} ({name.removeprefix(base + '_').replace('_', ' ')})"
     return titles.get(name, name.replace("_", " ").capitalize())

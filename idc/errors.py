@@ -10,10 +10,23 @@ class UserError(ValueError):
     """Bad input. The command line prints its message on one line and exits with status 2, without a traceback."""
 
 
+SHOWN = 20  # choices that an error message lists in full
+
+
 def nearest(value: object, choices: Iterable[object], n: int = 1) -> str:
-    """The closest choices to `value` by spelling, for an error message: `"; did you mean 'x'?"`, or all of them."""
+    """The closest choices to `value` by spelling, for an error message: `"; did you mean 'x'?"`, or all of them; of
+    more than 20, the first few and their number."""
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(value), names, n=n, cutoff=0.5)
     if close:
         return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
-    return "; choose from " + ", ".join(repr(name) for name in sorted(names)) if names else ""
+    if not names:
+        return ""
+    listed = sorted(names) if len(names) <= SHOWN else sorted(names)[:3]
+    more = f", ... ({len(names)} of them)" if len(names) > len(listed) else ""
+    return "; choose from " + ", ".join(map(repr, listed)) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 item", "2 items"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -178,7 +178,7 @@ def test_the_command_writes_a_report_that_other_programs_can_count_on(tmp_path: 
     store = Store(folder / "answers.sqlite", study)
     store.join("0" * 32)
     assert main(["study", "report", str(folder)]) == 2
-    assert "1 raters have joined, none has answered yet" in capsys.readouterr().err
+    assert "1 rater has joined, none has answered yet" in capsys.readouterr().err
     for question in store.session("0" * 32)["questions"]:
         store.record("0" * 32, question["id"], {c["key"]: "tie" for c in question["criteria"]}, 1, 4)
     # The store stays open: a study is reported on while it is served.
@@ -199,6 +199,14 @@ def test_the_command_writes_a_report_that_other_programs_can_count_on(tmp_path: 
     rows = list(csv.DictReader((out / "answers.csv").open()))
     assert len(rows) == len(store.answers())
     assert "0" * 32 not in (out / "answers.csv").read_text()  # the raters' keys stay secret
+    assert "1 rater joined, 1 answered" in text
+    assert main(command) == 3  # the only rater got no catch right
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        "idc study report: no answer counts, all tables are blank: 1 rater answered, all left out "
+        "(fewer than 75% of the catch answers right; --catch-pass sets it)"
+    ]
+    assert "**no answer counts" in (out / "report.md").read_text()
     assert main([*command, "--ours", "zebracraftr"]) == 2
     assert "did you mean 'zebracrafter'" in capsys.readouterr().err
     assert main([*command, "--catch-pass", "75"]) == 2

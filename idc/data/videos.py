@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from idc.data.benchmark import Item
 from idc.data.output import FAILURES
 from idc.data.video import VideoError, VideoInfo, iterate_video
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
 
 SUFFIX = ".mp4"
 OTHER_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".webm")
@@ -67,8 +67,8 @@ def find_videos(folder: str | Path, ids: Sequence[str]) -> VideoFolder:
         else:
             videos[path.stem] = path
     if ids and not videos:
-        found = f"{len(extra)} other videos, such as {next(iter(extra))}" if extra else "no video at all"
-        raise UserError(f"videos={folder}: none of the {len(ids)} items has its <id>{SUFFIX} here, but {found}")
+        found = f"{counted(len(extra), 'other video')}, such as {next(iter(extra))}" if extra else "no video at all"
+        raise UserError(f"videos={folder}: none of {counted(len(ids), 'item')} has its <id>{SUFFIX} here, but {found}")
     return VideoFolder(videos, extra, missing_reasons(folder))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
 
 if TYPE_CHECKING:
     from idc.report.measure import Measured
@@ -101,7 +101,7 @@ def _report(arguments: argparse.Namespace) -> int:
     for table in tables:
         for suffix, render in FORMATS.items():
             (arguments.out / f"{table.layout.slug}.{suffix}").write_text(render(table), encoding="utf-8")
-    print(f"{len(tables)} tables -> {arguments.out}")
+    print(f"{counted(len(tables), 'table')} -> {arguments.out}")
     if not arguments.no_page:
         from idc.report.page import write_page
 

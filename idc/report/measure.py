@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
 from idc.metrics.results import Result, Run
 from idc.metrics.total import DOMAINS, METRICS, PROTOCOLS, normalise, weights
 from idc.report.bootstrap import LEVEL, RESAMPLES, Floats, interval, resampled_means
@@ -122,7 +122,9 @@ class Measured:
         """
         kept = [id for id in self.ids if id in ids]
         if not kept:
-            raise UserError(f"--common: {self.run.path} shares none of its {len(self.ids)} items with all other runs")
+            raise UserError(
+                f"--common: {self.run.path} shares none of its {counted(len(self.ids), 'item')} with all other runs"
+            )
         self.ids, self.common = kept, True
         for name in ("total", "prompts"):
             self.__dict__.pop(name, None)

@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import Any
 
+from idc.errors import counted
 from idc.metrics.results import Run
 
 NAMED = 3  # ids named beside a reason; all of them are in the results
@@ -45,5 +46,5 @@ def complaints(run: Run) -> list[str]:
         for (metric, reason), ids in groups.items()
     ]
     if run.unscored:
-        lines.append(f"{run.unscored} scores are not there yet")
+        lines.append(f"{counted(run.unscored, 'score')} {'is' if run.unscored == 1 else 'are'} not there yet")
     return lines + [f"{problem.file}: {problem.reason}" for problem in run.info.problems]

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from idc.errors import UserError
+from idc.errors import UserError, counted
 
+INCOMPLETE = 3  # exit status: done, with something on record as left out
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -17,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `idc study` with the arguments after that word.
 
     Returns:
-        the exit status: 0, 1 where `build` had to leave something out, 2 for bad input (on stderr, no traceback).
+        the exit status: 0, 2 for bad input (on stderr, no traceback), 3 where it is done but `build` had to leave
+        something out or `report` had nobody's answers to count.
     """
     parser = argparse.ArgumentParser(prog="idc study", description="Ask people which videos are better.")
     add_arguments(parser)
@@ -100,13 +102,15 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     study = report.study
     comparisons = len(study.comparisons())
-    print(f"{len(study.items)} items, {len(study.systems)} systems, {comparisons} comparisons -> {arguments.out}")
+    sizes = (len(study.items), "item"), (len(study.systems), "system"), (comparisons, "comparison")
+    print(f"{', '.join(counted(*size) for size in sizes)} -> {arguments.out}")
     each = min(study.pairs, comparisons)
-    print(f"{each} for each rater; {-(-comparisons // each)} raters answer each comparison once")
+    raters = -(-comparisons // each)
+    print(f"{each} for each rater; {counted(raters, 'rater')} answer{'s' * (raters == 1)} each comparison once")
     for fault in report.faults:
         print(f"  LEFT OUT  {fault}", file=sys.stderr)
     print(f"next: idc study serve {arguments.out}")
-    return 1 if report.faults else 0
+    return INCOMPLETE if report.faults else 0
 
 
 def _parse_videos(values: Sequence[str]) -> dict[str, Path]:
@@ -149,17 +153,21 @@ def _serve(arguments: argparse.Namespace) -> int:
             server.serve_forever()
         except KeyboardInterrupt:
             joined, finished = server.store.counts()
-            print(f"\n{joined} raters have joined, {finished} finished; idc study report {arguments.study} tells more")
+            have = f"{counted(joined, 'rater')} {'has' if joined == 1 else 'have'} joined"
+            print(f"\n{have}, {finished} finished; idc study report {arguments.study} tells more")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from idc.study.analysis import AnalysisSettings
-    from idc.study.report import report_study
+    from idc.study.report import nothing_counts, report_study
 
     settings = AnalysisSettings(arguments.catch_pass, arguments.draws, arguments.seed)
     out = arguments.out or arguments.study / "report"
-    _, text = report_study(arguments.study, out, arguments.ours, settings)
+    analysis, text = report_study(arguments.study, out, arguments.ours, settings)
     print(text)
     print(f"-> {out}")
+    if why := nothing_counts(analysis):
+        print(f"idc study report: {why}", file=sys.stderr)
+        return INCOMPLETE
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from idc.errors import counted
 from idc.study.analysis import Analysis, CriterionResult, SystemResult
 
 WIDTH = 900
@@ -31,13 +32,14 @@ def draw_figure(analysis: Analysis, ours: str) -> str:
     top = TOP + 22 * legend_rows
     second = top + PANEL + GAP
     height = second + PANEL + 64
-    n_raters = analysis.raters.answered - len(analysis.raters.excluded)
+    raters = counted(analysis.raters.answered - len(analysis.raters.excluded), "rater")
+    who = f"{raters}, {counted(sum(r.answers for r in results), 'answer')}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="Human preference study">',
         f'<style>{STYLE}</style><rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         _text(LEFT, 30, "Human preference study", "t"),
-        _text(LEFT, 50, f"{n_raters} raters, {sum(r.answers for r in results)} answers; whiskers: 95% intervals", "s"),
+        _text(LEFT, 50, f"{who}; whiskers: 95% intervals", "s"),
         *_legend(order),
         *_panel(results, order, top, best=has_best),
         *_outcomes(results, order, second),
@@ -120,7 +122,7 @@ def _names(results: Sequence[CriterionResult], top: float) -> Iterator[str]:
     for slot, result in enumerate(results):
         x = LEFT + room * (slot + 0.5)
         yield _text(x, top + PANEL + 22, result.title, "", "middle")
-        yield _text(x, top + PANEL + 38, f"{result.answers} answers", "s", "middle")
+        yield _text(x, top + PANEL + 38, counted(result.answers, "answer"), "s", "middle")
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:

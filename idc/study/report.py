@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
 from idc.study.agreement import Agreement, Interval, Share
 from idc.study.analysis import Analysis, AnalysisSettings, CriterionResult, analyse
 from idc.study.figure import draw_figure
@@ -47,7 +47,8 @@ def report_study(
     with closing(Store(folder / ANSWERS, study)) as store:
         answers, (joined, finished) = store.answers(), store.counts()
     if not answers:
-        raise UserError(f"{folder}: {joined} raters have joined, none has answered yet")
+        have = f"{counted(joined, 'rater')} {'has' if joined == 1 else 'have'} joined"
+        raise UserError(f"{folder}: {have}, none has answered yet")
     analysis = analyse(study, answers, joined, finished, settings)
     text = markdown(study, analysis, ours)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,13 @@ def report_study(
 def markdown(study: Study, analysis: Analysis, ours: str) -> str:
     """The report as Markdown."""
     everyone = {result.criterion: result for result in analysis.everyone}
-    parts = [f"# {study.title}", *_raters(analysis), "![shares of preference](figure.svg)"]
+    nothing = nothing_counts(analysis)
+    parts = [
+        f"# {study.title}",
+        f"**{nothing}.**" if nothing else "",
+        *_raters(analysis),
+        "![shares of preference](figure.svg)",
+    ]
     for result in analysis.criteria:
         parts += [f"## {result.title}", _systems_table(result, everyone[result.criterion], analysis), _note(result)]
         parts += [_head_to_head(result, ours), f"Agreement of raters: {_agreement(result.agreement)}."]
@@ -76,11 +83,23 @@ def markdown(study: Study, analysis: Analysis, ours: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def nothing_counts(analysis: Analysis) -> str:
+    """Why all tables are blank, or "" where they are not."""
+    if any(result.answers for result in analysis.criteria):
+        return ""
+    left_out, raters = len(analysis.raters.excluded), counted(analysis.raters.answered, "rater")
+    if left_out == analysis.raters.answered:
+        rule = f"fewer than {analysis.settings.catch_pass:.0%} of the catch answers right"
+        return f"no answer counts, all tables are blank: {raters} answered, all left out ({rule}; --catch-pass sets it)"
+    skipped = "those who were kept skipped all that they compared, or compared nothing"
+    return f"no answer counts, all tables are blank: {raters} answered, {left_out} left out; {skipped}"
+
+
 def _raters(analysis: Analysis) -> list[str]:
     raters, consistency = analysis.raters, analysis.consistency
     excluded = "; ".join(f"rater {r}: {s.hits} of {s.count} right" for r, s in raters.excluded.items())
     lines = [
-        f"{raters.joined} raters joined, {raters.answered} answered, {raters.finished} finished.",
+        f"{counted(raters.joined, 'rater')} joined, {raters.answered} answered, {raters.finished} finished.",
         f"{len(raters.excluded)} left out, for less than {analysis.settings.catch_pass:.0%} of their catch answers "
         f"right{f' ({excluded})' if excluded else ''}; {raters.unchecked} kept without an answered catch question.",
         f"Catch answers right, of all raters: {_share(analysis.catches)}.",
@@ -92,7 +111,7 @@ def _raters(analysis: Analysis) -> list[str]:
     if analysis.median_seconds is not None:
         lines.append(f"Median time on a question: {analysis.median_seconds:.0f} s.")
     if analysis.skipped:
-        lines.append(f"{analysis.skipped} questions skipped because the videos did not play.")
+        lines.append(f"{counted(analysis.skipped, 'question')} skipped because the videos did not play.")
     return ["\n".join(f"- {line}" for line in lines)]
 
 
@@ -224,5 +243,6 @@ def _agreement(agreement: Agreement) -> str:
     if agreement.alpha is None:
         why = "all answers are the same" if agreement.units else "no comparison was answered by two raters"
         return f"alpha not defined ({why})"
-    of = f"{agreement.units} comparisons answered by two raters or more, {agreement.values} answers"
+    units = counted(agreement.units, "comparison")
+    of = f"{units} answered by two raters or more, {counted(agreement.values, 'answer')}"
     return f"alpha {_number(agreement.alpha, agreement.interval)} ({of})"

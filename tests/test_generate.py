@@ -256,17 +256,20 @@ def test_an_item_that_fails_is_recorded_with_its_reason_and_the_others_are_made(
         "multiobject_1": ["red.png"] * 5,
         "multiobject_2": ["red.png"] * 4,
         "singleobj_4": [],
+        "singleobj_5": [],
     }
     benchmark = {
         name: {"img_paths": paths, "prompt": "a red ball", "class_label": ["ball"] * len(paths), "synthesis_flag": "0"}
         for name, paths in records.items()
     }
+    benchmark["singleobj_5"]["prompt"] = " "
     (tmp_path / "eval.json").write_text(json.dumps(benchmark))
     items = ["--data.init_args.items", f"{{class_path: Benchmark, init_args: {{path: {tmp_path}/eval.json}}}}"]
     out = tmp_path / "videos"
     assert here(out, run, *items) == 3
     found = failures(out)
-    assert list(found) == ["singleobj_2", "singleobj_3", "multiobject_1"]
+    assert list(found) == ["singleobj_2", "singleobj_3", "multiobject_1", "singleobj_5"]
+    assert "neither a prompt nor a reference" in found["singleobj_5"]
     assert "missing.png: no such file" in found["singleobj_2"]
     assert "broken.png: cannot be read as a picture" in found["singleobj_3"]
     assert "5 subjects" in found["multiobject_1"]
@@ -275,7 +278,7 @@ def test_an_item_that_fails_is_recorded_with_its_reason_and_the_others_are_made(
     Image.new("RGB", (16, 16), "blue").save(tmp_path / "missing.png")
     kept = videos(out)
     assert here(out, run, *items) == 3
-    assert list(failures(out)) == ["singleobj_3", "multiobject_1"]
+    assert list(failures(out)) == ["singleobj_3", "multiobject_1", "singleobj_5"]
     assert {**videos(out), **kept} == videos(out)
     assert {item.category for item in read_items(out / "items.jsonl")} == {"singleobj", "multiobject"}
 

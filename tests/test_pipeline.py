@@ -19,10 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from idc.data.benchmark import read_items
-from idc.data.images import fit_reference
 from idc.data.item_sources import ItemFile
 from idc.data.plan import seed_for
-from idc.data.requests import read_picture
 from idc.data.video import decode_video, encode_video
 from idc.errors import UserError
 from idc.models.baselines import VACE
@@ -35,6 +33,7 @@ from idc.models.sampling import Sampling, to_uint8
 from idc.models.spec import IDBlocks, TransformerSpec
 from idc.models.toy_codec import CosineCodec
 from idc.models.vlm import QwenVLConditioner, ToyVLM
+from idc.pictures import clip_pixels, fit_reference, read_picture, reference_pixels
 from idc.stages.generate import Encoding, SamplingChanges
 
 SIZE = {"frames": 5, "height": 32, "width": 32}
@@ -234,6 +233,66 @@ def test_all_forms_of_a_picture_and_of_the_output_mean_the_same() -> None:
     assert torch.equal(pipe.encoders.codec.decode(latent[None])[0], pixels)
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """One above the area cap, one with soft transparency, one that EXIF turns, one of odd sides."""
+    g = np.random.default_rng(0)
+
+    def noise(height: int, width: int, channels: int = 3) -> Image.Image:
+        coarse = Image.fromarray(g.integers(0, 256, (7, 9, channels), dtype=np.uint8))
+        return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+    turned = Image.Exif()
+    turned[0x0112] = 6  # 90 degrees clockwise
+    noise(900, 1200).save(folder / "large.png")
+    noise(48, 64, channels=4).save(folder / "alpha.png")
+    noise(48, 64).save(folder / "turned.jpg", exif=turned, quality=95)
+    noise(333, 500).save(folder / "odd.png")
+    return [folder / name for name in ("large.png", "alpha.png", "turned.jpg", "odd.png")]
+
+
+def test_a_picture_is_the_same_to_the_stage_and_in_every_form_to_the_pipeline(toy_data: Path, tmp_path: Path) -> None:
+    """Bit for bit: file by the stage; path, PIL image, array and tensor by the pipeline."""
+    run, files, out = tiny_run(toy_data, tmp_path), picture_files(tmp_path), tmp_path / "videos"
+    rows = [{"id": file.stem, "prompt": "a red cube", "references": [file.name]} for file in files]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert direct(out, run, ItemFile(f"{tmp_path}/items.jsonl"), fps=8).exit_status == 0
+    pipe = IDCrafterPipeline.from_run(run)
+    for file in files:
+        frames = call(pipe, references=[Image.open(file)], seed=seed_for(0, 0, file.stem))
+        assert (out / f"{file.stem}.mp4").read_bytes() == encode_video(frames, 8, crf=0, pixel_format="yuv444p")
+        whole = read_picture(file)
+        forms = [file, str(file), Image.open(file), whole, ((whole + 1) * 127.5).round().byte()]
+        if file.stem != "turned":  # arrays know no EXIF
+            forms.append(np.array(Image.open(file)))
+        assert all(torch.equal(reference_pixels(form), whole) for form in forms)
+        floats = to_uint8(whole).astype(np.float64) / 255
+        torch.testing.assert_close(reference_pixels(floats), whole, rtol=0, atol=1e-6)
+    by_stem = {file.stem: fit_reference(read_picture(file), 1024 * 256) for file in files}
+    assert by_stem["large"].shape == (3, 432, 592)
+    assert by_stem["turned"].shape == (3, 64, 48)
+    assert by_stem["odd"].shape == (3, 336, 496)
+    rgba = np.array(Image.open(files[1])).astype(np.float64)
+    on_white = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
+    assert np.abs(to_uint8(by_stem["alpha"]) - on_white).max() <= 1
+    small = call(pipe, references=[files[0]], reference_area=64 * 64)
+    assert not np.array_equal(small, call(pipe, references=[files[0]]))
+
+
+def test_a_clip_is_the_same_in_every_form() -> None:
+    clip = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    whole = torch.from_numpy(clip).movedim(-1, 0)
+    for form in (clip, whole, clip[::-1][::-1], clip_pixels(clip)):
+        assert torch.equal(clip_pixels(form), whole.float().mul(2 / 255).sub(1))
+    own, sizes = toy_pipeline(), {"frames": None, "height": None, "width": None}
+    expected = call(own, source=clip, strength=0.8)
+    assert expected.shape == clip.shape
+    assert np.array_equal(call(own, source=whole, **sizes), expected)  # 0.8 is the default, the size is the source's
+    assert call(own, "", source=clip, strength=0.0).shape == clip.shape
+    half = np.zeros(clip.shape[:3], bool)
+    half[:, :16] = True
+    assert np.array_equal(call(own, source=clip, mask=half), call(own, source=clip, mask=torch.from_numpy(half)))
+
+
 def test_it_edits_as_the_stage_does(toy_data: Path, tmp_path: Path) -> None:
     run = tiny_run(toy_data, tmp_path)
     clip = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
@@ -271,9 +330,31 @@ def test_it_edits_as_the_stage_does(toy_data: Path, tmp_path: Path) -> None:
         ({"references": pictures(5)}, "5 subjects"),
         ({"references": [torch.zeros(4, 16, 16)]}, "reference of shape"),
         ({"prompt": ["a", "b"], "references": [pictures(1)]}, "1 lists of references for 2 prompts"),
-        ({"source": torch.zeros(3, 6, 32, 32)}, "frames=6"),
+        ({"source": torch.zeros(3, 6, 32, 32), "frames": None}, "frames=6"),
         ({"source": torch.zeros(3, 5, 32, 32), "strength": 1.2}, r"strength=1\.2"),
         ({"source": torch.zeros(3, 5, 32, 32), "mask": torch.zeros(5, 32, 16) > 0}, "mask of shape"),
+        ({"strength": 0.5}, "strength is of an edit.*give source"),
+        ({"mask": torch.zeros(5, 32, 32) > 0}, "mask is of an edit.*give source"),
+        ({"source": torch.zeros(3, 9, 32, 32)}, "frames=5: the source has 9"),
+        ({"source": torch.zeros(3, 5, 32, 48)}, "width=32: the source has 48"),
+        ({"source": "clip.mp4"}, "source of type str"),
+        ({"source": torch.full((3, 5, 32, 32), 2.0)}, "source with values from 2 to 2"),
+        ({"references": Image.new("RGB", (16, 16))}, r"one picture; give a list.*references=\[picture\]"),
+        ({"references": np.zeros((16, 16, 3), np.uint8)}, "one picture; give a list"),
+        ({"references": torch.zeros(3, 16, 16)}, "one picture; give a list"),
+        ({"references": "cat.png"}, "one picture; give a list"),
+        ({"references": 3}, "of type int; give a list"),
+        ({"references": ["nowhere.png"]}, "nowhere.png: no such file"),
+        ({"references": [np.full((16, 16, 3), 255.0)]}, r"values from 255 to 255: a float array is in \[0, 1\]"),
+        ({"references": [np.full((16, 16, 3), -1.0)]}, r"values from -1 to -1: a float array is in \[0, 1\]"),
+        ({"references": [np.full((16, 16, 3), np.nan)]}, "values from nan to nan"),
+        ({"references": [torch.full((3, 16, 16), 255.0)]}, r"a float tensor is in \[-1, 1\]"),
+        ({"references": [torch.zeros(3, 16, 16, dtype=torch.int64)]}, r"torch\.int64"),
+        ({"references": [np.zeros((16, 16), np.uint8)]}, "reference of shape"),
+        ({"references": [None]}, "reference of type NoneType"),
+        ({"reference_area": 100}, "reference_area=100"),
+        ({"prompt": " "}, "nothing says what to show"),
+        ({"prompt": ["a", ""]}, "nothing says what to show"),
     ],
 )
 def test_a_wrong_argument_names_its_rule(settings: dict[str, Any], expected: str) -> None:

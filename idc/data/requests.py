@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -20,6 +19,7 @@ from idc.data.images import cover_crop, fit_reference, to_float
 from idc.data.item_sources import ItemSource
 from idc.data.plan import seed_for
 from idc.errors import UserError
+from idc.pictures import REFERENCE_AREA, read_picture
 from idc.progress import track
 from idc.types import SPATIAL_MULTIPLE, TEMPORAL_FACTOR, Bucket, Sample, Subject, check_frames, check_side
 
@@ -80,35 +80,15 @@ def read_request(item: Item, size: Size, seed: int, fps: float | None, reference
         video_CTHW, mask_THW, rate = (None, None, fps) if item.source is None else _source(item, size, fps)
         if video_CTHW is None and None in (size.frames, size.height, size.width):
             raise ItemError("it has no source clip, whose size could be taken: set frames, height and width")
-    except ItemError as error:
+        if item.source is None and not subjects and not item.prompt.strip():
+            raise ItemError("it has neither a prompt nor a reference, so nothing says what to show")
+    except (ItemError, UserError) as error:
         return Request(item, None, Bucket(1, 16, 16, 0), own, fps or 0.0, problem=str(error))
     shape = (size.frames, size.height, size.width) if video_CTHW is None else video_CTHW.shape[1:]
     frames, height, width = (int(side or 0) for side in shape)
     bucket = Bucket(frames, height, width, len(subjects))
     sample = Sample(item.id, item.prompt, video_CTHW, subjects, rate or 16.0, item.meta)
     return Request(item, sample, bucket, own, rate or 16.0, mask_THW)
-
-
-def read_picture(path: Path) -> Tensor:
-    """A picture file as float32 `[3, H, W]` in [-1, 1], upright; what is transparent becomes white.
-
-    Raises:
-        ItemError: if it is missing or cannot be decoded.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            pixels = np.array(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise ItemError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ItemError(f"{path}: cannot be read as a picture: {error}") from None
-    return to_float(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def _subjects(item: Item, reference_area: int) -> tuple[Subject, ...]:
@@ -207,7 +187,7 @@ class GenerationData(LightningDataModule):
         width: int | None = 832,
         fps: float | None = None,
         seed: int = 0,
-        reference_area: int = 1024 * 256,
+        reference_area: int = REFERENCE_AREA,
     ) -> None:
         super().__init__()
         if seed < 0:

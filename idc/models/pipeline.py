@@ -8,12 +8,11 @@ themselves; `pipe.encoders` has them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -21,6 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from idc.errors import UserError, nearest
+from idc.flow.editing import check_strength
 from idc.models.checkpoints import Which
 from idc.models.conditioning import Encoders
 from idc.models.frozen import torch_dtype
@@ -29,10 +29,11 @@ from idc.models.saved import MODEL_INDEX, read_pipeline_folder, save_encoders
 from idc.models.shipped import resolve_shipped
 from idc.models.system import open_system
 from idc.models.transformer import IDCrafterTransformer
-from idc.types import Bucket, Sample, Subject
+from idc.pictures import REFERENCE_AREA, clip_pixels, fit_reference, reference_pixels
+from idc.types import SPATIAL_MULTIPLE, Bucket, Sample, Subject
 
 OUTPUTS = ("np", "pt", "pil", "uint8", "latent")
-Picture = Any  # a PIL image, an array `[H, W, 3]` (uint8, or float in [0, 1]), or a tensor `[3, H, W]` in [-1, 1]
+SIZE = {"frames": 81, "height": 480, "width": 832}  # of a video, unless a call or a source says otherwise
 
 
 class IDCrafterPipelineOutput(BaseOutput):
@@ -145,9 +146,9 @@ class IDCrafterPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str],
         references: Sequence[Any] = (),
-        frames: int = 81,
-        height: int = 480,
-        width: int = 832,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         image_guidance: float | None = None,
@@ -155,49 +156,57 @@ class IDCrafterPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         output_type: str = "np",
         source: Any = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         mask: Tensor | None = None,
         sampling: Sampling | None = None,
+        reference_area: int = REFERENCE_AREA,
         return_dict: bool = True,
     ) -> Any:
         """Sample one video a prompt.
 
         Args:
             prompt: one, or several; each is sampled by itself, so none depends on the others.
-            references: 0 to 4 pictures in the prompt's order; with several prompts, one list each. PIL images, arrays
-                `[H, W, 3]` (uint8, or float in [0, 1]), or tensors `[3, H, W]` in [-1, 1]. Sides are rounded to
-                multiples of 16.
-            frames, height, width: 4n + 1 frames, sides in multiples of 16 pixels. An edit takes its source's.
+            references: a list of 0 to 4 pictures in the prompt's order; with several prompts, one list each. Paths, PIL
+                images, arrays or tensors, as in `idc.pictures.reference_pixels`. A prompt may be "" where there is one.
+            frames, height, width: 4n + 1 frames, sides in multiples of 16 pixels; None is 81, 480 and 832. An edit
+                takes its source's.
             steps, guidance, image_guidance: of the sampler; None is the pipeline's own.
             seed: of the noise, one for all or one a prompt; None draws from `generator`, or takes 0 without one.
             output_type: "np" float `[T, H, W, 3]` in [0, 1]; "uint8" the same as bytes; "pt" float `[3, T, H, W]` in
                 [-1, 1]; "pil" lists of images; "latent" latents `[16, T, H, W]`.
-            source: a clip to edit: a tensor `[3, T, H, W]` in [-1, 1], or an array `[T, H, W, 3]` as a reference.
-            strength: of the edit, in [0, 1].
+            source: a clip to edit, as in `idc.pictures.clip_pixels`.
+            strength: of the edit, in [0, 1]; None is 0.8.
             mask: bool `[T, H, W]`, True where the source may change.
             sampling: all the sampler's settings at once, in place of the pipeline's.
+            reference_area: cap of a reference's area in pixels, as in training. Sides are rounded to multiples of 16.
 
         Returns:
             `IDCrafterPipelineOutput`, or a tuple with its frames.
 
         Raises:
-            UserError: for a value that breaks its rule.
+            UserError: for a value that breaks its rule, settings of an edit without its source, and a prompt that is
+                empty without a reference or source to show.
         """
         if output_type not in OUTPUTS:
             raise UserError(f"output_type={output_type!r}{nearest(output_type, OUTPUTS)}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = [references] if isinstance(prompt, str) else list(references) or [()] * len(prompts)
+        pictures = [references] if isinstance(prompt, str) else _references(references) or [()] * len(prompts)
         if len(pictures) != len(prompts):
             raise UserError(f"{len(pictures)} lists of references for {len(prompts)} prompts; give one each")
         chosen = self._chosen(sampling or self.sampling, steps, guidance, image_guidance)
         seeds = _seeds(seed, generator, len(prompts))
-        start = None if source is None else Source(_clip(source)[None], strength, None if mask is None else mask[None])
-        if start is not None:
-            frames, height, width = start.video_BCTHW.shape[2:]
+        given = {"frames": frames, "height": height, "width": width}
+        start, size = _source(source, strength, mask, given)
+        if reference_area < SPATIAL_MULTIPLE**2:
+            raise UserError(f"reference_area={reference_area}: must be {SPATIAL_MULTIPLE**2} or more")
+        pictures = [_references(own) for own in pictures]
+        for text, own in zip(prompts, pictures, strict=True):
+            if start is None and not own and not text.strip():
+                raise UserError(f"prompt={text!r} and no reference: nothing says what to show; give one of the two")
         videos = []
         for text, own, number in zip(prompts, pictures, seeds, strict=True):
-            subjects = tuple(Subject(_picture(picture)) for picture in own)
-            bucket = Bucket(frames, height, width, len(subjects)).check()
+            subjects = tuple(Subject(fit_reference(reference_pixels(picture), reference_area)) for picture in own)
+            bucket = Bucket(*size, len(subjects)).check()
             sample = Sample("", text, None, subjects, fps=16.0)
             sampler = self.sampler
             run = sampler.sampled_latents if output_type == "latent" else sampler.videos
@@ -232,36 +241,38 @@ def _seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, 
     return seeds
 
 
-def _picture(picture: Picture) -> Tensor:
-    """float32 `[3, H, W]` in [-1, 1] with sides in multiples of 16."""
-    image_CHW = _channels_first(picture)
-    if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
-        raise UserError(f"reference of shape {tuple(image_CHW.shape)}: must be [3, H, W], or [H, W, 3] as an array")
-    height, width = (max(16, round(side / 16) * 16) for side in image_CHW.shape[1:])
-    if image_CHW.shape[1:] == (height, width):
-        return image_CHW
-    resized = torch.nn.functional.interpolate(
-        image_CHW[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False
+def _references(references: Any) -> list[Any]:
+    """The pictures of one prompt."""
+    if references is None:
+        return []
+    single = (
+        isinstance(references, (str, Path)) or hasattr(references, "convert") or getattr(references, "ndim", 0) == 3
     )
-    return resized[0].clamp(-1, 1)
+    if single or not isinstance(references, Iterable):
+        form = "one picture" if single else f"of type {type(references).__name__}"
+        raise UserError(f"references: {form}; give a list of pictures, such as references=[picture]")
+    return list(references)
 
 
-def _clip(clip: Any) -> Tensor:
-    video_CTHW = _channels_first(clip)
-    if video_CTHW.ndim != 4 or video_CTHW.shape[0] != 3:
-        raise UserError(f"source of shape {tuple(video_CTHW.shape)}: must be [3, T, H, W], or [T, H, W, 3] as an array")
-    return video_CTHW
-
-
-def _channels_first(pixels: Any) -> Tensor:
-    """A tensor as it is; an array or picture with its channels first, in [-1, 1]."""
-    if isinstance(pixels, Tensor):
-        return pixels.float()
-    array = np.asarray(pixels.convert("RGB") if hasattr(pixels, "convert") else pixels)
-    if array.ndim < 3 or array.shape[-1] != 3:
-        raise UserError(f"an array of shape {array.shape}: the last dimension must be the 3 colours")
-    floats = array.astype(np.float32) / (127.5 if array.dtype == np.uint8 else 0.5) - 1
-    return torch.from_numpy(floats).movedim(-1, 0).contiguous()
+def _source(
+    clip: Any, strength: float | None, mask: Any, given: Mapping[str, int | None]
+) -> tuple[Source | None, tuple[int, int, int]]:
+    """What an edit starts from, if anything, and the size of the video; `given` has its `frames`, `height`, `width`."""
+    if clip is None:
+        for name, value in (("strength", strength), ("mask", mask)):
+            if value is not None:
+                raise UserError(f"{name} is of an edit, and there is no source: give source, or leave {name} out")
+        frames, height, width = (SIZE[name] if value is None else value for name, value in given.items())
+        return None, (frames, height, width)
+    strength = 0.8 if strength is None else strength
+    check_strength(strength)
+    video_CTHW = clip_pixels(clip)
+    frames, height, width = video_CTHW.shape[1:]
+    for (name, value), own in zip(given.items(), (frames, height, width), strict=True):
+        if value is not None and value != own:
+            raise UserError(f"{name}={value}: the source has {own}, and an edit keeps that; leave {name} out")
+    mask_BTHW = None if mask is None else torch.as_tensor(mask)[None]
+    return Source(video_CTHW[None], strength, mask_BTHW), (frames, height, width)
 
 
 def _as(video: Tensor, output_type: str) -> Any:

@@ -67,14 +67,44 @@ def test_export_writes_over_nothing_but_an_earlier_export(
     assert "no such file or folder" in capsys.readouterr().err
 
 
-def test_a_path_of_ones_own_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mark", ["model_index.json", "version_0/checkpoints", "checkpoints", "step-00000006", None])
+def test_a_model_of_ones_own_wins_over_a_shipped_name_and_an_unrelated_folder_does_not(
+    mark: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "toy" in shipped_names()
     assert resolve_shipped("toy") == WEIGHTS / "toy"
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy" / "notes").mkdir(parents=True)
+    if mark is not None:
+        (tmp_path / "toy" / mark).mkdir(parents=True)
+    assert resolve_shipped("toy") == (WEIGHTS / "toy" if mark is None else Path("toy"))
+    assert resolve_shipped("./toy") == Path("toy")
+
+
+def test_a_shipped_name_is_known_everywhere_and_one_that_is_mistyped_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "toy").mkdir()
-    assert resolve_shipped("toy") == Path("toy")
-    with pytest.raises(UserError, match=r"did you mean 'toy'"):
-        open_system("toi")
+    assert IDCrafterPipeline.from_pretrained("toy").transformer.config["num_layers"] > 0
+    for load in (open_system, IDCrafterPipeline.from_pretrained, IDCrafterPipeline.from_run):
+        with pytest.raises(UserError, match=r"did you mean 'toy'"):
+            load("toi")
+    # The hub's own words, without a network: its first line and no traceback of another library.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="owner/name: no such folder, and the hub does not give it"):
+        IDCrafterPipeline.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
+
+
+def test_a_pipeline_is_not_exported_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    IDCrafterPipeline.from_run(run).save_pretrained(tmp_path / "pipe")
+    for name in ("toy", str(tmp_path / "pipe")):
+        assert main(["export", name, "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "a pipeline's folder" in line
+        assert "exported already" in line
+        assert "did you mean" not in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_shipped_toy_model_is_small_and_holds_its_record() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from _generate import EDIT, apart, command, contents, direct, held_out, here, tiny_run, toy_items, videos
+from _generate import EDIT, SIZE, apart, command, contents, direct, held_out, here, tiny_run, toy_items, videos
 from _sft_worker import ROOT, TRANSFORMER
 from _shards import restamp
 from PIL import Image
@@ -345,8 +345,15 @@ def test_wrong_encodings_strengths_and_another_models_sizes_are_refused(
         Encoding(crf=99)
     with pytest.raises(UserError, match="yuv422p"):
         Encoding(pixel_format="yuv422p")
-    with pytest.raises(UserError, match="strength=2"):
-        direct(tmp_path / "videos", run, toy_items(toy_data), edit=True, strength=2)
+    # What costs nothing to check comes before a model that takes long to open, or, as here, is not there.
+    for settings, expected in (
+        ({"strength": 2}, "strength=2"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"baseline": VACE("x/y")}, "editing runs on our own model"),
+        ({"sampling": SamplingChanges(steps=0)}, "steps=0"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            direct(tmp_path / "videos", tmp_path / "nowhere", toy_items(toy_data), edit=True, **settings)
     spec = TransformerSpec(**{**TRANSFORMER, "num_layers": 3}, id_blocks=IDBlocks(layers=1))
     with pytest.raises(UserError, match=r"does not fit.*blocks.2.*num_layers\D+2"):
         direct(tmp_path / "videos", run, toy_items(toy_data), transformer=spec)
@@ -452,3 +459,26 @@ def test_the_baselines_and_both_recipes_name_classes_that_take_their_settings() 
             with pytest.raises(SystemExit) as end:
                 main([name, *arguments, "--print_config"])
             assert end.value.code == 0
+
+
+def test_vace_without_weights_ends_the_run_with_one_line(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the hub that cannot be reached, and from a folder that lacks its parts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    overlay = ["--config", str(ROOT / "recipes" / "baselines" / "vace.yaml"), *SIZE]
+    assert here(tmp_path / "videos", "null", *overlay, *held_out(toy_data), "--model.init_args.checkpoint=null") == 2
+    (tmp_path / "vace").mkdir()
+    (tmp_path / "vace" / "model_index.json").write_text('{"_class_name": "WanVACEPipeline"}')
+    baseline = VACE(str(tmp_path / "vace"))
+    found = [capsys.readouterr().err]
+    with pytest.raises(UserError) as error:
+        direct(tmp_path / "other", None, toy_items(toy_data), baseline=baseline)
+    for message in (*found, str(error.value)):
+        line = message.strip().splitlines()[-1]
+        assert "cannot load Wan2.1-VACE" in line
+        assert "give a folder in diffusers' layout" in line
+        assert "Traceback" not in message
+    assert found[0].strip().splitlines()[-1].startswith("idc: error: ")
+    assert not list(tmp_path.rglob("failures.jsonl"))

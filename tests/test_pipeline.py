@@ -324,7 +324,7 @@ def test_it_edits_as_the_stage_does(toy_data: Path, tmp_path: Path) -> None:
     [
         ({"frames": 6}, "frames=6.*5 and 9"),
         ({"width": 40}, "width=40.*32 and 48"),
-        ({"steps": 0}, "steps=0"),
+        ({"steps": 0}, "^sampling: steps=0: at least 1; the paper's is 50$"),
         ({"output_type": "mp4"}, "output_type='mp4'"),
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
         ({"references": pictures(5)}, "5 subjects"),

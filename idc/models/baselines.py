@@ -17,7 +17,7 @@ from torch import Tensor
 
 from idc.errors import UserError
 from idc.flow.times import generator
-from idc.models.frozen import Frozen, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, load_weights, resolve, torch_dtype, weights_identity
 from idc.models.sampling import Sampling
 from idc.types import Bucket, Sample
 
@@ -71,13 +71,20 @@ class VACE(Baseline):
         if self._model is None:
             expected = "Wan2.1-VACE: model_index.json and the folders that it names"
             resolve(self.path, "", expected, marker="model_index.json")
-            from diffusers import AutoencoderKLWan, WanVACEPipeline
-
-            vae = AutoencoderKLWan.from_pretrained(self.path, subfolder="vae", torch_dtype=torch.float32)
-            self._model = WanVACEPipeline.from_pretrained(self.path, vae=vae, torch_dtype=self.dtype)
+            try:
+                self._model = load_weights(self.path, expected, self._pipeline)
+            except UserError as error:
+                hint = "give a folder in diffusers' layout, or a hub id that can be reached, as the baseline's `path`"
+                raise UserError(f"{error}; {hint}") from None
             self._model.set_progress_bar_config(disable=True)
         self._model.to(self.device)
         return self
+
+    def _pipeline(self) -> Any:
+        from diffusers import AutoencoderKLWan, WanVACEPipeline
+
+        vae = AutoencoderKLWan.from_pretrained(self.path, subfolder="vae", torch_dtype=torch.float32)
+        return WanVACEPipeline.from_pretrained(self.path, vae=vae, torch_dtype=self.dtype)
 
     def _identity(self) -> dict[str, Any]:
         parts = ("transformer", "vae", "text_encoder")

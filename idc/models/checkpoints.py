@@ -21,7 +21,7 @@ from torch import Tensor
 
 from idc.errors import UserError, nearest
 from idc.models.manifest import STATE, Manifest, hash_files, read_valid
-from idc.models.shipped import shipped_names
+from idc.models.shipped import resolve_shipped, shipped_names
 
 CONFIG = "config.yaml"
 STEP_DIRECTORY = re.compile(r"step-\d{8,}")
@@ -67,9 +67,15 @@ def find_checkpoint(value: str | Path) -> Checkpoint:
             file of Lightning's.
 
     Raises:
-        UserError: where there is none, or it is incomplete or damaged.
+        UserError: where there is none, or it is incomplete or damaged; for a pipeline's folder, which has no training
+            state.
     """
-    path = Path(value)
+    path = resolve_shipped(value)
+    if (path / "model_index.json").is_file():
+        raise UserError(
+            f"checkpoint={str(value)!r}: a pipeline's folder ({path}), not a run of idc fit; it is exported already "
+            "and samples as it is, by `checkpoint` in the recipes or IDCrafterPipeline.from_pretrained"
+        )
     if not path.exists():
         near = path.parent.glob("[!.]*") if path.parent.is_dir() else []
         siblings = [str(p) for p in near if p.is_dir()]

@@ -17,7 +17,7 @@ from idc.errors import UserError, nearest
 from idc.models.weight_hashes import content_hash
 
 _T = TypeVar("_T")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Frozen(ABC):
@@ -101,7 +101,7 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
         UserError: for what looks like a local path and is not there or lacks the marker; no network is tried.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and _HUB_ID.fullmatch(path):
+    if not folder.exists() and HUB_ID.fullmatch(path):
         return None
     folder = folder / subfolder if subfolder else folder
     if not (folder / marker).is_file():
@@ -113,6 +113,11 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
     return folder
 
 
+def first_line(error: Exception) -> str:
+    """Of what a library says, for a message of one line; the error's type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:
     """`load()`, with what libraries say of missing or broken files made a `UserError` that names the folder."""
     from safetensors import SafetensorError
@@ -122,8 +127,7 @@ def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:
     except UserError:
         raise
     except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"path={path!r}: cannot load {expected}: {reason}") from None
+        raise UserError(f"path={path!r}: cannot load {expected}: {first_line(error)}") from None
 
 
 def load_model(cls: Any, path: str, expected: str, dtype: torch.dtype, unused: tuple[str, ...] = ()) -> Any:

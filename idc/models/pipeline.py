@@ -23,10 +23,10 @@ from idc.errors import UserError, nearest
 from idc.flow.editing import check_strength
 from idc.models.checkpoints import Which
 from idc.models.conditioning import Encoders
-from idc.models.frozen import torch_dtype
+from idc.models.frozen import HUB_ID, first_line, torch_dtype
 from idc.models.sampling import Sampler, Sampling, Source, to_uint8
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder, save_encoders
-from idc.models.shipped import resolve_shipped
+from idc.models.shipped import resolve_shipped, shipped_names
 from idc.models.system import open_system
 from idc.models.transformer import IDCrafterTransformer
 from idc.pictures import REFERENCE_AREA, clip_pixels, fit_reference, reference_pixels
@@ -105,13 +105,7 @@ class IDCrafterPipeline(DiffusionPipeline):
         """
         folder = resolve_shipped(pretrained_model_name_or_path)
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HFValidationError
-
-            try:
-                folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
-            except HFValidationError:
-                raise UserError(f"{pretrained_model_name_or_path}: no such folder") from None
+            folder = _download(str(pretrained_model_name_or_path), kwargs)
         if not (folder / MODEL_INDEX).is_file():
             raise UserError(f"{folder}: no {MODEL_INDEX}; it should be a folder saved by save_pretrained")
         encoders, _ = read_pipeline_folder(folder)
@@ -228,6 +222,21 @@ class IDCrafterPipeline(DiffusionPipeline):
     def _chosen(base: Sampling, steps: int | None, guidance: float | None, image_guidance: float | None) -> Sampling:
         changes: dict[str, Any] = {"steps": steps, "scale": guidance, "image_scale": image_guidance}
         return replace(base, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _download(name: str, settings: Mapping[str, Any]) -> Path:
+    """The local copy of a pipeline on the hub. Names without an owner, as the shipped ones are, ask no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if not HUB_ID.fullmatch(name):
+        choices = nearest(name, shipped_names())
+        raise UserError(f"{name}: no such folder, nor a model that comes with the package{choices}")
+    known = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+    try:
+        return Path(snapshot_download(name, **{key: settings[key] for key in known if key in settings}))
+    except (OSError, HFValidationError) as error:
+        raise UserError(f"{name}: no such folder, and the hub does not give it ({first_line(error)})") from None
 
 
 def _seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> list[int]:

@@ -38,11 +38,14 @@ class Sampling:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.shift > 0 or not 0 <= self.rescale <= 1:
-            raise UserError(
-                f"sampling: steps={self.steps}, shift={self.shift}, rescale={self.rescale}: at least 1 step, "
-                "a shift above 0 (1 is none), and a rescale between 0 and 1"
-            )
+        rules = {
+            "steps": (self.steps >= 1, "at least 1; the paper's is 50"),
+            "shift": (0 < self.shift < math.inf, "a number above 0 (1 is none)"),
+            "rescale": (0 <= self.rescale <= 1, "between 0 (none) and 1"),
+        }
+        wrong = [f"{name}={getattr(self, name)}: {rule}" for name, (holds, rule) in rules.items() if not holds]
+        if wrong:
+            raise UserError(f"sampling: {'; '.join(wrong)}")
         for name in ("scale", "image_scale"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

@@ -102,6 +102,8 @@ class Generate(LightningModule):
         compute_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         super().__init__()
+        changes = sampling or SamplingChanges()
+        changes.over(Sampling())  # checked before a model is opened, whose weights may take minutes to read
         self.folder, self.encoding = OutputFolder(out, existing), encoding or Encoding()
         self.baseline = baseline
         self.system: System | None = None
@@ -113,7 +115,7 @@ class Generate(LightningModule):
             raise UserError(f"checkpoint={checkpoint!r} and a baseline: one of the two samples; set the other to null")
         else:
             base = baseline.sampling
-        self.sampling = (sampling or SamplingChanges()).over(base)
+        self.sampling = changes.over(base)
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on, unless a baseline runs
         self.failures: dict[str, str] = {}  # of this rank; of all of them in the end
         self._items: list[Item] = []
@@ -160,6 +162,8 @@ class Generate(LightningModule):
         self._items, known, todo, self.folder.settings = self._together(lambda: self._plan(data))
         self.failures = dict(known) if self.trainer.is_global_zero else {}
         chosen = [item for item in self._items if item.id in set(todo)]
+        if chosen and self.baseline is not None:
+            self.baseline.load(device)  # here, where weights that are missing end the run, and not each item
         data.choose(chosen, self.trainer.global_rank, self.trainer.world_size, is_sharding(self.trainer.strategy))
 
     def _plan(self, data: GenerationData) -> tuple[list[Item], dict[str, str], list[str], dict[str, Any]]:
@@ -266,10 +270,10 @@ class Edit(Generate):
     """
 
     def __init__(self, out: str, strength: float = 0.8, invert_mask: bool = False, **others: Any) -> None:
-        super().__init__(out, **others)
         check_strength(strength)
-        if self.baseline is not None:
+        if others.get("baseline") is not None:
             raise UserError("baseline: editing runs on our own model; leave baseline out")
+        super().__init__(out, **others)
         self.strength, self.invert_mask = strength, invert_mask
 
     @property

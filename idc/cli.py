@@ -30,7 +30,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 done, 1 found faults, 2 bad input, 3 done with failures on record."""
+    """Run one command. Returns its exit status: 0 done, 1 `idc shards` found faults, 2 bad input, 3 done with
+    failures on record, such as what `idc study build` left out."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
@@ -61,12 +62,17 @@ def _dispatch(args: list[str]) -> int:
         return 0
     command, rest = ALIASES.get(args[0], args[0]), args[1:]
     if command in LIGHTNING:
-        from idc.recipes import check_command_line
+        from idc.recipes import HELP, check_command_line, check_recipe_given
 
+        check_recipe_given(rest, args[0])
         check_command_line(rest)
+        if HELP & set(rest):
+            from idc.stage_help import show
+
+            return show(command, rest, args[0])
         from idc.lightning_cli import run
 
-        return run(command, rest)
+        return run(command, rest, args[0])
     if command == "shards":
         from idc.curate.cli import main as shards
 

@@ -18,23 +18,31 @@ from omegaconf.errors import OmegaConfBaseException
 from idc.data.module import VideoDataModule
 from idc.errors import UserError
 from idc.explain import explain, finish
+from idc.recipes import merged, no_recipe
+from idc.stage_help import stage_settings
 from idc.stages.base import Stage
 
 
 class Parser(LightningArgumentParser):
     """A parser that raises one message in place of printing its usage and a nest of union types."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(explain(message, self._settings())) from None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # --seed would set seed_everything, where generation means data.init_args.seed
 
-    def _settings(self) -> list[str]:
-        """Names of the settings that this parser and its subcommands know."""
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        hints = self._hints()
+        raise UserError(explain(message, hints, hints)) from None
+
+    def _hints(self) -> dict[str, Any]:
+        """Types of the settings that this parser and its subcommands know, by name."""
         actions = list(self._actions)
         for action in self._actions:
             if isinstance(action.choices, dict):  # the subcommands, by name
                 for parser in action.choices.values():
                     actions += parser._actions
-        return [action.dest for action in actions if action.dest not in ("help", "print_shtab", "print_config")]
+        hidden = ("help", "print_shtab", "print_config")
+        return {action.dest: getattr(action, "_typehint", None) for action in actions if action.dest not in hidden}
 
 
 class CLI(LightningCLI):
@@ -135,8 +143,18 @@ def newest_run(root: Path) -> Path | None:
     return max(runs, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
-def run(command: str, args: Sequence[str]) -> int:
-    """Run one of Lightning's subcommands. Returns the exit status: the stage's own, where it has one."""
+def _finish(explained: str, command: str, args: Sequence[str], typed: str) -> str:
+    if "arguments are required" in explained:
+        return str(no_recipe(typed))
+    tree = merged(args)
+    return finish(explained, command, tree, [setting.name for setting in stage_settings(tree)])
+
+
+def run(command: str, args: Sequence[str], typed: str | None = None) -> int:
+    """Run one of Lightning's subcommands, which the user may have `typed` as another word for it.
+
+    Returns the exit status: the stage's own, where it has one.
+    """
     # Absolute interpolations (${model.x}) fail under subcommands unless they are made relative first.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
@@ -156,7 +174,7 @@ def run(command: str, args: Sequence[str]) -> int:
             args=[command, *args],
         )
     except UserError as error:
-        raise UserError(finish(str(error))) from error
+        raise UserError(_finish(str(error), command, args, typed or command)) from error
     except MisconfigurationException as error:  # Lightning's word for a setting that cannot work
         hint = "; recipes/hardware/cpu2.yaml runs without one" if "gpu backend" in str(error) else ""
         raise UserError(" ".join(str(error).split()) + hint) from error

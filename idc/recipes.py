@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +15,18 @@ from idc.errors import UserError, nearest
 # would be silently undone by it.
 ORDER = ("stage", "scale", "protocols", "data", "hardware", "ablations")
 
+HELP = {"-h", "--help", "--help.trainer"}
+
+# The recipe to start from, by command.
+RECIPES = {
+    "fit": "recipes/sft.yaml",
+    "validate": "recipes/sft.yaml",
+    "predict": "recipes/generate.yaml",
+    "generate": "recipes/generate.yaml",
+    "edit": "recipes/edit.yaml",
+    "test": "recipes/evaluate.yaml",
+    "evaluate": "recipes/evaluate.yaml",
+}
 
 _ITEM = re.compile(r"--(?P<list>[A-Za-z_][\w.]*?)\.\d+(?:\.[\w.]+)?(?=\+?(?:=|$))")
 
@@ -52,6 +65,84 @@ def check_command_line(args: Sequence[str]) -> None:
             f"--config {paths[0]}: an overlay changes a stage recipe and does not run alone; "
             f"write --config recipes/sft.yaml --config {paths[0]}"
         )
+
+
+def check_recipe_given(args: Sequence[str], command: str) -> None:
+    """Raises UserError for a command line that names no stage; `command` is the word that was typed."""
+    asks = any(arg in HELP or arg.endswith(".help") or arg.startswith("--model") for arg in args)
+    if not asks and not _config_paths(args):
+        raise no_recipe(command)
+
+
+def no_recipe(command: str) -> UserError:
+    """What to answer to a command line that names no stage."""
+    return UserError(f"idc {command}: no recipe was given; write idc {command} --config {RECIPES[command]}")
+
+
+def merged(args: Sequence[str]) -> dict[str, Any]:
+    """All settings that a command line gives, its recipes' among them, as one tree; later ones win."""
+    tree: dict[str, Any] = {}
+    for path in _config_paths(args):
+        _merge(tree, _load(path))
+    for i, arg in enumerate(args):
+        if not arg.startswith("--") or arg.split("=")[0] == "--config":
+            continue
+        key, assigned, value = arg[2:].partition("=")
+        if not assigned:
+            value = args[i + 1] if i + 1 < len(args) else ""
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            content = value
+        for name in reversed(key.removesuffix("+").split(".")):
+            content = {name: content}
+        _merge(tree, content)
+    return tree
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        elif isinstance(value, str) and isinstance(tree.get(key), dict) and "class_path" in tree[key]:
+            tree[key]["class_path"] = value  # --model.init_args.optimizer NAME
+        else:
+            tree[key] = value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of the tree's settings, as they are typed: `model.init_args.sampling.scale`."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def as_typed(place: str, tree: Mapping[str, Any], inside: bool = False) -> str:
+    """`place` with the `init_args` that a parser leaves out of its messages, so that it can be typed back.
+
+    Args:
+        place: names joined by dots, as the parser reports them.
+        tree: what was given (`merged`): there is a class wherever it has `class_path` or `init_args`.
+        inside: name the place of the settings inside `place`: `model` -> `model.init_args`.
+    """
+    names: list[str] = []
+    node: Any = tree
+    for name in place.split("."):
+        node = _enter_class(node, names, name)
+        names.append(name)
+        node = node.get(name) if isinstance(node, Mapping) else None
+    if inside:
+        _enter_class(node, names, "")
+    return ".".join(names)
+
+
+def _enter_class(node: Any, names: list[str], name: str) -> Any:
+    if isinstance(node, Mapping) and name not in node and {"class_path", "init_args"} & set(node):
+        names.append("init_args")
+        return node.get("init_args")
+    return node
 
 
 def _check_no_items(args: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from idc.data.benchmark import Item, write_items
 from idc.data.video import encode_video
 from idc.errors import UserError
 from idc.metrics.results import Problem, Result, read_run
-from idc.report.layout import TABLE_1, TABLE_2
+from idc.report.layout import LAYOUTS, TABLE_1, TABLE_2
 from idc.report.measure import Measured
 from idc.report.media import Media, file_name, find_items
 from idc.report.page import name_systems, script_json, write_page
@@ -273,6 +273,32 @@ def test_a_benchmark_of_180_items_and_5_systems_is_filled_as_it_comes_into_view(
     wait(browser, "document.querySelector('#item-179 video').poster && document.querySelector('#item-179 .plot path')")
 
 
+@pytest.fixture
+def without_observer(browser):
+    """A browser in which no card is ever reported as seen, as where a picture is taken at once; 1400 x 6500 pixels."""
+    size = {"width": 1400, "height": 6500, "deviceScaleFactor": 1, "mobile": False}
+    source = "window.IntersectionObserver = class { observe() {} unobserve() {} disconnect() {} }"
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield browser
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size | {"width": 1280, "height": 900})
+
+
+def test_a_tall_screenshot_shows_the_videos_and_a_print_all_of_them(without_observer, page, tmp_path):
+    driver = without_observer
+    posters = "return [...document.querySelectorAll('.item video')].filter(v => v.poster).length"
+    driver.get(page.as_uri())
+    assert driver.execute_script(posters) == 4  # two systems, two items that decode
+    results = [Result(f"item_{n}", "gmescore", 0.5) for n in range(60)]
+    run = Measured(read_run(write_run(tmp_path / "run", "sft", results)), resamples=20)
+    driver.get(write_page(tmp_path / "out", [run], []).as_uri())
+    filled = "return document.querySelectorAll('.item > header').length"
+    assert 5 < driver.execute_script(filled) < 60
+    driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert driver.execute_script(filled) == 60
+
+
 # Without a browser --------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +334,24 @@ def test_no_runs_make_a_page_of_the_papers_tables(tmp_path):
     assert "No run was given" in text
     assert "http:" not in text
     assert "https:" not in text
+
+
+def test_tables_without_a_figure_are_folded_up_below_the_videos(tmp_path):
+    results = [Result("a", "facesim", 0.5, category="singleface"), Result("b", "facesim", 0.7, category="singleface")]
+    run = Measured(read_run(write_run(tmp_path / "run", "no_vlm_encoder", results)), resamples=20)
+    layouts = LAYOUTS.values()
+    text = write_page(tmp_path / "out", [run], [fill(layout, [run]) for layout in layouts]).read_text(encoding="utf-8")
+    places = {layout.number: text.index(f'id="{layout.slug}"') for layout in layouts}
+    videos = text.index('id="videos"')
+    assert sorted(places, key=places.__getitem__) == ["2", "1", "3", "S.5", "S.7"]
+    assert [number for number, place in places.items() if place < videos] == ["2"]
+    assert text.count("<details><summary>Table ") == 4
+    no_figure = Measured(read_run(write_run(tmp_path / "x", "no_vlm_encoder", [Result("a", "toy", 0.5)])), resamples=20)
+    text = write_page(tmp_path / "none", [no_figure], [fill(TABLE_2, [no_figure])]).read_text(encoding="utf-8")
+    assert "No table of the paper has figures of these runs" in text
+    assert text.index("<details>") > text.index('id="videos"')
+    text = write_page(tmp_path / "full", [run], [fill(TABLE_2, [run])]).read_text(encoding="utf-8")
+    assert "<details>" not in text
 
 
 def test_a_video_outside_of_the_runs_folder_is_not_copied(tmp_path):

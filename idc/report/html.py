@@ -49,6 +49,21 @@ def table_html(table: Table) -> str:
     )
 
 
+def blank_tables_html(tables: Sequence[Table]) -> str:
+    """Tables without a figure of any run, each folded up under its name; "" where there are none."""
+    if not tables:
+        return ""
+    folded = "".join(
+        f"<details><summary>Table {table.layout.number}: {escape(table.layout.caption)}</summary>"
+        f"{table_html(table)}</details>"
+        for table in tables
+    )
+    return (
+        '<section aria-labelledby="blank-head"><h2 id="blank-head">Tables without figures</h2>'
+        f'<p class="hint">No run of this report has a figure in any of their rows.</p>{folded}</section>'
+    )
+
+
 def measures_html(systems: Sequence[tuple[str, Measured]], metrics: Sequence[str]) -> str:
     """All measures of all systems, also those that no table of the paper has."""
     if not systems:

@@ -18,7 +18,7 @@ from typing import Any
 
 from idc.errors import UserError
 from idc.metrics.results import Result
-from idc.report.html import failures_html, measures_html, table_html
+from idc.report.html import blank_tables_html, failures_html, measures_html, table_html
 from idc.report.layout import metric_title
 from idc.report.measure import Measured
 from idc.report.media import Media, find_items
@@ -26,6 +26,7 @@ from idc.report.tables import Table, short_commit
 from idc.report.tracks import identity
 
 FILES = ("page.css", "page.js")
+NO_TABLE = '<p class="empty">No table of the paper has figures of these runs; they stand under All measures.</p>'
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def write_page(
 
     Args:
         runs: a column each.
-        tables: shown at the top, in this order.
+        tables: in this order; those without a figure of any run are folded up, below the videos.
         title: of the page.
         copy_videos: False links to the videos where they lie.
         items: items.jsonl or a benchmark's JSON, for the references.
@@ -70,6 +71,9 @@ def write_page(
     for name in FILES:
         (out / name).write_text((templates / name).read_text(encoding="utf-8"), encoding="utf-8")
     (out / "data.js").write_text(f"window.IDC_DATA = {script_json(data)};\n", encoding="utf-8")
+    # Without any run all tables stand at the top: they are then asked for because of the printed figures.
+    filled = [table for table in tables if table.filled or not runs]
+    blank = [table for table in tables if table not in filled]
     shell = Template((templates / "page.html").read_text(encoding="utf-8"))
     index = out / "index.html"
     index.write_text(
@@ -77,7 +81,8 @@ def write_page(
             title=escape(title),
             links=head,
             facts=_facts(systems, data),
-            tables="\n".join(table_html(table) for table in tables),
+            tables="\n".join(map(table_html, filled)) or NO_TABLE,
+            blank=blank_tables_html(blank),
             measures=measures_html([(s.name, s.measured) for s in systems], [m["key"] for m in data["metrics"]]),
             failures=failures_html([(s.name, s.measured) for s in systems]),
         ),

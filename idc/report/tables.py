@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
 from idc.metrics.total import total_score
 from idc.report.layout import LAYOUTS, TABLE_1, Column, Layout, Row, normal_name
 from idc.report.measure import Cell, Measured
@@ -47,6 +47,11 @@ class Table:
     level: float = 0.95
 
     @property
+    def filled(self) -> bool:
+        """Whether any cell has a figure of a run."""
+        return any(cell is not None and cell.value is not None for line in self.lines for cell in line.cells)
+
+    @property
     def caption(self) -> str:
         commits = sorted({short_commit(line.measured.run.info.commit) for line in self.lines if line.measured})
         protocol = f" Protocol {self.protocol}, {self.domain} domain." if self.protocol else " No runs."
@@ -65,7 +70,7 @@ class Table:
             if (names := _reads(self.lines, c)) not in ([], [c.key])
         )
         common = next((len(line.measured.ids) for line in self.lines if line.measured and line.measured.common), None)
-        items = "" if common is None else f" Over the {common} items that all runs share."
+        items = "" if common is None else f" Over the {counted(common, 'item')} that all runs share."
         return f"{self.layout.caption}{protocol}{items}{reads}{spans}{commit}{printed}"
 
 

@@ -4,6 +4,8 @@
   const data = window.IDC_DATA || { systems: [], metrics: [], items: [] };
   const SVG = "http://www.w3.org/2000/svg";
   const COLOURS = 6;
+  const FIRST = 6; // cards that are filled at once, wherever they are
+  const MARGIN = 700; // cards are filled when they are this close to being seen, in pixels
   const $ = (id) => document.getElementById(id);
   const shownSystems = new Set(data.systems.keys());
 
@@ -265,12 +267,13 @@
     card.append(make("div", { class: "row" }, ...(item.references.length ? [references] : []), clips));
   }
   const cards = data.items.map((item, n) => make("article", { class: "item", id: `item-${n}`, "aria-label": item.id }));
+  const fillOnce = (card) => { if (!card.firstChild) fill(card, data.items[cards.indexOf(card)]); };
   const near = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
-      if (isIntersecting && !target.firstChild) fill(target, data.items[cards.indexOf(target)]);
+      if (isIntersecting) fillOnce(target);
       else if (!isIntersecting) target.pause?.();
     }
-  }, { rootMargin: "700px" });
+  }, { rootMargin: `${MARGIN}px` });
   $("items").append(...cards);
   cards.forEach((card) => near.observe(card));
 
@@ -316,7 +319,7 @@
     const kept = new Set(visible);
     cards.forEach((card, n) => { card.hidden = !kept.has(n); if (card.hidden) card.pause?.(); });
     $("items").append(...visible.map((n) => cards[n]));
-    $("count").textContent = `${visible.length} of ${data.items.length} items`;
+    $("count").textContent = `${visible.length} of ${data.items.length} item${data.items.length === 1 ? "" : "s"}`;
     scores();
   }
   function scores() {
@@ -339,4 +342,19 @@
   $("measure").addEventListener("input", scores);
   $("filters").addEventListener("submit", (event) => event.preventDefault());
   update();
+
+  // Without waiting for the observer ----------------------------------------------------------------------------
+  // A picture of the page may be taken before the observer's first report, however tall its window is.
+  for (const [n, card] of cards.entries()) {
+    if (n >= FIRST && card.getBoundingClientRect().top > innerHeight + MARGIN) break;
+    fillOnce(card);
+    // The page counts as loaded when these are: whoever prints it or takes its picture waits for that.
+    for (const picture of card.querySelectorAll("img")) picture.loading = "eager";
+    for (const clip of card.querySelectorAll("video[poster]")) new Image().src = clip.poster;
+  }
+  // On paper everything is in view.
+  addEventListener("beforeprint", () => {
+    for (const card of cards) if (!card.hidden) fillOnce(card);
+    for (const picture of document.querySelectorAll(".item img")) picture.loading = "eager";
+  });
 })();

@@ -25,6 +25,7 @@ from idc.data.videos import DecodedVideo, FrameCache, Ranks, VideoFolder, finger
 from idc.errors import UserError
 from idc.metrics.base import Score, VideoMetric, sample_frames
 from idc.metrics.results import Result, append_result, prune_results, read_results, results_file
+from idc.stages.hub import offline_without_a_network
 from idc.stages.judged import clip_of, digest, plain, reason_of, settings_of
 
 SLACK = 1e-3  # of the range of a metric's bounds, for rounding in a network's half precision
@@ -212,7 +213,8 @@ class Scorer:
             self._loaded = metric
         if metric.name not in self._broken:
             try:
-                metric.load(self.device)
+                with offline_without_a_network(self.settings[metric.name]["settings"]):
+                    metric.load(self.device)
                 return ""
             except Exception as error:  # other metrics go on without it
                 log.debug("%s cannot be loaded", metric.name, exc_info=True)

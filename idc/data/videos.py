@@ -68,7 +68,8 @@ def find_videos(folder: str | Path, ids: Sequence[str]) -> VideoFolder:
             videos[path.stem] = path
     if ids and not videos:
         found = f"{counted(len(extra), 'other video')}, such as {next(iter(extra))}" if extra else "no video at all"
-        raise UserError(f"videos={folder}: none of {counted(len(ids), 'item')} has its <id>{SUFFIX} here, but {found}")
+        nobody = f"none of the {len(ids)} items" if len(ids) > 1 else "not even the only item"
+        raise UserError(f"videos={folder}: {nobody} has its <id>{SUFFIX} here, but {found}")
     return VideoFolder(videos, extra, missing_reasons(folder))
 
 

@@ -115,7 +115,7 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
 
 def first_line(error: Exception) -> str:
     """Of what a library says, for a message of one line; the error's type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:

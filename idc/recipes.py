@@ -47,9 +47,13 @@ def check_command_line(args: Sequence[str]) -> None:
     """Check the names of settings and every `--config` of a command line.
 
     Raises:
-        UserError: for a list's item as a setting, a missing file, broken YAML, or overlays before what they change.
+        UserError: for a list's item as a setting, a setting of a class without a value, a missing file, broken YAML, or
+            overlays before what they change.
     """
     _check_no_items(args)
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        if re.fullmatch(r"--(model|data)\.[\w.]+\+?", arg) and following.startswith("--") and not arg.endswith(".help"):
+            raise UserError(f"{arg}: needs a value behind it, as in {arg} VALUE; null is one")
     paths = _config_paths(args)
     layers = [(path, _layer(path, _load(path))) for path in paths]
     ranks = [ORDER.index(layer) if layer else None for _, layer in layers]

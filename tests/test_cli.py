@@ -41,6 +41,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     [
         (["fitt"], ["'fitt'", "'fit'"]),
         (["fit", "--config"], ["--config", "needs a file"]),
+        (["fit", "--data.init_args.features", "--config", SFT], ["--data.init_args.features: needs a value"]),
         (["fit"], ["idc fit --config recipes/sft.yaml"]),
         (["generate"], ["idc generate --config recipes/generate.yaml"]),
         (["predict", "--trainer.devices", "1"], ["idc predict --config recipes/generate.yaml"]),

@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `idc export` with the arguments after that word. Returns the exit status: 0, or 2 for bad input."""
     arguments = _parser().parse_args(argv)
     try:
-        record = export(arguments.run, arguments.out, arguments.weights, arguments.dtype, arguments.replace)
+        record = export(
+            arguments.run, arguments.out, arguments.weights, arguments.dtype, arguments.replace, arguments.note
+        )
     except UserError as error:
         print(f"idc export: {error}", file=sys.stderr)
         return 2
@@ -38,11 +40,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="the pipeline's folder")
     add("--weights", choices=("ema", "raw"), default="ema", help="the averages, or the weights (default: ema)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights (default: float32)")
+    add("--note", default=None, metavar="TEXT", help="kept in training.json, such as the device")
     add("--replace", action="store_true", help="write over a pipeline that is there")
     return parser
 
 
-def export(run: str | Path, out: Path, weights: str = "ema", dtype: str = "float32", replace: bool = False) -> Any:
+def export(
+    run: str | Path,
+    out: Path,
+    weights: str = "ema",
+    dtype: str = "float32",
+    replace: bool = False,
+    note: str | None = None,
+) -> Any:
     """Write the pipeline of a run and `training.json`.
 
     Args:
@@ -50,6 +60,8 @@ def export(run: str | Path, out: Path, weights: str = "ema", dtype: str = "float
         out: a folder that is empty or does not exist, unless `replace`.
         weights: "ema" or "raw".
         dtype: of the stored transformer; "bfloat16" halves the file and is rounded once.
+        replace: write over what an earlier export left at `out`.
+        note: kept in the record.
 
     Returns:
         the record: recipe, step, samples seen, held-out losses, versions, device, bytes.
@@ -68,7 +80,7 @@ def export(run: str | Path, out: Path, weights: str = "ema", dtype: str = "float
     if dtype == "bfloat16":
         _round(pipeline.transformer)
     pipeline.save_pretrained(out)
-    record = {**training_record(checkpoint.state, checkpoint.config), "weights": weights, "dtype": dtype}
+    record = {**training_record(checkpoint.state, checkpoint.config), "weights": weights, "dtype": dtype, "note": note}
     record["bytes"] = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record

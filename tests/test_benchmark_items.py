@@ -15,7 +15,7 @@ from PIL import Image
 
 from idc.data.benchmark import KINDS, Item, file_name, kind_of, read_benchmark, read_items, write_items
 from idc.data.item_sources import Benchmark, ItemFile, Prompt
-from idc.data.requests import ItemError, Size, read_picture, read_request
+from idc.data.requests import Size, read_picture, read_request
 from idc.errors import UserError
 
 
@@ -169,7 +169,7 @@ def test_a_picture_is_upright_on_white_and_in_range(tmp_path: Path) -> None:
     assert (read_picture(tmp_path / "clear.png") == 1).all()
     (tmp_path / "folder.png").mkdir()
     for name, reason in (("no.png", "no such file"), ("folder.png", "cannot be read")):
-        with pytest.raises(ItemError, match=reason):
+        with pytest.raises(UserError, match=reason):
             read_picture(tmp_path / name)
 
 

@@ -221,8 +221,9 @@ def test_two_ranks_equal_one(case, ranks):
     first_ranks = math.fsum(score.value for score in case.scores[::2]) / 2
     for rank in ranks:
         found = rank[case.name]
-        assert found["shared"] == [case.mean, 4, 5, 2]
-        assert found["lonely"] == [first_ranks, 2, 2]
+        # Networks round by their number of threads, which ranks have fewer of.
+        assert found["shared"] == [pytest.approx(case.mean, rel=1e-6), 4, 5, 2]
+        assert found["lonely"] == [pytest.approx(first_ranks, rel=1e-6), 2, 2]
         assert math.isnan(found["none"][0])
         assert found["none"][1:] == [0, 2]
 

@@ -24,6 +24,7 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 def test_notebook_runs_and_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads beside another test wait for each other most of the time
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,24 @@ from idc.metrics.base import Clip, Score, VideoMetric
 ALIKE = 0.6  # of the attributes: two of three, so that a subject with one wrong attribute still looks like itself
 
 
-class ToyScores(VideoMetric):
+class ToyMetric(VideoMetric):
+    """What the exact scorers found in a clip of the toy world, as `summary` puts it."""
+
+    frames = None
+
+    def applies(self, clip: Clip) -> bool:
+        return "toy" in clip.meta
+
+    def score(self, clip: Clip) -> Score:
+        judged = judge(clip)
+        return judged if isinstance(judged, Score) else self.summary(*judged)
+
+    @abstractmethod
+    def summary(self, spec: ToySpec, scores: ToyScore) -> Score:
+        """The score of a clip that could be judged."""
+
+
+class ToyScores(ToyMetric):
     """`ToyScore.total` in [0, 1]: background, count, and each subject's presence, looks and motion.
 
     `details`: the nine scores of `ToyScore` by name (null with a reason under `reasons`), `missing`, `extra`,
@@ -28,16 +46,8 @@ class ToyScores(VideoMetric):
     """
 
     name = "toy"
-    frames = None
 
-    def applies(self, clip: Clip) -> bool:
-        return "toy" in clip.meta
-
-    def score(self, clip: Clip) -> Score:
-        judged = judge(clip)
-        if isinstance(judged, Score):
-            return judged
-        spec, scores = judged
+    def summary(self, spec: ToySpec, scores: ToyScore) -> Score:
         assert scores.total is not None
         return Score(
             scores.total,
@@ -52,7 +62,7 @@ class ToyScores(VideoMetric):
         )
 
 
-class ToyIdentity(VideoMetric):
+class ToyIdentity(ToyMetric):
     """Mean over the asked subjects of presence x mean(colour, shape, texture right), in [0, 1]; a missing one has 0.
 
     What motion, background and extra subjects are like does not matter. `details` are those of
@@ -68,16 +78,8 @@ class ToyIdentity(VideoMetric):
     """
 
     name = "toy_identity"
-    frames = None
 
-    def applies(self, clip: Clip) -> bool:
-        return "toy" in clip.meta
-
-    def score(self, clip: Clip) -> Score:
-        judged = judge(clip)
-        if isinstance(judged, Score):
-            return judged
-        spec, scores = judged
+    def summary(self, spec: ToySpec, scores: ToyScore) -> Score:
         identity = [subject.presence * likeness(subject, asked) for subject, asked in _pairs(scores, spec)]
         return Score(float(np.mean(identity)), details=_identity_details(spec, scores, identity))
 

@@ -95,7 +95,8 @@ class Detector(_Saved):
             reference: a picture of it, RGB uint8 `[H, W, 3]`.
         """
 
-    def _check(self) -> None:
+    def __init__(self, path: str, threshold: float, nms: float, dtype: str | torch.dtype) -> None:
+        self.path, self.threshold, self.nms, self.dtype = path, threshold, nms, torch_dtype(dtype)
         for key in ("threshold", "nms"):
             if not 0 <= (value := getattr(self, key)) <= 1:
                 raise UserError(f"{key}={value}: must lie between 0 and 1")
@@ -123,8 +124,7 @@ class GroundingDino(Detector):
         nms: float = 0.7,
         dtype: str | torch.dtype = "float32",
     ) -> None:
-        self.path, self.threshold, self.nms, self.dtype = path, threshold, nms, torch_dtype(dtype)
-        self._check()
+        super().__init__(path, threshold, nms, dtype)
 
     def _build(self) -> None:
         resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
@@ -175,8 +175,7 @@ class Owlv2ByPicture(Detector):
         nms: float = 0.7,
         dtype: str | torch.dtype = "float32",
     ) -> None:
-        self.path, self.threshold, self.nms, self.dtype = path, threshold, nms, torch_dtype(dtype)
-        self._check()
+        super().__init__(path, threshold, nms, dtype)
 
     def _build(self) -> None:
         from transformers import Owlv2ForObjectDetection

@@ -11,9 +11,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idc.errors import UserError
+
+if TYPE_CHECKING:
+    from idc.models.checkpoints import Which
 
 RECORD = "training.json"
 
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def export(
     run: str | Path,
     out: Path,
-    weights: str = "ema",
+    weights: Which = "ema",
     dtype: str = "float32",
     replace: bool = False,
     note: str | None = None,
@@ -76,7 +79,7 @@ def export(
         rule = "is not a pipeline that idc export wrote" if replace else "is there; --replace writes over it"
         raise UserError(f"--out {out}: {rule}")
     checkpoint = find_checkpoint(run)
-    pipeline = IDCrafterPipeline.from_run(run, weights)  # type: ignore[arg-type]
+    pipeline = IDCrafterPipeline.from_run(run, weights)
     if dtype == "bfloat16":
         _round(pipeline.transformer)
     pipeline.save_pretrained(out)

@@ -2,7 +2,7 @@
 
 TensorBoard's own `add_video` needs a moviepy that no longer exists, so the animation is a GIF inside an image
 summary; it is kept to 256 x 640 pixels and 16 frames, and the true clip lies beside it as
-`<log dir>/samples/step-XXXXXX/<prompt hash>.mp4` (`<log dir>/predict/samples/` from `idc predict`).
+`<log dir>/samples/step-<number>/<prompt hash>.mp4` (`<log dir>/predict/samples/` from `idc predict`).
 """
 
 from __future__ import annotations

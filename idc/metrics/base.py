@@ -131,7 +131,7 @@ class VideoMetric(Metric):
         models: names of the networks that the score stands on; a report flags one that a training reward used too.
     """
 
-    name: ClassVar[str]
+    name: str
     frames: int | None = 32
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
     models: tuple[str, ...] = ()

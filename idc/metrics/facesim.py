@@ -63,7 +63,7 @@ class FaceSim(VideoMetric):
         if variant:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", variant):
                 raise UserError(f"variant={variant!r}: must be lower-case letters, digits and '_', such as 'arc'")
-            self.name = f"{type(self).name}_{variant}"  # type: ignore[misc]
+            self.name = f"{type(self).name}_{variant}"
         self.faces = YuNetSFace() if faces is None else faces
         self.models = self.faces.models
 

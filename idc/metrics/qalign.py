@@ -120,7 +120,7 @@ class QAlign(VideoMetric):
         self.rater = QAlignRater(judge, task, kind)
         self.models = (self.rater.name,)
         if task == "aesthetics":
-            self.name = "qalign_aesthetics"  # type: ignore[misc]
+            self.name = "qalign_aesthetics"
 
     def load(self, device: torch.device | str = "cpu") -> None:
         self.rater.load(device)

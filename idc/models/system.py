@@ -131,7 +131,9 @@ def _with(given: Parts, own: Parts, note: str, checkpoint: Checkpoint | None, wh
     for name, part in (("transformer", spec), ("codec", codec), ("text", text)):
         if part is None:
             raise UserError(f"{name}: {note}; set model.init_args.{name}")
-    assert spec is not None and codec is not None and text is not None  # noqa: PT018
+    assert spec is not None
+    assert codec is not None
+    assert text is not None
     vlm = given.vlm or own.vlm
     lora = given.lora or own.lora
     return System(

@@ -24,7 +24,8 @@ from idc.errors import UserError
 from idc.metrics.base import Clip
 from idc.metrics.natural import QUESTIONS, NaturalScore, long_side, parse_score
 from idc.metrics.qalign import CLIP_MEAN, QAlign, QAlignRater, expectation, pad_square, softmax
-from idc.models.judge_server import ServerJudge, _retry_after
+from idc.models.http_client import retry_after
+from idc.models.judge_server import ServerJudge
 from idc.models.judges import ImageTextJudge, Judge, JudgeError, deciding_tokens
 
 RNG = np.random.default_rng(0)
@@ -432,11 +433,11 @@ def test_a_wrong_key_stops_the_run_and_is_not_shown(server: Server, monkeypatch:
      ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
 )  # fmt: skip
 def test_how_long_a_server_asks_to_wait(header: str | None, seconds: float) -> None:
-    assert _retry_after(header) == seconds
+    assert retry_after(header) == seconds
 
 
 def test_a_wait_until_a_date_is_counted_from_now() -> None:
-    assert 3500 < _retry_after(email.utils.formatdate(time.time() + 3600, usegmt=True)) <= 3600
+    assert 3500 < retry_after(email.utils.formatdate(time.time() + 3600, usegmt=True)) <= 3600
 
 
 def test_no_more_requests_are_under_way_than_allowed(server: Server) -> None:

@@ -21,6 +21,8 @@ from torchmetrics import Metric
 
 from idc.errors import UserError
 
+SLACK = 1e-3  # of the range of a metric's bounds, for rounding in a network's half precision
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -219,3 +221,40 @@ def sample_frames(total: int, count: int | None) -> NDArray[np.int64]:
 def sampled(clip: Clip, count: int | None) -> NDArray[np.uint8]:
     """The frames of `clip` that a metric looks at, `[count, H, W, 3]`."""
     return clip.frames_THWC[sample_frames(len(clip.frames_THWC), count)]
+
+
+def checked(score: Score, bounds: tuple[float, float]) -> Score:
+    """The score with plain details, or a failure where the value is no number or lies outside of `bounds`."""
+    details = plain(score.details)
+    if score.value is None:
+        return Score(None, score.reason or "no reason given", details)
+    value, (low, high) = float(score.value), bounds
+    slack = SLACK * (high - low) if math.isfinite(high - low) else 0.0
+    if not math.isfinite(value):
+        return Score(None, f"the score is {value}", details)
+    if not low - slack <= value <= high + slack:
+        return Score(None, f"the score {value:.6g} is outside of its bounds {low:g} to {high:g}", details)
+    return Score(value, score.reason, details)
+
+
+def plain(value: Any) -> Any:
+    """Details of a score as plain JSON: NumPy's and torch's numbers and arrays as lists, what is not finite as None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, torch.Tensor):
+        return plain(value.detach().cpu().tolist())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    raise TypeError(f"a detail is a {type(value).__name__}, which is no JSON")

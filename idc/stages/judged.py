@@ -138,26 +138,3 @@ def describe(value: Any, depth: int = 4) -> Any:
         return os.fspath(value)
     inner = _public(vars(value), depth) if depth > 0 else {}
     return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **inner}
-
-
-def plain(value: Any) -> Any:
-    """Details of a score as plain JSON: NumPy's and torch's numbers and arrays as lists, what is not finite as None.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, np.generic | np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, torch.Tensor):
-        return plain(value.detach().cpu().tolist())
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    raise TypeError(f"a detail is a {type(value).__name__}, which is no JSON")

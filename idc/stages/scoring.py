@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
@@ -23,12 +22,11 @@ from idc.data.benchmark import Item
 from idc.data.video import VideoError, probe
 from idc.data.videos import DecodedVideo, FrameCache, Ranks, VideoFolder, fingerprint
 from idc.errors import UserError
-from idc.metrics.base import Score, VideoMetric, sample_frames
+from idc.metrics.base import Score, VideoMetric, checked, sample_frames
 from idc.metrics.results import Result, append_result, prune_results, read_results, results_file
 from idc.stages.hub import offline_without_a_network
-from idc.stages.judged import clip_of, digest, plain, reason_of, settings_of
+from idc.stages.judged import clip_of, digest, reason_of, settings_of
 
-SLACK = 1e-3  # of the range of a metric's bounds, for rounding in a network's half precision
 log = logging.getLogger(__name__)
 
 
@@ -178,7 +176,7 @@ class Scorer:
         try:
             clip = clip_of(work.item, work.decoded.frames(_ranks(metric)), work.decoded.info.fps)
             with torch.no_grad():
-                score = _checked(metric, metric.score(clip))
+                score = checked(metric.score(clip), metric.bounds)
         except Exception as error:  # whatever a metric or its model raises is this score's failure, not the run's
             log.debug("%s on %s", metric.name, work.item.id, exc_info=True)
             score = Score.failed(reason_of(error))
@@ -242,17 +240,3 @@ def _ranks(metric: VideoMetric) -> Ranks:
 
 def _wanted(work: Work) -> list[Ranks]:
     return [_ranks(metric) for metric in work.metrics.values()]
-
-
-def _checked(metric: VideoMetric, score: Score) -> Score:
-    """The score with plain details, or a failure where the value is no number or lies outside of its bounds."""
-    details = plain(score.details)
-    if score.value is None:
-        return Score(None, score.reason or "no reason given", details)
-    value, (low, high) = float(score.value), metric.bounds
-    slack = SLACK * (high - low) if math.isfinite(high - low) else 0.0
-    if not math.isfinite(value):
-        return Score(None, f"the score is {value}", details)
-    if not low - slack <= value <= high + slack:
-        return Score(None, f"the score {value:.6g} is outside of its bounds {low:g} to {high:g}", details)
-    return Score(value, score.reason, details)

@@ -181,3 +181,17 @@ class Condition:
             references=tuple(reference.to(*args, **kwargs) for reference in self.references),
             reference_sizes_BN2=move(self.reference_sizes_BN2),
         )
+
+    def expand(self, batch: int) -> Condition:
+        """One sample's condition for `batch` videos, as a group shares it: views, no copies."""
+
+        def grow(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.expand(batch, *tensor.shape[1:])
+
+        return Condition(
+            text_BLD=self.text_BLD.expand(batch, *self.text_BLD.shape[1:]),
+            vlm_BLD=grow(self.vlm_BLD),
+            vlm_mask_BL=grow(self.vlm_mask_BL),
+            references=tuple(reference.expand(batch, *reference.shape[1:]) for reference in self.references),
+            reference_sizes_BN2=grow(self.reference_sizes_BN2),
+        )

@@ -77,7 +77,8 @@ class PlanLoader:
         self._limit = len(plan) if limit is None else min(limit, len(plan))
         self._rate = CorruptRate(len(catalogue), max_corrupt_rate)
         self._epoch = self._next = 0
-        reader = BatchReader(catalogue, plan.buckets, plan.pools, plan.seed, settings or ReadSettings())
+        group_size = plan.group_size if isinstance(plan, Plan) else 1
+        reader = BatchReader(catalogue, plan.buckets, plan.pools, plan.seed, settings or ReadSettings(), group_size)
         self._tasks = _Tasks(plan, catalogue, (rank, world), self.quarantine, self._limit, overfit)
         self._reader = DataLoader(
             reader,

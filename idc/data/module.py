@@ -71,6 +71,9 @@ class VideoDataModule(LightningDataModule):
         prefetch: batches that each of them reads ahead.
         seed: of the order and of every sample's noise, time and window.
         epoch_size: samples of a virtual epoch; by default all that fit a bucket.
+        group_size: a training batch has every sample that many times in a row, for GRPO's groups of rollouts;
+            `batch_size` counts the rollouts.
+        decode_clips: False leaves out the training clips themselves, for stages that read captions and references.
         reference_area: cap of a reference's area in pixels; n transformer tokens cover 256 n pixels.
         max_subjects: references of a sample beyond these are left out, the first stay.
         max_upscale, max_crop: see `BucketRule`.
@@ -98,6 +101,8 @@ class VideoDataModule(LightningDataModule):
         prefetch: int = 2,
         seed: int = 0,
         epoch_size: int | None = None,
+        group_size: int = 1,
+        decode_clips: bool = True,
         reference_area: int = 1024 * 256,
         max_subjects: int = 4,
         max_upscale: float = 1.1,
@@ -117,6 +122,7 @@ class VideoDataModule(LightningDataModule):
             ("prefetch", prefetch, 1),
             ("seed", seed, 0),
             ("epoch_size", epoch_size, 1),
+            ("group_size", group_size, 1),
             ("reference_area", reference_area, 256),
         ):
             if value is not None and value < least:
@@ -128,6 +134,7 @@ class VideoDataModule(LightningDataModule):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.epoch_size, self.random_window = epoch_size, random_window
+        self.group_size, self.decode_clips = group_size, decode_clips
         self.reference_area, self.decode_references = reference_area, decode_references
         self.features, self.quarantine = features, Quarantine(quarantine)
         self.max_corrupt_rate, self.allow_mix_change = max_corrupt_rate, allow_mix_change
@@ -238,7 +245,9 @@ class VideoDataModule(LightningDataModule):
     def plan(self) -> Plan:
         """The training plan (after `setup`)."""
         split = self._splits["train"]
-        return Plan(split.sources, split.assignment.buckets, self.batch_size, self.seed, self.epoch_size)
+        return Plan(
+            split.sources, split.assignment.buckets, self.batch_size, self.seed, self.epoch_size, self.group_size
+        )
 
     def train_dataloader(self) -> PlanLoader:
         """This rank's training batches; its state is in Lightning's checkpoints."""
@@ -248,7 +257,11 @@ class VideoDataModule(LightningDataModule):
         return self._loader(
             plan,
             self._splits["train"].catalogue,
-            replace(self._settings(self.random_window), decode_references=keep_references),
+            replace(
+                self._settings(self.random_window),
+                decode_references=keep_references,
+                decode_video=self.decode_clips,
+            ),
             limit=None if trainer is None else batches_of(trainer.limit_train_batches, len(plan)),
             overfit=bool(getattr(trainer, "overfit_batches", 0)),
             allow_mix_change=self.allow_mix_change,

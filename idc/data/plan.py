@@ -105,9 +105,11 @@ class Plan:
         buckets: what the sources' bucket indices refer to.
         global_batch: samples a step over all ranks.
         epoch_size: samples of a virtual epoch, rounded down to whole batches; None is the number of kept entries.
+        group_size: every drawn sample fills that many consecutive places of its batch, each with a seed of its own (as
+            a repeat); `global_batch` and `epoch_size` still count places and entries. For group-relative rewards.
 
     Raises:
-        UserError: nothing to draw, bad weights, or an epoch shorter than one batch.
+        UserError: nothing to draw, bad weights, a batch of no whole groups, or an epoch shorter than one batch.
     """
 
     def __init__(
@@ -117,29 +119,30 @@ class Plan:
         global_batch: int,
         seed: int,
         epoch_size: int | None = None,
+        group_size: int = 1,
     ) -> None:
         self.buckets, self.global_batch, self.seed = tuple(buckets), global_batch, seed
+        self.group_size, self._draws = group_size, _groups_of(global_batch, group_size)
         kept = np.array([int(np.count_nonzero(source.buckets >= 0)) for source in sources])
         size = int(kept.sum()) if epoch_size is None else epoch_size
-        if global_batch < 1:
-            raise UserError(f"batch_size={global_batch}: must be 1 or more")
-        if size < global_batch:
+        if size < self._draws:
             raise UserError(
-                f"an epoch of {size} samples does not fill one global batch of {global_batch}: lower batch_size to "
-                f"{max(size, 1)}, add data, or set epoch_size={global_batch} to let samples come again"
+                f"an epoch of {size} samples does not fill one global batch of {self._draws}: lower batch_size to "
+                f"{max(size, 1) * group_size}, add data, or set epoch_size={self._draws} to let samples come again"
             )
         weights = _weights(sources, kept)
         self._groups, group_share = _groups(sources, len(buckets), weights, kept)  # [S][B] refs, [S, B]
         self._bucket_share = group_share.sum(0)
         self._within_bucket = group_share / np.where(self._bucket_share > 0, self._bucket_share, 1)
         self.pools = [np.concatenate([group[b] for group in self._groups]) for b in range(len(buckets))]
-        self._batches = size // global_batch
+        self._batches = size // self._draws
         self.shares = {source.name: float(weight) for source, weight in zip(sources, weights, strict=True)}
         self.mix = {
             "sources": {name: round(share, 12) for name, share in self.shares.items()},
             "buckets": [list(bucket) for bucket in self.buckets],
             "batch_size": global_batch,
-            "epoch_size": self._batches * global_batch,
+            "epoch_size": self._batches * self._draws,
+            **({"group_size": group_size} if group_size > 1 else {}),
         }
         self.mix_hash = stable_hash(self.mix)
         self._rewind()
@@ -159,9 +162,9 @@ class Plan:
                     for source in np.flatnonzero(draws_SB[:, bucket]).tolist()
                 ]
                 refs = np.concatenate(members)
-                parts.append(refs[self._order(len(refs), _SHUFFLE, epoch, bucket)].reshape(count, self.global_batch))
+                parts.append(refs[self._order(len(refs), _SHUFFLE, epoch, bucket)].reshape(count, self._draws))
         order = self._order(self._batches, _ORDER, epoch)
-        refs = np.concatenate(parts)[order]
+        refs = np.concatenate(parts)[order].repeat(self.group_size, axis=1)
         bucket_of = np.repeat(np.arange(len(batches_B)), batches_B)[order]
         return EpochPlan(bucket_of, refs, _appearances(refs.ravel()).reshape(refs.shape))
 
@@ -200,7 +203,7 @@ class Plan:
             batches_B = _apportion(self._batches, due)
             draws_SB = np.zeros_like(self._draws_done_SB)
             for bucket in np.flatnonzero(batches_B):
-                total = int(batches_B[bucket]) * self.global_batch
+                total = int(batches_B[bucket]) * self._draws
                 done = self._draws_done_SB[:, bucket]
                 due = self._within_bucket[:, bucket] * (done.sum() + total) - done
                 draws_SB[:, bucket] = _apportion(total, due)
@@ -245,6 +248,18 @@ class HeldOutPlan:
     def seeds_epoch(self, epoch: int) -> int:
         """0: noise and times of held-out samples never change."""
         return 0
+
+
+def _groups_of(batch: int, group: int) -> int:
+    """How many samples are drawn for a batch."""
+    if batch < 1:
+        raise UserError(f"batch_size={batch}: must be 1 or more")
+    if group < 1:
+        raise UserError(f"group_size={group}: must be 1 or more")
+    if batch % group:
+        near = max(1, round(batch / group)) * group
+        raise UserError(f"batch_size={batch}: must be a multiple of group_size={group}; the nearest is {near}")
+    return batch // group
 
 
 def _weights(sources: Sequence[MixSource], kept: np.ndarray) -> np.ndarray:

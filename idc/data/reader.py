@@ -164,9 +164,10 @@ class BatchReader(Dataset[Parcel]):
         pools: Sequence[np.ndarray],
         seed: int,
         settings: ReadSettings,
+        group_size: int = 1,
     ) -> None:
         self.catalogue, self.buckets, self.pools, self.seed = catalogue, buckets, pools, seed
-        self.settings = settings
+        self.settings, self.group_size = settings, group_size
         self._bad: dict[str, str] = {}
 
     def __getitem__(self, task: Task) -> Parcel:
@@ -181,7 +182,10 @@ class BatchReader(Dataset[Parcel]):
         )
 
     def _slot(self, ref: int, bucket: int, epoch: int, repeat: int) -> Slot:
-        seed = seed_for(self.seed, epoch, self.catalogue[ref][1].id, repeat)
+        name = self.catalogue[ref][1].id
+        seed = seed_for(self.seed, epoch, name, repeat)
+        # The members of a group are repeats of one sample: what takes its place must be one sample, too.
+        shared = seed if self.group_size == 1 else seed_for(self.seed, epoch, name, repeat // self.group_size)
         failed: dict[int, str] = {}
         for attempt in range(ATTEMPTS + 1):
             root, entry = self.catalogue[ref]
@@ -194,7 +198,7 @@ class BatchReader(Dataset[Parcel]):
                     reason = self._bad[entry.id] = error.reason
             failed[ref] = reason
             pool = self.pools[bucket]
-            ref = int(pool[draw(seed, f"replacement {attempt}", len(pool))])
+            ref = int(pool[draw(shared, f"replacement {attempt}", len(pool))])
         return Slot(None, ref, seed, tuple(failed.items()))
 
 

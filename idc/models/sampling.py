@@ -118,12 +118,19 @@ class Sampler:
             )
         return velocity.float()
 
-    def velocity_function(self, condition: Condition) -> Velocity:
-        """velocity(x, t) for the samplers, with the subject side computed once where that is exact."""
+    def velocity_function(self, condition: Condition, group: int | None = None, cached: bool = True) -> Velocity:
+        """velocity(x, t) for the samplers, with the subject side computed once where that is exact.
+
+        Args:
+            group: one condition for that many videos, as GRPO's groups have it: encoded once for all of them.
+            cached: False computes the subject side at every call, for every video.
+        """
         cache = None
-        if not self.transformer.config["id_joint_references"]:
+        if cached and not self.transformer.config["id_joint_references"]:
             with self.autocast():
                 cache = self.transformer.build_subject_cache(condition)
+        if group is not None:
+            cache, condition = cache and cache.expand(group), condition.expand(group)
 
         def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
             t_B = torch.as_tensor(t, dtype=torch.float32, device=x_BCTHW.device).expand(x_BCTHW.shape[0])
@@ -131,11 +138,14 @@ class Sampler:
 
         return velocity
 
-    def guided_velocity(self, features: Sequence[Features], sampling: Sampling) -> Velocity:
-        """The velocity under guidance for the conditions of `features`."""
+    def guided_velocity(
+        self, features: Sequence[Features], sampling: Sampling, group: int | None = None, cached: bool = True
+    ) -> Velocity:
+        """The velocity under guidance for the conditions of `features`; `group` and `cached` as above."""
 
         def branch(drop: Drop) -> Velocity:
-            return self.velocity_function(self.encoders.condition(features, drop).to(self.device, torch.float32))
+            condition = self.encoders.condition(features, drop).to(self.device, torch.float32)
+            return self.velocity_function(condition, group, cached)
 
         velocity = branch(Drop.NOTHING)
         if Drop.TEXT in sampling.drops:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,31 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, load_model, load_weights, model_name, resolve, torch_dtype, weights_identity
+from idc.models.frozen import load_model, torch_dtype
+from idc.models.pretrained import Pretrained
 
 Picture = NDArray[np.uint8]
 
 
-class ImageTextEmbedder(Frozen):
-    """A frozen model that puts pictures and texts into one space. It loads at the first use and may be unloaded.
-
-    Copies and pickles leave the weights behind and load their own.
-
-    Attributes:
-        path: a folder saved with save_pretrained, or a hub id.
-        dtype: of weights and activations; vectors are float32.
-    """
-
-    path: str
-    dtype: torch.dtype
-    weights: str  # what `path` should contain, for messages
-    _images: Any = None
-    _tokenizer: Any = None
-
-    @property
-    def name(self) -> str:
-        """As a report shows it."""
-        return model_name(self.path)
+class ImageTextEmbedder(Pretrained):
+    """A frozen model that puts pictures and texts into one space; the vectors are float32."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -80,20 +63,6 @@ class ImageTextEmbedder(Frozen):
     @abstractmethod
     def _embed_texts(self, texts: Sequence[str], instruction: str) -> Tensor: ...
 
-    def unload(self) -> None:
-        self._model = self._images = self._tokenizer = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_model", "_images", "_tokenizer")}
-
-    def _identity(self) -> dict[str, Any]:
-        return {"weights": weights_identity(self.path), "dtype": str(self.dtype)}
-
-    def _check_files(self) -> None:
-        resolve(self.path, "", self.weights)
-        resolve(self.path, "", "the image processor's settings", marker="preprocessor_config.json")
-        resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
-
 
 class CLIPEmbedder(ImageTextEmbedder):
     """CLIP, SigLIP, SigLIP 2 or another dual encoder of transformers, with its own resize and crop (through PIL).
@@ -112,26 +81,21 @@ class CLIPEmbedder(ImageTextEmbedder):
             raise UserError(f"batch={batch}: must be at least 1; the default is 32")
         self.path, self.batch, self.dtype = path, batch, torch_dtype(dtype)
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        self.device = torch.device(device)
-        if self._model is None:
-            self._check_files()
-            from transformers import AutoModel, AutoTokenizer
+    def _build(self) -> None:
+        self._needs("the image processor's settings", "preprocessor_config.json")
+        self._needs("the tokenizer", "tokenizer_config.json")
+        from transformers import AutoModel, AutoTokenizer
 
-            # The top level's own is a stand-in that refuses to work without torchvision in some releases.
-            from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        # The top level's own is a stand-in that refuses to work without torchvision in some releases.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-            # The PIL backend is the one that published scores were made with, and needs no torchvision.
-            images = load_weights(
-                self.path, self.weights, lambda: AutoImageProcessor.from_pretrained(self.path, backend="pil")
-            )
-            tokenizer = load_weights(self.path, self.weights, lambda: AutoTokenizer.from_pretrained(self.path))
-            model = load_model(AutoModel, self.path, self.weights, self.dtype)
-            if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-                raise UserError(f"path={self.path!r}: {type(model).__name__} does not embed both pictures and texts")
-            self._model, self._images, self._tokenizer = model, images, tokenizer
-        self._model.to(self.device)
-        return self
+        # The PIL backend is the one that published scores were made with, and needs no torchvision.
+        images = self._saved(AutoImageProcessor, backend="pil")
+        tokenizer = self._saved(AutoTokenizer)
+        model = load_model(AutoModel, self.path, self.weights, self.dtype)
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise UserError(f"path={self.path!r}: {type(model).__name__} does not embed both pictures and texts")
+        self._model, self._images, self._tokenizer = model, images, tokenizer
 
     @property
     def dim(self) -> int:
@@ -200,28 +164,23 @@ class GMEEmbedder(ImageTextEmbedder):
         self.path, self.dtype = path, torch_dtype(dtype)
         self.min_tokens, self.max_tokens, self.max_length = min_tokens, max_tokens, max_length
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        self.device = torch.device(device)
-        if self._model is None:
-            resolve(self.path, "", self.weights)
-            resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
-            from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
-            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    def _build(self) -> None:
+        self._needs("the tokenizer", "tokenizer_config.json")
+        from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-            self._tokenizer = load_weights(self.path, self.weights, lambda: AutoTokenizer.from_pretrained(self.path))
-            # The head that writes words is not used, and some copies of the weights leave it out.
-            cls, unused = Qwen2VLForConditionalGeneration, ("lm_head",)
-            self._model = load_model(cls, self.path, self.weights, self.dtype, unused).model
-            vision = self._model.config.vision_config
-            area = (vision.patch_size * vision.spatial_merge_size) ** 2
-            self._images = Qwen2VLImageProcessorPil(
-                size={"shortest_edge": self.min_tokens * area, "longest_edge": self.max_tokens * area},
-                patch_size=vision.patch_size,
-                temporal_patch_size=vision.temporal_patch_size,
-                merge_size=vision.spatial_merge_size,
-            )
-        self._model.to(self.device)
-        return self
+        self._tokenizer = self._saved(AutoTokenizer)
+        # The head that writes words is not used, and some copies of the weights leave it out.
+        cls, unused = Qwen2VLForConditionalGeneration, ("lm_head",)
+        self._model = load_model(cls, self.path, self.weights, self.dtype, unused).model
+        vision = self._model.config.vision_config
+        area = (vision.patch_size * vision.spatial_merge_size) ** 2
+        self._images = Qwen2VLImageProcessorPil(
+            size={"shortest_edge": self.min_tokens * area, "longest_edge": self.max_tokens * area},
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+        )
 
     @property
     def dim(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, load_model, load_weights, model_name, resolve, torch_dtype, weights_identity
+from idc.models.frozen import load_model, torch_dtype
+from idc.models.pretrained import Pretrained
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -40,46 +41,7 @@ class Detection(NamedTuple):
         return picture_HWC[top : max(top + 1, round(self.bottom)), left : max(left + 1, round(self.right))]
 
 
-class _Saved(Frozen):
-    """What the models here share: a folder or hub id, weights that copies and pickles leave behind."""
-
-    path: str
-    dtype: torch.dtype
-    weights: str
-    _images: Any = None
-    _tokenizer: Any = None
-
-    @property
-    def name(self) -> str:
-        """As a report shows it."""
-        return model_name(self.path)
-
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        self.device = torch.device(device)
-        if self._model is None:
-            resolve(self.path, "", self.weights)
-            self._build()
-        self._model.to(self.device)
-        return self
-
-    @abstractmethod
-    def _build(self) -> None:
-        """Fill `_model`, and `_images` and `_tokenizer` where there are such."""
-
-    def unload(self) -> None:
-        self._model = self._images = self._tokenizer = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_model", "_images", "_tokenizer")}
-
-    def _saved(self, cls: Any) -> Any:
-        return load_weights(self.path, self.weights, lambda: cls.from_pretrained(self.path))
-
-    def _identity(self) -> dict[str, Any]:
-        return {"weights": weights_identity(self.path), "dtype": str(self.dtype)}
-
-
-class Detector(_Saved):
+class Detector(Pretrained):
     """Boxes of a subject in pictures."""
 
     threshold: float
@@ -127,7 +89,7 @@ class GroundingDino(Detector):
         super().__init__(path, threshold, nms, dtype)
 
     def _build(self) -> None:
-        resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
+        self._needs("the tokenizer", "tokenizer_config.json")
         from transformers import AutoTokenizer, GroundingDinoForObjectDetection
         from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
             GroundingDinoImageProcessorPil,
@@ -204,7 +166,7 @@ class Owlv2ByPicture(Detector):
         return best_boxes(boxes, scores, picture_HWC.shape[:2], self.threshold, self.nms)
 
 
-class Sam(_Saved):
+class Sam(Pretrained):
     """SAM: the mask of what a box is around.
 
     Args:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, load_model, load_weights, model_name, resolve, torch_dtype, weights_identity
+from idc.models.frozen import load_model, load_weights, torch_dtype
+from idc.models.pretrained import Pretrained
 
 Picture = NDArray[np.uint8]
 
@@ -51,7 +52,7 @@ class Judge(ABC):
         """
 
 
-class ImageTextJudge(Frozen, Judge):
+class ImageTextJudge(Pretrained, Judge):
     """Any image-text-to-text model of transformers (Qwen2.5-VL, LLaVA, InternVL, ...), greedy, in this process.
 
     Args:
@@ -60,6 +61,7 @@ class ImageTextJudge(Frozen, Judge):
         max_tokens: longest answer, in tokens.
     """
 
+    _heavy = ("_model", "_processor")
     _processor: Any = None
     weights = "an image-text-to-text model: config.json, model*.safetensors, the tokenizer and the image processor"
 
@@ -70,34 +72,17 @@ class ImageTextJudge(Frozen, Judge):
             raise UserError(f"max_tokens={max_tokens}: must be at least 1; the default is 64")
         self.path, self.dtype, self.max_tokens = path, torch_dtype(dtype), max_tokens
 
-    @property
-    def name(self) -> str:
-        return model_name(self.path)
+    def _build(self) -> None:
+        self._needs("the tokenizer", "tokenizer_config.json")
+        from transformers import AutoModelForImageTextToText
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        self.device = torch.device(device)
-        if self._model is None:
-            resolve(self.path, "", self.weights)
-            resolve(self.path, "", "the tokenizer", marker="tokenizer_config.json")
-            from transformers import AutoModelForImageTextToText
-
-            self._processor = load_weights(self.path, self.weights, lambda: image_text_processor(self.path))
-            if _template(self._processor) is None:
-                raise UserError(f"path={self.path!r}: has no chat template; give a model tuned to follow instructions")
-            self._model = load_model(AutoModelForImageTextToText, self.path, self.weights, self.dtype)
-        self._model.to(self.device)
-        return self
-
-    def unload(self) -> None:
-        super().unload()
-        self._processor = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the weights behind and load their own."""
-        return {key: value for key, value in vars(self).items() if key not in ("_model", "_processor")}
+        self._processor = load_weights(self.path, self.weights, lambda: image_text_processor(self.path))
+        if _template(self._processor) is None:
+            raise UserError(f"path={self.path!r}: has no chat template; give a model tuned to follow instructions")
+        self._model = load_model(AutoModelForImageTextToText, self.path, self.weights, self.dtype)
 
     def _identity(self) -> dict[str, Any]:
-        return {"weights": weights_identity(self.path), "dtype": str(self.dtype), "max_tokens": self.max_tokens}
+        return super()._identity() | {"max_tokens": self.max_tokens}
 
     def answers(self, images: Sequence[Picture], prompt: str, seeds: Sequence[int]) -> list[str]:
         """As `Judge.answers`. Greedy decoding draws nothing: the one answer stands for all seeds."""

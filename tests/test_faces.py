@@ -259,9 +259,11 @@ def test_weights_that_are_not_an_ir101_say_why(tmp_path):
             load_ir101(path)
         return str(caught.value)
 
-    assert "lacks output_layer.3.bias" in refusal({k: v for k, v in state.items() if k != "output_layer.3.bias"})
-    assert "has head.weight" in refusal({**state, "head.weight": torch.zeros(1)})
-    assert "of shape (256,) in place of (512,)" in refusal({**state, "output_layer.3.bias": torch.zeros(256)})
+    assert "output_layer.3.bias is missing" in refusal({k: v for k, v in state.items() if k != "output_layer.3.bias"})
+    assert "head.weight has no place" in refusal({**state, "head.weight": torch.zeros(1)})
+    assert "output_layer.3.bias is [256], the model's is [512]" in refusal(
+        {**state, "output_layer.3.bias": torch.zeros(256)}
+    )
     assert "no state dict of tensors" in refusal([1, 2])
     assert "cannot be read as weights" in refusal(b"half a file")
     assert "cannot be read as weights" in refusal({"epoch": Path("evil")})  # an object that unpickling would run

@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 
 from idc.errors import UserError, nearest
+from idc.models.frozen import misfit
 from idc.models.manifest import STATE, Manifest, hash_files, read_valid
 from idc.models.shipped import resolve_shipped, shipped_names
 
@@ -212,20 +213,11 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], config: 
         UserError: where names or shapes are not the model's, naming the first and, from `config` (the run's own), what
             the recipe should say.
     """
-    own = model.state_dict()
-    odd = [f"{name} is missing" for name in own if name not in weights]
-    odd += [f"{name} has no place in the model" for name in weights if name not in own]
-    odd += [
-        f"{name} is {list(weights[name].shape)}, the model's is {list(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if odd:
+    if fault := misfit(model.state_dict(), weights):
         settings = ((config or {}).get("model") or {}).get("init_args", {}).get("transformer")
         hint = f"; the run was made with transformer={json.dumps(settings)}" if settings else ""
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise UserError(
-            f"the checkpoint does not fit the transformer that the recipe describes: {odd[0]}{more}; leave "
+            f"the checkpoint does not fit the transformer that the recipe describes: {fault}; leave "
             f"model.init_args.transformer out to take the run's own{hint}"
         )
     model.load_state_dict(weights)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from idc.errors import UserError
+from idc.models.frozen import misfit
 
 STAGES = ((64, 3), (128, 13), (256, 30), (512, 3))  # width, number of blocks
 SIDE = 112
@@ -83,16 +84,8 @@ def load_ir101(path: str | Path) -> IR101:
     wanted = network.state_dict()
     # Old checkpoints do not count their batches; the count is not used for inference.
     state = {**{k: torch.tensor(0) for k in wanted if k.endswith("num_batches_tracked")}, **state}
-    faults = [f"lacks {key}" for key in wanted if key not in state]
-    faults += [f"has {key}" for key in state if key not in wanted]
-    faults += [
-        f"has {key} of shape {tuple(state[key].shape)} in place of {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
-        raise UserError(f"{path}: no IR-101 of CurricularFace: it {faults[0]}{more}")
+    if fault := misfit(wanted, state):
+        raise UserError(f"{path}: no IR-101 of CurricularFace: {fault}")
     network.load_state_dict(state, assign=True)
     return network.float().eval().requires_grad_(False)
 

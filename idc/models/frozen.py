@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
+from torch import Tensor
 
 from idc.errors import UserError, nearest
 from idc.models.weight_hashes import content_hash
@@ -147,6 +148,19 @@ def load_model(cls: Any, path: str, expected: str, dtype: torch.dtype, unused: t
             f"says, such as {lacking[0]!r}; it should contain {expected}"
         )
     return model.eval().requires_grad_(False)
+
+
+def misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """How the tensors `given` do not fit a model's `own` by name and shape: the first fault, and how many more there
+    are; "" where they fit."""
+    faults = [f"{name} is missing" for name in own if name not in given]
+    faults += [f"{name} has no place in the model" for name in given if name not in own]
+    faults += [
+        f"{name} is {list(given[name].shape)}, the model's is {list(value.shape)}"
+        for name, value in own.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    return faults[0] + (f" and {len(faults) - 1} more" if len(faults) > 1 else "") if faults else ""
 
 
 def model_name(path: str) -> str:

@@ -18,6 +18,11 @@ MARGINAL = ("flow", "wan", "dance")
 VARIANCES = torch.tensor([0.25, 1.0, 3.0], dtype=torch.float64)  # of the data, one a sample
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def marginal(t):
     return (1 - t) ** 2 * VARIANCES + t**2
 

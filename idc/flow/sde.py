@@ -26,8 +26,9 @@ At t' = 0 whatever is drawn would stay in the latents. `sde_step` raises in both
 
 Replaying a step gives the log-probability bit for bit where x, x_next and the velocity are the rollout's. Latents that
 were stored in bfloat16 are not: a shift e of x_next - mu changes the log-probability by at most
-rms(xi) r + r^2 / 2 with r = rms(e) / std, and rms(e) <= 2^-8 rms(x_next). At std 0.2 that is up to 2e-2, and 2e-5 of
-it is bias that does not average out: more than a clip range of 1e-5. Records are therefore float32.
+rms(xi) r + r^2 / 2 with r = rms(e) / std, and rms(e) <= 2^-8 rms(x_next). For unit latents and std 0.2 that is up to
+2e-2, of which about 3e-5 is bias that no number of dimensions averages out: more than a clip range of 1e-5. Records
+are therefore float32.
 """
 
 from __future__ import annotations
@@ -266,14 +267,13 @@ def _mean(v: Tensor, x: Tensor, t: Tensor, t_next: Tensor, std: Tensor, kernel: 
 
 def _times(t: Tensor | float, t_next: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
     """Both times in x's dtype and of one shape, 0-d or `(B,)`."""
-    t, t_next = (torch.as_tensor(time, dtype=x.dtype, device=x.device) for time in (t, t_next))
-    for name, time in (("t", t), ("t_next", t_next)):
+    times = [torch.as_tensor(time, dtype=x.dtype, device=x.device) for time in (t, t_next)]
+    for name, time in zip(("t", "t_next"), times, strict=True):
         if time.ndim and time.shape != x.shape[:1]:
-            raise UserError(
-                f"{name} of shape {tuple(time.shape)}: must be a number or one for each of {len(x)} samples"
-            )
-    t, t_next = torch.broadcast_tensors(t, t_next)
-    return t, t_next
+            shape = tuple(time.shape)
+            raise UserError(f"{name} of shape {shape}: must be a number or one for each of {len(x)} samples")
+    first, second = torch.broadcast_tensors(*times)
+    return first, second
 
 
 def _check_times(t: Tensor, t_next: Tensor, kernel: str, deterministic: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from idc.metrics.base import Clip, Score, VideoMetric, sample_frames
 from idc.models.aesthetic import AestheticPredictor
@@ -25,6 +24,7 @@ class Aesthetics(VideoMetric):
     """
 
     name = "aesthetics"
+    held = ("predictor",)
     bounds: ClassVar[tuple[float, float]] = (0.0, 10.0)
 
     def __init__(self, predictor: AestheticPredictor | None = None, frames: int = 32, **kwargs: Any) -> None:
@@ -32,12 +32,6 @@ class Aesthetics(VideoMetric):
         self.predictor = predictor if predictor is not None else AestheticPredictor()
         self.frames = frames
         self.models = ("LAION aesthetic head", self.predictor.clip.name)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.predictor.load(device)
-
-    def unload(self) -> None:
-        self.predictor.unload()
 
     def score(self, clip: Clip) -> Score:
         # A short video's frames are taken more than once, but rated once.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
+from idc.data.video import VideoError
 from idc.errors import UserError
 
 SLACK = 1e-3  # of the range of a metric's bounds, for rounding in a network's half precision
@@ -131,12 +132,14 @@ class VideoMetric(Metric):
         frames: how many frames `score` looks at (`sample_frames`), or None for all of them at native size.
         bounds: lowest and highest value that `score` can return.
         models: names of the networks that the score stands on; a report flags one that a training reward used too.
+        held: the attributes whose networks `load` loads and `unload` frees; one that is None is passed over.
     """
 
     name: str
     frames: int | None = 32
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
     models: tuple[str, ...] = ()
+    held: ClassVar[tuple[str, ...]] = ()
 
     is_differentiable = False
     higher_is_better = True
@@ -158,9 +161,16 @@ class VideoMetric(Metric):
         Raises:
             UserError: for weights that are missing or incomplete, naming the file.
         """
+        for part in self._parts():
+            part.load(device)
 
     def unload(self) -> None:
         """Free what `load` loaded."""
+        for part in self._parts():
+            part.unload()
+
+    def _parts(self) -> list[Any]:
+        return [part for name in self.held if (part := getattr(self, name)) is not None]
 
     def applies(self, clip: Clip) -> bool:
         """Whether the protocol scores such an item at all; where not, it is not expected either.
@@ -235,6 +245,13 @@ def checked(score: Score, bounds: tuple[float, float]) -> Score:
     if not low - slack <= value <= high + slack:
         return Score(None, f"the score {value:.6g} is outside of its bounds {low:g} to {high:g}", details)
     return Score(value, score.reason, details)
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a results file or a failed score."""
+    text = " ".join(str(error).split())[:400]
+    known = isinstance(error, UserError | VideoError)
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def plain(value: Any) -> Any:

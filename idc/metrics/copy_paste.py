@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from idc.errors import UserError
@@ -82,6 +81,7 @@ class CopyPaste(VideoMetric):
     """
 
     name = "copy_paste"
+    held = ("faces",)
     higher_is_better = False
 
     def __init__(self, faces: FaceBackend | None = None, frames: int | None = 8) -> None:
@@ -99,12 +99,6 @@ class CopyPaste(VideoMetric):
         self.faces = YuNetSFace() if faces is None else faces
         self.frames = frames
         self.models = self.faces.models
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.faces.load(device)
-
-    def unload(self) -> None:
-        self.faces.unload()
 
     def applies(self, clip: Clip) -> bool:
         """An item that shows people, or comes with masks of its objects."""

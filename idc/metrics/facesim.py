@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from idc.errors import UserError
@@ -48,6 +47,7 @@ class FaceSim(VideoMetric):
     """
 
     name = "facesim"
+    held = ("faces",)
 
     def __init__(self, faces: FaceBackend | None = None, variant: str = "") -> None:
         """
@@ -66,12 +66,6 @@ class FaceSim(VideoMetric):
             self.name = f"{type(self).name}_{variant}"
         self.faces = YuNetSFace() if faces is None else faces
         self.models = self.faces.models
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.faces.load(device)
-
-    def unload(self) -> None:
-        self.faces.unload()
 
     def applies(self, clip: Clip) -> bool:
         return clip.category in ("", *CATEGORIES)

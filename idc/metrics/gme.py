@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from idc.errors import UserError
 from idc.metrics.base import Clip, Score, VideoMetric, sample_frames
@@ -30,6 +29,7 @@ class GmeScore(VideoMetric):
     """
 
     name = "gmescore"
+    held = ("embedder",)
     bounds: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     def __init__(self, embedder: ImageTextEmbedder | None = None, frames: int = 32, **kwargs: Any) -> None:
@@ -37,12 +37,6 @@ class GmeScore(VideoMetric):
         self.embedder = embedder if embedder is not None else GMEEmbedder()
         self.frames = frames
         self.models = (self.embedder.name,)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.embedder.load(device)
-
-    def unload(self) -> None:
-        self.embedder.unload()
 
     def score(self, clip: Clip) -> Score:
         if not clip.prompt.strip():

@@ -71,6 +71,7 @@ class IdentityTracking(VideoMetric):
     """
 
     name = "identity"
+    held = ("faces", "embedder")
 
     def __init__(
         self,
@@ -102,16 +103,6 @@ class IdentityTracking(VideoMetric):
         self.embedder, self.margin, self.frames = embedder, margin, frames
         self.threshold = self.faces.threshold if threshold is None else threshold
         self.models = self.faces.models + (() if embedder is None else tuple(embedder.models))
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.faces.load(device)
-        if self.embedder is not None:
-            self.embedder.load(device)
-
-    def unload(self) -> None:
-        self.faces.unload()
-        if self.embedder is not None:
-            self.embedder.unload()
 
     def applies(self, clip: Clip) -> bool:
         """An item that shows people; with an embedder, one of objects too."""

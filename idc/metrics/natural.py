@@ -13,7 +13,6 @@ import re
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from idc.errors import UserError, nearest
@@ -120,6 +119,7 @@ class NaturalScore(VideoMetric):
     """
 
     name = "naturalscore"
+    held = ("judge",)
     frames = 16
     bounds = (float(LOWEST), float(HIGHEST))
 
@@ -134,12 +134,6 @@ class NaturalScore(VideoMetric):
         self.judge: Judge = judge or ImageTextJudge()
         self.runs, self.seed, self.question = runs, seed, question
         self.models = (self.judge.name,)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.judge.load(device)
-
-    def unload(self) -> None:
-        self.judge.unload()
 
     def score(self, clip: Clip) -> Score:
         pictures = [long_side(frame) for frame in sampled(clip, self.frames)]

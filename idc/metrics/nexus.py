@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -148,14 +147,6 @@ class NexusScore(VideoMetric):
             self.embedder = embedder or GMEEmbedder()
             finders = (self.detector.name,)
         self.models = (*finders, self.embedder.name)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        for part in self._parts():
-            part.load(device)
-
-    def unload(self) -> None:
-        for part in self._parts():
-            part.unload()
 
     def _parts(self) -> list[Any]:
         finder = self.grounding if self.paper else self.detector

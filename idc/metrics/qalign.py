@@ -111,6 +111,7 @@ class QAlign(VideoMetric):
     """
 
     name = "qalign"
+    held = ("rater",)
     frames = None
 
     def __init__(
@@ -121,12 +122,6 @@ class QAlign(VideoMetric):
         self.models = (self.rater.name,)
         if task == "aesthetics":
             self.name = "qalign_aesthetics"
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.rater.load(device)
-
-    def unload(self) -> None:
-        self.rater.unload()
 
     def score(self, clip: Clip) -> Score:
         if not (math.isfinite(clip.fps) and clip.fps > 0):

@@ -86,18 +86,13 @@ class MotionSmoothness(VideoMetric):
     """
 
     name = "motion_smoothness"
+    held = ("rater",)
     frames = None
 
     def __init__(self, rater: FrameRater | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rater: FrameRater = QAlignRater() if rater is None else rater
         self.models = (self.rater.name,)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.rater.load(device)
-
-    def unload(self) -> None:
-        self.rater.unload()
 
     def score(self, clip: Clip) -> Score:
         total = len(clip.frames_THWC)

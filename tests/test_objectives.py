@@ -231,6 +231,16 @@ def test_the_one_step_weight_of_one_step_is_1():
     torch.testing.assert_close((pair[0] / pair[1]).item(), bracket[1] / bracket[0], rtol=1e-5, atol=0)
 
 
+def test_what_the_rollout_left_gets_no_gradient():
+    new, old, mean, old_mean = (normal(6).requires_grad_() for _ in range(4))
+    objective.clipped_objective(new, old, normal(6), 0.1).loss_B.sum().backward()
+    objective.guard_log_ratio(new, old, mean, old_mean, torch.tensor(0.5)).sum().backward()
+    assert new.grad is not None
+    assert mean.grad is not None
+    assert old.grad is None
+    assert old_mean.grad is None
+
+
 # --- DiffusionNFT -------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +348,12 @@ def test_an_identical_pair_has_zero_gradient_wherever_theta_is():
     clip = normal(6, 5)
     (slope,) = grad(pair_loss(theta, clip, clip, ref=ref).loss_B, theta)
     assert torch.equal(slope, torch.zeros_like(slope))
+
+
+def test_the_errors_of_the_reference_get_no_gradient():
+    errors = [normal(6).requires_grad_() for _ in range(4)]
+    objective.dpo_loss(*errors, 1.0).loss_B.sum().backward()
+    assert [error.grad is None for error in errors] == [False, False, True, True]
 
 
 def test_a_policy_that_fits_the_winner_better_is_accurate_and_a_huge_margin_stays_finite():

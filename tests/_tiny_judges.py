@@ -8,6 +8,7 @@ import torch
 from _tiny_real import save_qwen, save_tokenizer
 
 WORDS = ["How", "would", "you", "rate", "quality", "aesthetics", "of", "this", "video", "image", "?", "The", "is"]
+QUESTION, ANSWER = "How would you rate the quality of this video?", "The quality of the video is"
 LEVELS = ["excellent", "good", "fair", "poor", "bad"]
 
 _TURN = """{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}\

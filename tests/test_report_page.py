@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from _browser import open_browser
-from _runs import even_results, tracking, write_run
-from PIL import Image
+from _report_page import EVIL, ODD_ID, clip, make_page
+from _runs import tracking, write_run
 
-from idc.data.benchmark import Item, write_items
-from idc.data.video import encode_video
-from idc.errors import UserError
-from idc.metrics.results import Problem, Result, read_run
-from idc.report.layout import LAYOUTS, TABLE_1, TABLE_2
+from idc.metrics.results import Result, read_run
 from idc.report.measure import Measured
-from idc.report.media import Media, file_name, find_items
-from idc.report.page import name_systems, script_json, write_page
-from idc.report.tables import fill
-
-EVIL = '<img src="https://example.com/x.png" onerror="window.hacked=1"></script><script>window.hacked=2</script>'
-ODD_ID = """<b>it's "odd" & 'quoted'"""
-
-
-def clip(frames: int, side: int = 32) -> bytes:
-    video = np.zeros((frames, side, side, 3), np.uint8)
-    for t in range(frames):
-        video[t, :, : 1 + t % side] = (200, 80, 40)
-    return encode_video(video, 16.0)
-
-
-def make_run(folder: Path, system: str, mean: float, frames: int) -> Path:
-    videos = folder / "videos"
-    videos.mkdir(parents=True)
-    (videos / "good_1.mp4").write_bytes(clip(frames))
-    (videos / "broken_2.mp4").write_bytes(b"no video")
-    (videos / f"{ODD_ID}.mp4").write_bytes(clip(frames))
-    Image.new("RGB", (300, 200), (10, 120, 200)).save(videos / "ada.png")
-    references = (videos / "ada.png", videos / "gone.png")
-    items = [Item("good_1", "Ada meets Bob.", references, ("Ada", EVIL), ("human", "human"), "multihuman")]
-    write_items(videos, items)
-    details = tracking([[0.7, 0.6, None, -0.1], [0.2, None, None, 0.3]], ["Ada", EVIL])
-    told = {"category": "multihuman", "prompt": EVIL}
-    results = [
-        Result(
-            "good_1", "identity", 0.4, details=details, video="good_1.mp4", category="multihuman", prompt="Ada meets"
-        ),
-        Result("good_1", "gmescore", mean, video="good_1.mp4", category="multihuman", prompt="Ada meets Bob."),
-        Result("broken_2", "gmescore", None, "does not decode", video="broken_2.mp4", category="singleobj"),
-        Result(ODD_ID, "gmescore", 1 - mean, video=f"{ODD_ID}.mp4", **told),
-        Result("none_3", "gmescore", None, EVIL, category="singleobj"),
-    ]
-    problem = Problem("extra.mp4", "no item of this name")
-    return write_run(folder / "run", system, results, videos=str(videos), problems=[problem])
+from idc.report.page import write_page
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    paths = [make_run(folder / "a", "sft", 0.8, 9), make_run(folder / "b", EVIL, 0.3, 17)]
-    runs = [Measured(read_run(path), resamples=50) for path in paths]
-    tables = [fill(layout, runs, with_published=True) for layout in (TABLE_1, TABLE_2)]
-    return write_page(folder / "out", runs, tables, title=EVIL, links={"Human study": "study/index.html"})
+    return make_page(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -297,108 +250,3 @@ def test_a_tall_screenshot_shows_the_videos_and_a_print_all_of_them(without_obse
     assert 5 < driver.execute_script(filled) < 60
     driver.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert driver.execute_script(filled) == 60
-
-
-# Without a browser --------------------------------------------------------------------------------------------------
-
-
-def test_the_page_is_written_again_without_copying_again(page):
-    copied = sorted(page.parent.glob("media/*/good_1.mp4"))
-    assert len(copied) == 2
-    assert not list(page.parent.glob("media/**/*.part"))
-    stamps = [file.stat().st_ctime_ns for file in copied]
-    source = page.parent.parent / "a" / "videos" / "good_1.mp4"
-    runs = [Measured(read_run(page.parent.parent / name / "run"), resamples=20) for name in "ab"]
-    write_page(
-        page.parent, runs, [fill(layout, runs, with_published=True) for layout in (TABLE_1, TABLE_2)], title=EVIL
-    )
-    assert [file.stat().st_ctime_ns for file in copied] == stamps
-    later = source.stat().st_mtime_ns + 10**9
-    os.utime(source, ns=(later, later))
-    write_page(page.parent, runs, [fill(TABLE_1, runs)], title=EVIL)
-    assert sum(file.stat().st_ctime_ns != stamp for file, stamp in zip(copied, stamps, strict=True)) == 1
-
-
-def test_runs_of_one_system_get_names_of_their_own(tmp_path):
-    runs = [
-        Measured(read_run(write_run(tmp_path / name, "sft", even_results({"gmescore": 0.5})))) for name in ("a", "b")
-    ]
-    runs.append(Measured(read_run(write_run(tmp_path / "c" / "a", "sft", even_results({"gmescore": 0.5})))))
-    assert [system.name for system in name_systems(runs)] == ["sft (a)", "sft (b)", "sft (a) 2"]
-
-
-def test_no_runs_make_a_page_of_the_papers_tables(tmp_path):
-    index = write_page(tmp_path, [], [fill(TABLE_1, [], with_published=True)])
-    text = index.read_text(encoding="utf-8")
-    assert "47.59%" in text
-    assert "No run was given" in text
-    assert "http:" not in text
-    assert "https:" not in text
-
-
-def test_tables_without_a_figure_are_folded_up_below_the_videos(tmp_path):
-    results = [Result("a", "facesim", 0.5, category="singleface"), Result("b", "facesim", 0.7, category="singleface")]
-    run = Measured(read_run(write_run(tmp_path / "run", "no_vlm_encoder", results)), resamples=20)
-    layouts = LAYOUTS.values()
-    text = write_page(tmp_path / "out", [run], [fill(layout, [run]) for layout in layouts]).read_text(encoding="utf-8")
-    places = {layout.number: text.index(f'id="{layout.slug}"') for layout in layouts}
-    videos = text.index('id="videos"')
-    assert sorted(places, key=places.__getitem__) == ["2", "1", "3", "S.5", "S.7"]
-    assert [number for number, place in places.items() if place < videos] == ["2"]
-    assert text.count("<details><summary>Table ") == 4
-    no_figure = Measured(read_run(write_run(tmp_path / "x", "no_vlm_encoder", [Result("a", "toy", 0.5)])), resamples=20)
-    text = write_page(tmp_path / "none", [no_figure], [fill(TABLE_2, [no_figure])]).read_text(encoding="utf-8")
-    assert "No table of the paper has figures of these runs" in text
-    assert text.index("<details>") > text.index('id="videos"')
-    text = write_page(tmp_path / "full", [run], [fill(TABLE_2, [run])]).read_text(encoding="utf-8")
-    assert "<details>" not in text
-
-
-def test_a_video_outside_of_the_runs_folder_is_not_copied(tmp_path):
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "secret.txt").write_text("secret")
-    run = write_run(
-        tmp_path / "run", "sft", [Result("a", "gmescore", 0.5, video="../secret.txt")], videos=str(tmp_path / "videos")
-    )
-    write_page(tmp_path / "out", [Measured(read_run(run), resamples=20)], [])
-    assert not list((tmp_path / "out").rglob("*secret*"))
-    assert "is not there" in (tmp_path / "out" / "data.js").read_text()
-
-
-def test_references_come_from_the_benchmark_where_the_videos_carry_none(tmp_path):
-    (tmp_path / "videos").mkdir()
-    Image.new("RGBA", (400, 100), (200, 0, 0, 0)).save(tmp_path / "cup.png")
-    record = {"img_paths": ["cup.png"], "prompt": "a cup", "class_label": ["cup"], "synthesis_flag": "false"}
-    (tmp_path / "bench.json").write_text(json.dumps({"singleobj_1": record}))
-    config = {"model": {"init_args": {"benchmark": str(tmp_path / "bench.json"), "benchmark_root": None}}}
-    results = [Result("singleobj_1", "gmescore", 0.5)]
-    run = read_run(write_run(tmp_path / "run", "vidu", results, videos=str(tmp_path / "videos"), config=config))
-    item = find_items([run])["singleobj_1"]
-    (found,) = Media(tmp_path / "out").references(item)
-    assert (found["name"], found["kind"]) == ("cup", "object")
-    with Image.open(tmp_path / "out" / found["src"]) as picture:
-        assert picture.size == (240, 60)
-        assert picture.getpixel((5, 5)) == (255, 255, 255)  # transparent is white
-    (tmp_path / "bench.json").write_text("[")
-    assert find_items([run]) == {}
-    with pytest.raises(UserError, match="not valid JSON"):
-        find_items([run], tmp_path / "bench.json")
-
-
-def test_names_of_files_are_safe_and_never_shared():
-    names = ["a", "A b", "a/b", "a_b", "..", "<b>", "é", "x" * 200, "x" * 201, ""]
-    made = [file_name(name) for name in names]
-    assert len(set(made)) == len(names)
-    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") for name in made)
-    assert not any(set(name) <= {"."} for name in made)
-
-
-def test_json_in_a_script_has_nothing_to_end_it():
-    text = script_json({"<": "</script>\u2028&"})
-    assert not set("<>&\u2028") & set(text)
-    assert json.loads(text) == {"<": "</script>\u2028&"}
-
-
-def test_only_links_that_lead_somewhere_harmless(tmp_path):
-    with pytest.raises(UserError, match="begins with http"):
-        write_page(tmp_path, [], [], links={"x": "JavaScript:alert(1)"})

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from idc.errors import UserError
 from idc.flow import path
 from idc.flow.samplers import sample_euler, shifted_times
-from idc.flow.sde import KERNELS, SDEStep, is_deterministic, noise_std, sample_sde, sde_step, sde_steps, seeded_noise
+from idc.flow.sde import KERNELS, is_deterministic, noise_std, sample_sde, sde_step, sde_steps, seeded_noise
 
 STOCHASTIC = ("flow", "wan", "dance", "cps")
 MARGINAL = ("flow", "wan", "dance")
@@ -129,19 +129,11 @@ def test_times_may_differ_between_samples():
     v, x, noise = torch.randn(3, 4, 3, 2, 5, 5)
     t_B, t_next_B = torch.tensor([0.9, 0.7, 0.4, 0.3]), torch.tensor([0.8, 0.3, 0.35, 0.1])
     for kernel in KERNELS:
-        noise_or_none = None if kernel == "ode" else noise
-        batch = sde_step(v, x, t_B, t_next_B, kernel=kernel, noise_level=0.5, noise=noise_or_none)
+        batch = sde_step(v, x, t_B, t_next_B, kernel=kernel, noise_level=0.5, noise=noise)
         assert batch.std.shape == (4,)
         for i in range(4):
-            one = sde_step(
-                v[i : i + 1],
-                x[i : i + 1],
-                t_B[i],
-                t_next_B[i],
-                kernel=kernel,
-                noise_level=0.5,
-                noise=None if kernel == "ode" else noise[i : i + 1],
-            )
+            own = slice(i, i + 1)
+            one = sde_step(v[own], x[own], t_B[i], t_next_B[i], kernel=kernel, noise_level=0.5, noise=noise[own])
             torch.testing.assert_close(batch.x_next[i], one.x_next[0])
             if one.log_prob_B is not None:
                 torch.testing.assert_close(batch.log_prob_B[i], one.log_prob_B[0])
@@ -401,6 +393,6 @@ def test_a_bad_rollout_says_what_is_wrong_before_it_begins(change, message):
 def test_the_std_of_a_kernel_is_the_steps_own():
     t, t_next = torch.tensor(0.7), torch.tensor(0.5)
     for kernel in KERNELS:
-        step: SDEStep = sde_step(X, X, t, t_next, kernel=kernel, noise_level=0.5)
+        step = sde_step(X, X, t, t_next, kernel=kernel, noise_level=0.5)
         assert torch.equal(noise_std(t, t_next, kernel=kernel, noise_level=0.5), step.std)
         assert is_deterministic(kernel, 0.5) == (step.std == 0)

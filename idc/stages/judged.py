@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 
 from idc.data.benchmark import Item
-from idc.data.video import VideoError
 from idc.errors import UserError
 from idc.metrics.base import Clip, Reference, VideoMetric
 
@@ -76,13 +75,6 @@ def clip_of(item: Item, frames_THWC: NDArray[np.uint8] | None = None, fps: float
         category=item.category,
         meta=item.meta,
     )
-
-
-def reason_of(error: Exception) -> str:
-    """One line for a results file."""
-    text = " ".join(str(error).split())[:400]
-    known = isinstance(error, UserError | VideoError)
-    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def settings_of(metric: VideoMetric) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from idc.errors import UserError
+from idc.models.weight_copy import local, reshard
 
 ATTRIBUTE = "ema"
 _PREFIX = f"{ATTRIBUTE}."
@@ -28,7 +28,7 @@ class EMAWeights(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        _reshard(module)
+        reshard(module)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 name = original_name(name).replace(".", "/")
@@ -45,11 +45,11 @@ class EMAWeights(nn.Module):
     def pairs(self, module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, parameter, average), whole tensors or this rank's shards of both."""
         for (parameter, average), name in zip(self.trained(module), self._buffers, strict=True):
-            yield name.replace("/", "."), _local(parameter.detach()), _local(average)
+            yield name.replace("/", "."), local(parameter.detach()), local(average)
 
     def trained(self, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """The parameters themselves (under FSDP2 the sharded ones) and their averages."""
-        _reshard(module)
+        reshard(module)
         parameters = {original_name(name): parameter for name, parameter in module.named_parameters()}
         return [(parameters[name.replace("/", ".")], average) for name, average in self.named_buffers()]
 
@@ -127,8 +127,8 @@ class EMA(Callback):
         # Listed at a training's first update, when FSDP2 has settled which tensors are its shards, and kept: listing
         # takes as long as the update of a small model. From an optimiser step to the next only their values change.
         self._pairs = self._pairs or attach(pl_module).trained(pl_module)
-        parameters = [_local(parameter) for parameter, _ in self._pairs]
-        averages = [_local(average) for _, average in self._pairs]
+        parameters = [local(parameter) for parameter, _ in self._pairs]
+        averages = [local(average) for _, average in self._pairs]
         weight = 1 - self.decay_at(step)
         if {parameter.dtype for parameter in parameters} == {torch.float32}:
             torch._foreach_lerp_(averages, parameters, weight)
@@ -216,7 +216,7 @@ def ema_state_dict(module: nn.Module, submodule: str = "") -> dict[str, Tensor]:
     averages = {} if weights is None else {name.replace("/", "."): value for name, value in weights.named_buffers()}
     prefix = f"{submodule}." if submodule else ""
     exported = {}
-    _reshard(module)
+    reshard(module)
     for name, value in module.state_dict().items():
         name = original_name(name)
         if name.startswith(prefix) and not name.startswith(_PREFIX):
@@ -244,21 +244,9 @@ def _exchange(module: LightningModule, backup: dict[str, Tensor]) -> dict[str, T
     return kept
 
 
-def _reshard(module: nn.Module) -> None:
-    """Free gathered weights: FSDP2 keeps the root's after a forward pass without backward. Until then, parameters are
-    not the shards, and after a change of the shards the next forward pass would use stale weights."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
 def original_name(name: str) -> str:
     """A parameter's name without what torch.compile and activation checkpointing add to it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _attach_for(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -59,6 +59,22 @@ class Sampling:
         return [Drop.NOTHING, Drop.BOTH] if self.scale != 1 else [Drop.NOTHING]
 
 
+@dataclass
+class SamplingChanges:
+    """Settings of `Sampling` that differ from a run's own; null leaves them as they were."""
+
+    steps: int | None = None
+    scale: float | None = None
+    image_scale: float | None = None
+    shift: float | None = None
+    solver: Literal["euler", "heun"] | None = None
+    rescale: float | None = None
+
+    def over(self, base: Sampling) -> Sampling:
+        """`base` with these changes."""
+        return replace(base, **{name: value for name, value in vars(self).items() if value is not None})
+
+
 @dataclass(frozen=True)
 class Source:
     """What an edit starts from.

@@ -14,7 +14,7 @@ import torch
 from idc.errors import UserError
 from idc.models.frozen import resolve
 
-Trainable = Literal["full", "id_blocks", "id_blocks+lora"]
+Trainable = Literal["full", "id_blocks", "id_blocks+lora", "lora"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class IDBlocks:
 
 @dataclass
 class Lora:
-    """Low-rank adapters on the backbone, for `trainable: id_blocks+lora`."""
+    """Low-rank adapters, for `trainable: id_blocks+lora` (on the backbone) and `lora` (on our blocks, too)."""
 
     rank: int = 32
     alpha: int = 64

@@ -17,7 +17,7 @@ from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
 from idc.models.conditioning import Encoders
 from idc.models.frozen import weights_config, weights_identity
-from idc.models.sampling import Sampling
+from idc.models.sampling import Sampling, SamplingChanges
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder
 from idc.models.shipped import resolve_shipped
 from idc.models.spec import IDBlocks, Lora, Trainable, TransformerSpec
@@ -116,14 +116,19 @@ def open_system(value: str | Path | None, given: Parts | None = None, which: Whi
         UserError: nothing at `value`, or settings that neither it nor `given` has.
     """
     given = given or Parts()
-    value = None if value is None else resolve_shipped(value)
-    if value is not None and (Path(value) / MODEL_INDEX).is_file():
-        return _with(given, *_from_pipeline(Path(value)), None, which)
-    checkpoint = None if value is None else find_checkpoint(value)
-    config = checkpoint.config if checkpoint is not None else None
     if value is None and (given.transformer is None or given.transformer.pretrained is None):
         raise UserError("checkpoint=null: give a run of idc fit, a pipeline's folder, or transformer.pretrained")
-    return _with(given, *_from_config(config), checkpoint, which)
+    own, note, checkpoint = _described(value)
+    return _with(given, own, note, checkpoint, which)
+
+
+def _described(value: str | Path | None) -> tuple[Parts, str, Checkpoint | None]:
+    """What lies at `value`: its parts, what to say of those that it lacks, and the run's checkpoint if it is one."""
+    value = None if value is None else resolve_shipped(value)
+    if value is not None and (Path(value) / MODEL_INDEX).is_file():
+        return (*_from_pipeline(Path(value)), None)
+    checkpoint = None if value is None else find_checkpoint(value)
+    return (*_from_config(checkpoint.config if checkpoint is not None else None), checkpoint)
 
 
 def _with(given: Parts, own: Parts, note: str, checkpoint: Checkpoint | None, which: Which) -> System:
@@ -152,6 +157,30 @@ def _from_config(config: Mapping[str, Any] | None) -> tuple[Parts, str]:
     init_args = ((config or {}).get("model") or {}).get("init_args") or {}
     if not init_args:
         return Parts(), "no config.yaml of a run lies beside the checkpoint"
+    if init_args.get("checkpoint") is None:
+        return _parsed(init_args), _SILENT
+    # An aligned run says what differs from the run that it started from.
+    try:
+        start, note, _ = _described(init_args["checkpoint"])
+    except UserError as error:
+        raise UserError(
+            f"{error} (the run started from there and has its settings from it: bring it back, or set "
+            "model.init_args.transformer, codec and text)"
+        ) from None
+    changes = {name: value for name, value in (init_args.get("sampling") or {}).items() if value is not None}
+    parts = _parsed({name: value for name, value in init_args.items() if name != "sampling" and value is not None})
+    for name in ("transformer", "codec", "text", "vlm"):
+        setattr(parts, name, getattr(parts, name) or getattr(start, name))
+    if init_args.get("compute_dtype") is None:
+        parts.compute_dtype = start.compute_dtype
+    parts.sampling = SamplingChanges(**changes).over(start.sampling or Sampling())
+    return parts, note
+
+
+_SILENT = "the run's config.yaml does not say"
+
+
+def _parsed(init_args: Mapping[str, Any]) -> Parts:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -165,9 +194,9 @@ def _from_config(config: Mapping[str, Any] | None) -> tuple[Parts, str]:
     except Exception as error:  # of many kinds, for a config that this version does not understand
         raise UserError(f"the run's config.yaml: {' '.join(str(error).split())[:400]}") from None
     parts = Parts(**{name: made[name] for name in known if name in made})
-    if parts.trainable == "id_blocks+lora" and parts.lora is None:
+    if parts.trainable.endswith("lora") and parts.lora is None:
         parts.lora = Lora()
-    return parts, "the run's config.yaml does not say"
+    return parts
 
 
 def _from_pipeline(folder: Path) -> tuple[Parts, str]:

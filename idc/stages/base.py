@@ -59,7 +59,7 @@ class Stage(LightningModule):
         codec: pixels <-> latents.
         text: the backbone's text conditioner.
         vlm: tokens for stage 3 of the hierarchical attention; None trains without a VLM.
-        trainable: `full`, `id_blocks`, or `id_blocks+lora`.
+        trainable: `full`, `id_blocks`, `id_blocks+lora` or `lora`.
         compute_dtype: `bfloat16` runs the transformer under autocast with float32 weights; its float32 islands stay.
         sampling: how previews (and generation) sample.
     """
@@ -96,15 +96,18 @@ class Stage(LightningModule):
         from idc.models.trainable import set_trainable
         from idc.stages.sharding import build_sharded, is_sharding
 
-        vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None
-
         def build(device: str) -> Any:
-            model = self.spec.build(self.encoders.text.dim, vlm_dim, device)
+            model = self.build_transformer(device)
             set_trainable(model, self.trainable_set, **vars(self.lora))
             return model
 
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
+
+    def build_transformer(self, device: str) -> Any:
+        """The transformer as training starts with it; "meta" gives the structure alone."""
+        vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None
+        return self.spec.build(self.encoders.text.dim, vlm_dim, device)
 
     def setup(self, stage: str) -> None:
         self.encoders.place(self.trainer.strategy.root_device)
@@ -118,8 +121,7 @@ class Stage(LightningModule):
     def _check(self, datamodule: Any) -> None:
         """Name what does not fit together before the features cache is filled: the structure costs nothing on meta."""
         blocks = self.spec.id_blocks
-        vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None
-        channels = self.spec.build(self.encoders.text.dim, vlm_dim, "meta").config["in_channels"]
+        channels = self.build_transformer("meta").config["in_channels"]
         if channels != self.encoders.codec.channels:
             raise UserError(
                 f"transformer.in_channels={channels}: the codec's latents have {self.encoders.codec.channels} channels"
@@ -155,9 +157,13 @@ class Stage(LightningModule):
             if norm is not None:
                 self.log("train/grad_norm", norm)
             return
+        self.clip_to_norm(optimizer, gradient_clip_val)
+
+    def clip_to_norm(self, optimizer: Any, max_norm: float | None) -> None:
+        """Clip by the global norm, and log the norm before clipping at the steps that are logged."""
         # The optimiser's own list: to walk the module's tree for it takes as long as the clipping of a small model.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps
         if every and (trainer.global_step + 1) % every == 0:  # Lightning writes at these steps alone

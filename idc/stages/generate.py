@@ -8,7 +8,7 @@ describe editing (`idc.flow.editing` says what is done).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,28 +27,12 @@ from idc.models.baselines import Baseline
 from idc.models.checkpoints import Which
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
-from idc.models.sampling import Sampler, Sampling, Source, to_uint8
+from idc.models.sampling import Sampler, Sampling, SamplingChanges, Source, to_uint8
 from idc.models.spec import Lora, TransformerSpec
 from idc.models.system import Parts, System, open_system
 from idc.models.vlm import VLMConditioner
 
 T = TypeVar("T")
-
-
-@dataclass
-class SamplingChanges:
-    """Settings of `idc.models.sampling.Sampling` that differ from the run's own; null leaves them as they were."""
-
-    steps: int | None = None
-    scale: float | None = None
-    image_scale: float | None = None
-    shift: float | None = None
-    solver: Literal["euler", "heun"] | None = None
-    rescale: float | None = None
-
-    def over(self, base: Sampling) -> Sampling:
-        """`base` with these changes."""
-        return replace(base, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass

@@ -1,0 +1,110 @@
+"""What the stages of alignment share: they start from a trained model, and measure themselves against it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from idc.errors import UserError
+from idc.models.checkpoints import Which
+from idc.models.codecs import Codec
+from idc.models.conditioners import TextConditioner
+from idc.models.sampling import SamplingChanges
+from idc.models.spec import Lora, Trainable, TransformerSpec
+from idc.models.system import Parts, open_system
+from idc.models.vlm import VLMConditioner
+from idc.models.weight_copy import WeightCopy
+from idc.stages.base import Schedule, Stage
+
+_START = "alignment_start"
+
+
+class Aligned(Stage):
+    """A stage that goes on from a trained model, which is also its reference.
+
+    The reference is a copy of the trained weights alone: of the adapters with `lora`, where it equals the model with
+    its adapters off. It is made from the start again at a resume, so the start must still be what it was.
+
+    Args:
+        checkpoint: a run of `idc fit` (its newest checkpoint), one of its checkpoints, a folder of runs, the folder of
+            an `IDCrafterPipeline`, or the name of one that comes with the package. Model settings come from there.
+        weights: of a run: its averages (EMA, where it has them) or the weights themselves.
+        trainable: `full`, `id_blocks`, `id_blocks+lora` or `lora`.
+        lora: of the adapters that are added.
+        gradient_norm: gradients are clipped to this global norm.
+        compute_dtype: in place of the run's own.
+        sampling: what differs from how the run itself samples, for validation and previews.
+        transformer, codec, text, vlm: in place of the run's own, or for a checkpoint without config.yaml.
+
+    Raises:
+        UserError: where there is no model in all that, or a value breaks its rule.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        weights: Which = "ema",
+        trainable: Trainable = "full",
+        lora: Lora | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        gradient_norm: float = 1.0,
+        compute_dtype: Literal["float32", "bfloat16"] | None = None,
+        sampling: SamplingChanges | None = None,
+        transformer: TransformerSpec | None = None,
+        codec: Codec | None = None,
+        text: TextConditioner | None = None,
+        vlm: VLMConditioner | None = None,
+    ) -> None:
+        if not gradient_norm > 0:
+            raise UserError(f"gradient_norm={gradient_norm}: must be positive; the paper's is 1")
+        self.system = system = open_system(checkpoint, Parts(transformer, codec, text, vlm), weights)
+        super().__init__(
+            transformer=system.spec,
+            codec=system.encoders.codec,
+            text=system.encoders.text,
+            vlm=system.encoders.vlm,
+            trainable=trainable,
+            lora=lora,
+            optimizer=optimizer,
+            schedule=schedule,
+            compute_dtype=compute_dtype or system.compute_dtype,  # type: ignore[arg-type]  # a run's own is one of the two
+            sampling=(sampling or SamplingChanges()).over(system.sampling),
+        )
+        self.gradient_norm = gradient_norm
+        self.reference: WeightCopy | None = None
+
+    def build_transformer(self, device: str) -> Any:
+        return self.system.build_transformer(device)
+
+    def configure_model(self) -> None:
+        """As in `Stage`, and the reference is copied, before a checkpoint of this run comes in."""
+        if self.transformer is None:
+            super().configure_model()
+            if self.needs_reference:
+                self.reference = WeightCopy(self._built())
+
+    def _built(self) -> torch.nn.Module:
+        assert self.transformer is not None
+        return self.transformer
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is measured against the start."""
+        return True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_START] = json.dumps(self.system.identity, sort_keys=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises `UserError` where the run did not start from the present `checkpoint`."""
+        started = checkpoint.get(_START)
+        if started is not None and json.loads(started)["weights"] != self.system.identity["weights"]:
+            raise UserError(
+                "model.init_args.checkpoint: other weights than those that the resumed run started from, which are "
+                f"its reference: {self.system.identity['weights']} and not {json.loads(started)['weights']}; "
+                "give the very checkpoint (a step-* folder) of the start, or begin a new run"
+            )

@@ -110,13 +110,7 @@ class ShardWriter:
             "decoder": decoder_version(),
             "meta": dict(meta or {}),
         }
-        members: dict[str, Any] = {"__key__": key, "mp4": video, "txt": caption.encode()}
-        members["json"] = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-        for number, (_, image, ext) in enumerate(references):
-            if ext not in IMAGE_EXTS:
-                raise UserError(f"{key}: a reference of kind {ext!r} cannot be written{nearest(ext, IMAGE_EXTS)}")
-            members[f"ref{number}.{ext}"] = image
-        self._open().write(members)
+        self._open().write(_members(key, video, caption, references, record))
         self._keys.add(key)
         if len(self._keys) == self.samples_per_shard:
             self.close()
@@ -155,6 +149,19 @@ class ShardWriter:
             tar = TarWriter(stream, user="idc", group="idc", mtime=0, encoder=False)
             self._tar = self._stack.enter_context(tar)
         return self._tar
+
+
+def _members(
+    key: str, video: bytes, caption: str, references: Sequence[Reference], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A sample's files by extension, in their order in the tar."""
+    members: dict[str, Any] = {"__key__": key, "mp4": video, "txt": caption.encode()}
+    members["json"] = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+    for number, (_, image, ext) in enumerate(references):
+        if ext not in IMAGE_EXTS:
+            raise UserError(f"{key}: a reference of kind {ext!r} cannot be written{nearest(ext, IMAGE_EXTS)}")
+        members[f"ref{number}.{ext}"] = image
+    return members
 
 
 def read_sample(root: str | Path, entry: Entry, decode_video: bool = True, verify: bool = True) -> Sample:

@@ -183,27 +183,22 @@ class IDCrafterPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUTS:
             raise UserError(f"output_type={output_type!r}{nearest(output_type, OUTPUTS)}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = [references] if isinstance(prompt, str) else _references(references) or [()] * len(prompts)
-        if len(pictures) != len(prompts):
-            raise UserError(f"{len(pictures)} lists of references for {len(prompts)} prompts; give one each")
+        asked = _asked(prompt, references)
         chosen = self._chosen(sampling or self.sampling, steps, guidance, image_guidance)
-        seeds = _seeds(seed, generator, len(prompts))
+        seeds = _seeds(seed, generator, len(asked))
         given = {"frames": frames, "height": height, "width": width}
         start, size = _source(source, strength, mask, given)
         if reference_area < SPATIAL_MULTIPLE**2:
             raise UserError(f"reference_area={reference_area}: must be {SPATIAL_MULTIPLE**2} or more")
-        pictures = [_references(own) for own in pictures]
-        for text, own in zip(prompts, pictures, strict=True):
-            if start is None and not own and not text.strip():
+        for text, pictures in asked:
+            if start is None and not pictures and not text.strip():
                 raise UserError(f"prompt={text!r} and no reference: nothing says what to show; give one of the two")
-        videos = []
-        for text, own, number in zip(prompts, pictures, seeds, strict=True):
-            subjects = tuple(Subject(fit_reference(reference_pixels(picture), reference_area)) for picture in own)
+        sampler, videos = self.sampler, []
+        run = sampler.sampled_latents if output_type == "latent" else sampler.videos
+        for (text, pictures), number in zip(asked, seeds, strict=True):
+            subjects = tuple(Subject(fit_reference(reference_pixels(picture), reference_area)) for picture in pictures)
             bucket = Bucket(*size, len(subjects)).check()
             sample = Sample("", text, None, subjects, fps=16.0)
-            sampler = self.sampler
-            run = sampler.sampled_latents if output_type == "latent" else sampler.videos
             videos.append(run([sample], bucket, torch.tensor([number]), chosen, start)[0])
         self.maybe_free_model_hooks()
         output = [_as(video, output_type) for video in videos]
@@ -248,6 +243,17 @@ def _seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, 
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} prompts; give one, or one each")
     return seeds
+
+
+def _asked(prompt: str | Sequence[str], references: Any) -> list[tuple[str, list[Any]]]:
+    """Each prompt with its own pictures."""
+    if isinstance(prompt, str):
+        return [(prompt, _references(references))]
+    prompts = list(prompt)
+    pictures = _references(references) or [()] * len(prompts)
+    if len(pictures) != len(prompts):
+        raise UserError(f"{len(pictures)} lists of references for {len(prompts)} prompts; give one each")
+    return [(text, _references(own)) for text, own in zip(prompts, pictures, strict=True)]
 
 
 def _references(references: Any) -> list[Any]:

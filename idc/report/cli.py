@@ -12,6 +12,7 @@ from idc.errors import UserError, counted, nearest
 
 if TYPE_CHECKING:
     from idc.report.measure import Measured
+    from idc.report.tables import Table
 
 EPILOG = """\
 A run folder is the `out` of idc evaluate. Its `system` says which rows it fills; case and punctuation do not matter:
@@ -97,6 +98,16 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         print("\n".join(FORMATS["md"](table) for table in tables), end="")
         return 0
+    _write(arguments, tables, kept, links)
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace, tables: Sequence[Table], kept: Sequence[Measured], links: dict[str, str]
+) -> None:
+    """The tables in every format, and the page, into `--out`."""
+    from idc.report.render import FORMATS
+
     arguments.out.mkdir(parents=True, exist_ok=True)
     for table in tables:
         for suffix, render in FORMATS.items():
@@ -115,7 +126,6 @@ def _report(arguments: argparse.Namespace) -> int:
             links=links,
         )
         print(f"page -> {page}")
-    return 0
 
 
 def _keep_common(runs: Sequence[Measured]) -> None:

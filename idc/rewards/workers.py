@@ -106,7 +106,7 @@ class Workers(ABC):
             done, pending = wait(pending, self.timeout, FIRST_COMPLETED)
             if not done:
                 done = self._give_up(pending)
-                pending -= done
+                pending = pending - done
             for future in done:
                 found[submitted[future][0]] = self._result(future, submitted[future][1])
         return {key: found[key] for key, _ in submitted.values()}

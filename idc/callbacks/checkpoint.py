@@ -183,6 +183,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         final = self.directory / f"step-{step:08d}"
         unfinished = final.with_name(strategy.broadcast(f"{final.name}.tmp-{secrets.token_hex(4)}"))
         problem, records = None, {}
+        # Whatever fails on one rank is told to all, or the others would wait for it.
         try:
             if trainer.is_global_zero:
                 unfinished.mkdir()

@@ -196,7 +196,7 @@ def attach(module: LightningModule) -> EMAWeights:
         # DDP would broadcast all buffers before every forward pass.
         ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ())}
         ignored.update(_PREFIX + name for name, _ in weights.named_buffers())
-        module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+        module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]  # what DDP reads
     assert isinstance(weights, EMAWeights)
     return weights
 

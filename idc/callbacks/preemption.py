@@ -66,7 +66,7 @@ class Preemption(Callback):
         # Lightning registers its handlers after all set-up hooks, then fetches data before the next hook: ours take
         # the place of its registration, so that no signal meets its handler in between.
         connector = trainer._signal_connector
-        connector.register_signal_handlers = self._install  # type: ignore[method-assign]
+        connector.register_signal_handlers = self._install  # type: ignore[method-assign]  # of this instance
         self._undo.callback(connector.__dict__.pop, "register_signal_handlers", None)
         if _checkpoint(trainer) is None:
             rank_zero_warn("Preemption without idc.callbacks.checkpoint.Checkpoint: a preempted run saves nothing")

@@ -72,7 +72,8 @@ def object_coordinates(size: int, offset: Array, radius: float, angle: float) ->
     x = ((pixels[None, None, :] - offset[:, 0, None, None]) / radius).astype(np.float32)
     y = ((pixels[None, :, None] - offset[:, 1, None, None]) / radius).astype(np.float32)
     if angle == 0:
-        return np.broadcast_arrays(x, y)  # type: ignore[return-value]
+        x, y = np.broadcast_arrays(x, y)
+        return x, y
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cos * x + sin * y, cos * y - sin * x
 

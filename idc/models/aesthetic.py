@@ -87,7 +87,7 @@ def read_head(head: str) -> list[tuple[Tensor, Tensor]]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # both readers raise many kinds for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"head={head!r}: cannot be read: {reason}") from None
     matches = {key: _KEY.fullmatch(key) for key in state} if isinstance(state, dict) else {}

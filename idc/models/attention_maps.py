@@ -86,4 +86,4 @@ def _watch(attention: SubjectAttention, block: int, stage: str, maps: list[Atten
         maps.append(AttentionMap(block, stage, weights.cpu()))
         return attend(query, key, value, mask_BM)
 
-    attention.attend = recorded  # type: ignore[method-assign, assignment]
+    attention.attend = recorded  # type: ignore[method-assign, assignment]  # of this instance, until the context ends

@@ -169,7 +169,7 @@ class CurricularFace(FaceBackend):
         """What the network sees of a face, uint8 `[112, 112, 3]`."""
         import cv2
 
-        return cv2.resize(norm_crop(picture_HWC, face.landmarks, 224), (112, 112))  # type: ignore[return-value]
+        return np.asarray(cv2.resize(norm_crop(picture_HWC, face.landmarks, 224), (112, 112)), np.uint8)
 
     def load(self, device: torch.device | str = "cpu") -> None:
         from idc.models.curricular import load_ir101

@@ -220,7 +220,7 @@ def norm_crop(picture_HWC: Picture, landmarks_52: np.ndarray, size: int = 112) -
     import cv2
 
     transform = similarity_transform(landmarks_52, ARCFACE_LANDMARKS * (size / 112))
-    return cv2.warpAffine(picture_HWC, transform, (size, size), borderValue=(0, 0, 0))  # type: ignore[return-value]
+    return np.asarray(cv2.warpAffine(picture_HWC, transform, (size, size), borderValue=(0, 0, 0)), np.uint8)
 
 
 def unit(vector: np.ndarray) -> Embedding:

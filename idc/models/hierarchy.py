@@ -208,7 +208,8 @@ class HierarchyBlock(nn.Module):
         outputs = []
         for i in range(count):
             others = [j for j in range(count) if j != i]
-            mask = None if layout.mask_BS is None else torch.cat([masks[j] for j in others], dim=1)  # type: ignore[misc]
+            known = [mask for j in others if (mask := masks[j]) is not None]  # of all subjects, or of none
+            mask = torch.cat(known, dim=1) if known else None
             key, value = (torch.cat([part[j] for j in others], dim=1) for part in (keys, values))
             outputs.append(self.inter_attn.attend(queries[i], key, value, mask))
         return subjects_BSD + torch.sigmoid(self.inter_gate(x)) * torch.cat(outputs, dim=1)

@@ -71,10 +71,10 @@ def initialise_id_blocks(model: IDCrafterTransformer, seed: int, gate_bias: floa
 def _initialise_block(block: HierarchyBlock, layer: nn.Module, name: str, seed: int, gate_bias: float) -> None:
     for child_name, child in block.named_children():
         if child_name.endswith("_norm"):
-            child.weight.fill_(1.0)  # type: ignore[operator]
-            child.bias.zero_()  # type: ignore[operator]
+            child.get_parameter("weight").fill_(1.0)
+            child.get_parameter("bias").zero_()
         elif isinstance(child, SubjectAttention):
-            _copy(child, layer.attn1)  # type: ignore[arg-type]
+            _copy(child, layer.get_submodule("attn1"))
     if block.inter_subject:
         weight = block.inter_gate.weight
         if not weight.is_meta:

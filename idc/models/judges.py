@@ -203,12 +203,12 @@ def image_text_processor(path: str) -> Any:
     return processor
 
 
-def _without_video(cls: type) -> Any:
+def _without_video(cls: Any) -> Any:
     def init(
         self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
     ) -> None:
         settings = {**kwargs, "video_processor": None, "chat_template": chat_template}
-        cls.__init__(self, image_processor=image_processor, tokenizer=tokenizer, **settings)  # type: ignore[misc]
+        cls.__init__(self, image_processor=image_processor, tokenizer=tokenizer, **settings)
 
     return type(cls.__name__, (cls,), {"__init__": init, "__module__": __name__})
 

@@ -53,7 +53,7 @@ class IDCrafterPipeline(DiffusionPipeline):
         compute_dtype: "bfloat16" runs the transformer under autocast.
     """
 
-    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
+    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]  # the base has None
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class IDCrafterPipeline(DiffusionPipeline):
         kwargs.setdefault("encoders", encoders)
         return super().from_pretrained(folder, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]  # the base names its settings
         """Write the pipeline as one folder: weights as safetensors, everything else as JSON."""
         super().save_pretrained(save_directory, **kwargs)
         save_encoders(self._encoders, Path(save_directory))

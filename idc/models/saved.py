@@ -54,7 +54,7 @@ def read_encoders(folder: Path) -> Encoders:
         UserError: for a folder that lacks one, or names a class that is not ours.
     """
     codec, text = (_read(folder / name) for name in PARTS[:2])
-    return Encoders(codec, text, _read(folder / "vlm") if (folder / "vlm").is_dir() else None)  # type: ignore[arg-type]
+    return Encoders(codec, text, _read(folder / "vlm") if (folder / "vlm").is_dir() else None)
 
 
 def read_pipeline_folder(folder: Path) -> tuple[Encoders, dict[str, Any]]:
@@ -71,15 +71,15 @@ def read_pipeline_folder(folder: Path) -> tuple[Encoders, dict[str, Any]]:
     return read_encoders(folder), {name: index[name] for name in ("compute_dtype", "sampling")}
 
 
-def _read(folder: Path) -> Frozen:
+def _read(folder: Path) -> Any:
+    """What `save_encoders` wrote there, of any of `CLASSES`."""
     record = _json(folder / ENCODER)
     if record.get("class") not in CLASSES:
         raise UserError(f"{folder / ENCODER}: class {record.get('class')!r}{nearest(record.get('class'), CLASSES)}")
     arguments = dict(record.get("arguments", {}))
     if "path" in arguments:
         arguments["path"] = str(folder / arguments["path"])
-    made: Frozen = getattr(import_module(CLASSES[record["class"]]), record["class"])(**arguments)
-    return made
+    return getattr(import_module(CLASSES[record["class"]]), record["class"])(**arguments)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class IDCrafterTransformer(WanTransformer3DModel):
         UserError: where the settings contradict each other.
     """
 
-    _no_split_modules = ["WanTransformerBlock", "HierarchyBlock"]  # noqa: RUF012
-    _repeated_blocks = ["WanTransformerBlock", "HierarchyBlock"]  # noqa: RUF012
+    _no_split_modules = ["WanTransformerBlock", "HierarchyBlock"]  # noqa: RUF012 - as in diffusers
+    _repeated_blocks = ["WanTransformerBlock", "HierarchyBlock"]  # noqa: RUF012 - as in diffusers
 
     @register_to_config
     def __init__(
@@ -108,7 +108,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
             self.id_vlm_projector = VLMProjector(vlm_dim, dim, eps)
         if id_joint_references:
             for block in self.blocks:
-                block.attn1.set_processor(JointAttnProcessor())  # type: ignore[union-attr, operator]
+                block.attn1.set_processor(JointAttnProcessor())  # type: ignore[union-attr, operator]  # of a ModuleList
         if not self.proj_out.weight.is_meta:
             initialise_id_blocks(self, draw_seed(None), id_gate_bias)
 

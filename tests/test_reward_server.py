@@ -37,6 +37,7 @@ from idc.rewards import (
     ToySubject,
 )
 from idc.rewards.payload import CLIP_TYPE, MAGIC, digest, pack_clip, read_score, unpack_clip
+from idc.stages.judged import FileReference
 
 RNG = np.random.default_rng(0)
 
@@ -79,6 +80,8 @@ def test_a_clip_comes_back_as_it_was_sent() -> None:
     assert unpack_clip(pack_clip(grey("plain"))).masks_TNHW is None
     with pytest.raises(UserError, match="its meta is no plain JSON"):
         pack_clip(replace(sent, meta={"path": Path("x")}))
+    missing = Clip("a", noise(1, 4, 4, 3), references=(FileReference(Path("no.png"), "Ann", "face"),))
+    assert HttpReward("http://127.0.0.1:9").score(missing).reason == "reference no.png: no such file"
 
 
 def packed(head: Any, pixels: bytes = b"") -> bytes:

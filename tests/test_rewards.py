@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 import math
 import subprocess
@@ -61,6 +63,13 @@ def test_importing_the_package_imports_nothing_heavy_and_every_name_is_there() -
         assert getattr(idc.rewards, name).__doc__
     with pytest.raises(AttributeError, match="FaceRewrd"):
         _ = idc.rewards.FaceRewrd
+
+
+@pytest.mark.parametrize("module", ["base", "measures", "toy"])
+def test_the_examples_in_the_documentation_hold(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"idc.rewards.{module}"))
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 # The toy world's rewards
@@ -558,7 +567,8 @@ def test_a_call_that_raises_is_made_again_after_a_pause_and_no_other_is(where: s
     pauses: list[float] = []
     flaky, steady = Flaky({"*": 2}, "flaky"), Fixed({"*": 1}, "steady")
     flaky.faults = 2
-    with RewardRunner(composite(flaky, steady), where, 1, retries=2, pause=0.5, sleep=pauses.append) as runner:
+    with RewardRunner(composite(flaky, steady), where, 1, retries=2, pause=0.5) as runner:
+        runner.sleep = pauses.append
         runner.submit("a", grey("a"))
         found = runner.collect()["a"]
         assert (found.total, found.retried, runner.retried, runner.failed) == (3, 2, 2, 0)

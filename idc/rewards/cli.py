@@ -92,7 +92,7 @@ def read_reward(path: Path) -> Reward:
     parser = Parser(exit_on_error=False)
     parser.add_argument("--reward", type=rewards.Reward, required=True)
     try:
-        return parser.instantiate_classes(parser.parse_object(tree)).reward
+        return parser.instantiate(parser.parse_object(tree)).reward
     except UserError as error:
         raise UserError(f"--config {path}: {finish(str(error), tree=tree)}") from None
 

@@ -34,10 +34,10 @@ class RewardRunner:
             one by one in a new process ("pool"); None waits for ever. It must be longer than a reward's own tries.
         on_failure: "drop": a sample without a reward leaves its group, counted; "stop": it ends the run.
         max_failure_rate: of the samples of one `collect`, the share above which the run ends all the same.
-        sleep: waits between calls.
 
     Attributes:
         submitted, failed, retried: totals since the start, for the logs.
+        sleep: waits between calls; another may be set before `load`.
 
     Raises:
         UserError: for a setting out of its range.
@@ -53,7 +53,6 @@ class RewardRunner:
         timeout: float | None = 600.0,
         on_failure: str = "drop",
         max_failure_rate: float = 0.5,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         for name, value, choices in (("where", where, tuple(PLACES)), ("on_failure", on_failure, ON_FAILURE)):
             if value not in choices:
@@ -66,7 +65,8 @@ class RewardRunner:
             raise UserError(f"max_failure_rate={max_failure_rate}: must lie between 0 and 1")
         self.composite, self.where, self.workers, self.timeout = composite, where, workers, timeout
         self.on_failure, self.max_failure_rate = on_failure, max_failure_rate
-        self._scoring = Scoring(composite, retries, pause, sleep)
+        self.retries, self.pause = retries, pause
+        self.sleep: Callable[[float], None] = time.sleep
         self._workers: Workers | None = None
         self._keys: set[Hashable] = set()
         self.submitted = self.failed = self.retried = 0
@@ -78,8 +78,10 @@ class RewardRunner:
             UserError: for weights that are missing, or a server that is not there.
         """
         if self._workers is None:
-            self._scoring.device, self._scoring.threads = str(device), torch.get_num_threads()
-            self._workers = PLACES[self.where](self._scoring, self.workers, self.timeout)
+            scoring = Scoring(
+                self.composite, self.retries, self.pause, self.sleep, str(device), torch.get_num_threads()
+            )
+            self._workers = PLACES[self.where](scoring, self.workers, self.timeout)
             self._workers.load()
 
     def submit(self, key: Hashable, clip: Clip) -> None:

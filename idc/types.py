@@ -74,7 +74,8 @@ class Sample:
 
     `id` is unique within a source mix and is all that the sample's randomness depends on besides seed and epoch.
     `meta` is plain JSON (the toy world keeps its ground truth there). `features` are cached encoder outputs by name;
-    where they are complete, `video_CTHW` may be None.
+    where they are complete, `video_CTHW` may be None. `loser_CTHW` is the worse clip of a preference pair, whose better
+    one is `video_CTHW`; None elsewhere.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Sample:
     fps: float
     meta: Mapping[str, Any] = field(default_factory=dict)
     features: Mapping[str, Tensor] | None = None
+    loser_CTHW: Tensor | None = None
 
 
 class Failure(NamedTuple):
@@ -132,10 +134,11 @@ class Batch:
         """Move every tensor that the encoders or the model read (Lightning calls this). Seeds stay on the CPU."""
 
         def move(sample: Sample) -> Sample:
-            video, features = sample.video_CTHW, sample.features
+            video, loser, features = sample.video_CTHW, sample.loser_CTHW, sample.features
             return replace(
                 sample,
                 video_CTHW=None if video is None else video.to(device, **kwargs),
+                loser_CTHW=None if loser is None else loser.to(device, **kwargs),
                 subjects=tuple(
                     replace(subject, image_CHW=subject.image_CHW.to(device, **kwargs)) for subject in sample.subjects
                 ),

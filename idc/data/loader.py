@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from idc.data.images import to_float
@@ -277,10 +278,11 @@ def _raise(error: UserError | None) -> None:
 
 def _finish(sample: Sample) -> Sample:
     """Video uint8 `[T, C, H, W]` -> float `[C, T, H, W]` in [-1, 1]; uint8 until here travels at a quarter."""
-    if sample.video_CTHW is None:
-        return sample
-    video_CTHW = to_float(sample.video_CTHW.permute(1, 0, 2, 3))
-    return replace(sample, video_CTHW=video_CTHW.contiguous())
+
+    def floats(video_TCHW: Tensor | None) -> Tensor | None:
+        return None if video_TCHW is None else to_float(video_TCHW.permute(1, 0, 2, 3)).contiguous()
+
+    return replace(sample, video_CTHW=floats(sample.video_CTHW), loser_CTHW=floats(sample.loser_CTHW))
 
 
 def _same(parcel: Any) -> Any:

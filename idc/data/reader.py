@@ -16,8 +16,8 @@ from idc.data.features import feature_key
 from idc.data.images import cover_crop, fit_reference
 from idc.data.index import Entry
 from idc.data.plan import GlobalBatch, draw, seed_for
-from idc.data.scan import VIDEO_EXTS, reference_number
-from idc.data.shards import SampleError, parse_sample, read_members
+from idc.data.scan import is_clip, reference_number
+from idc.data.shards import LOSER, SampleError, clip_ext, parse_sample, read_members
 from idc.data.sources import Catalogue
 from idc.types import Bucket, Sample, Subject
 
@@ -62,9 +62,18 @@ def read_for_bucket(root: str, entry: Entry, bucket: Bucket, seed: int, settings
         return _read_cached(root, entry, bucket, settings)
     files = read_members(root, entry, settings.verify)
     sample = parse_sample(files, entry, decode_video=False)
-    video_TCHW = _window(files, entry, bucket, seed, settings.random_window) if settings.decode_video else None
-    meta = {**sample.meta, "sha256": entry.sha256}
-    return replace(sample, video_CTHW=video_TCHW, subjects=_subjects(sample, bucket, settings), meta=meta)
+    video_TCHW = loser_TCHW = None
+    if settings.decode_video:
+        video_TCHW = _window(files, entry, bucket, seed, settings.random_window)
+        if clip_ext(files, LOSER):  # the same window as the winner's
+            loser_TCHW = _window(files, entry, bucket, seed, settings.random_window, LOSER)
+    return replace(
+        sample,
+        video_CTHW=video_TCHW,
+        loser_CTHW=loser_TCHW,
+        subjects=_subjects(sample, bucket, settings),
+        meta={**sample.meta, "sha256": entry.sha256},
+    )
 
 
 def _read_cached(root: str, entry: Entry, bucket: Bucket, settings: ReadSettings) -> Sample:
@@ -73,7 +82,7 @@ def _read_cached(root: str, entry: Entry, bucket: Bucket, settings: ReadSettings
     keep = [
         member
         for member in entry.members
-        if member.ext not in VIDEO_EXTS and (settings.decode_references or reference_number(member.ext) < 0)
+        if not is_clip(member.ext) and (settings.decode_references or reference_number(member.ext) < 0)
     ]
     light = replace(entry, layout=Entry.pack(keep))
     if not settings.decode_references:
@@ -94,11 +103,13 @@ def _subjects(sample: Sample, bucket: Bucket, settings: ReadSettings) -> tuple[S
     )
 
 
-def _window(files: Mapping[str, bytes], entry: Entry, bucket: Bucket, seed: int, random: bool) -> Tensor:
+def _window(
+    files: Mapping[str, bytes], entry: Entry, bucket: Bucket, seed: int, random: bool, prefix: str = ""
+) -> Tensor:
     """The bucket's frames of the clip, scaled and cropped: uint8 `[T, C, H, W]`."""
     from idc.data.video import VideoError, decode_video
 
-    ext = next((ext for ext in VIDEO_EXTS if ext in files), None)
+    ext = clip_ext(files, prefix)
     if ext is None:
         raise SampleError("missing member: no clip (.mp4 or .webm)")
     spare = entry.bucket.frames - bucket.frames
@@ -205,13 +216,13 @@ class BatchReader(Dataset[Parcel]):
 def _strip(sample: Sample, tensors: list[Tensor]) -> Sample:
     """The sample without its tensors, which are appended in the order in which `_fill` takes them."""
     empty = torch.empty(0)
-    if sample.video_CTHW is not None:
-        tensors.append(sample.video_CTHW)
+    tensors.extend(clip for clip in (sample.video_CTHW, sample.loser_CTHW) if clip is not None)
     tensors.extend(subject.image_CHW for subject in sample.subjects)
     tensors.extend((sample.features or {}).values())
     return replace(
         sample,
         video_CTHW=None if sample.video_CTHW is None else empty,
+        loser_CTHW=None if sample.loser_CTHW is None else empty,
         subjects=tuple(replace(subject, image_CHW=empty) for subject in sample.subjects),
         features=None if sample.features is None else dict.fromkeys(sample.features, empty),
     )
@@ -221,6 +232,7 @@ def _fill(sample: Sample, tensors: Any) -> Sample:
     return replace(
         sample,
         video_CTHW=None if sample.video_CTHW is None else next(tensors),
+        loser_CTHW=None if sample.loser_CTHW is None else next(tensors),
         subjects=tuple(replace(subject, image_CHW=next(tensors)) for subject in sample.subjects),
         features=None if sample.features is None else {key: next(tensors) for key in sample.features},
     )

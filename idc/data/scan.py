@@ -115,6 +115,11 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, ext
 
 
+def is_clip(ext: str) -> bool:
+    """Whether an extension is that of a clip: "mp4", or "loser.mp4" of a preference pair."""
+    return ext.rsplit(".", 1)[-1] in VIDEO_EXTS
+
+
 def reference_number(ext: str) -> int:
     """k of the extension "refk.png" of a subject's picture, or -1 for any other member."""
     match = re.fullmatch(r"ref(\d+)\.(\w+)", ext)

@@ -1,7 +1,8 @@
 """Writing samples as WebDataset tars and reading one back by its place in the index.
 
 One sample is the members {key}.mp4, {key}.txt (caption), {key}.json (what is known of it), {key}.ref0.png ... (its
-references in order). Any webdataset reader reads them.
+references in order). A preference pair has {key}.loser.mp4 too, the worse clip of the two. Any webdataset reader reads
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ from idc.data.index import Entry, Member
 from idc.data.scan import IMAGE_EXTS, VIDEO_EXTS, reference_number
 from idc.errors import UserError, nearest
 from idc.types import Sample, Subject
+
+LOSER = "loser."  # before the extension of a preference pair's worse clip
 
 Reference = tuple[str, bytes, str]  # (name, encoded image, extension)
 
@@ -75,6 +78,7 @@ class ShardWriter:
         source: str = "",
         licence: str = "",
         meta: Mapping[str, Any] | None = None,
+        loser: bytes | None = None,
     ) -> None:
         """Add one sample.
 
@@ -87,6 +91,7 @@ class ShardWriter:
             source: where the clip comes from.
             licence: under which licence.
             meta: plain JSON; comes back as `Sample.meta`.
+            loser: of a preference pair, the worse clip: an MP4 of the same frames and size.
 
         Raises:
             UserError: for a key, an extension or a number that cannot be written.
@@ -110,7 +115,7 @@ class ShardWriter:
             "decoder": decoder_version(),
             "meta": dict(meta or {}),
         }
-        self._open().write(_members(key, video, caption, references, record))
+        self._open().write(_members(key, video, caption, references, record, loser))
         self._keys.add(key)
         if len(self._keys) == self.samples_per_shard:
             self.close()
@@ -152,10 +157,18 @@ class ShardWriter:
 
 
 def _members(
-    key: str, video: bytes, caption: str, references: Sequence[Reference], record: Mapping[str, Any]
+    key: str,
+    video: bytes,
+    caption: str,
+    references: Sequence[Reference],
+    record: Mapping[str, Any],
+    loser: bytes | None,
 ) -> dict[str, Any]:
     """A sample's files by extension, in their order in the tar."""
-    members: dict[str, Any] = {"__key__": key, "mp4": video, "txt": caption.encode()}
+    members: dict[str, Any] = {"__key__": key, "mp4": video}
+    if loser is not None:  # before the .json, which a cut tar has then only with it
+        members[f"{LOSER}mp4"] = loser
+    members["txt"] = caption.encode()
     members["json"] = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
     for number, (_, image, ext) in enumerate(references):
         if ext not in IMAGE_EXTS:
@@ -200,6 +213,7 @@ def parse_sample(files: Mapping[str, bytes], entry: Entry, decode_video: bool = 
         id=entry.id,
         caption=files["txt"].decode("utf-8", "replace").strip(),
         video_CTHW=_video(files, entry) if decode_video else None,
+        loser_CTHW=_video(files, entry, LOSER) if decode_video and clip_ext(files, LOSER) else None,
         subjects=subjects,
         fps=entry.fps,
         meta=meta,
@@ -272,11 +286,16 @@ def _check_header(header: bytes, entry: Entry, member: Member) -> None:
         raise SampleError(f"wrong size: {expected} has {info.size} bytes, the index says {member.size}")
 
 
-def _video(files: Mapping[str, bytes], entry: Entry) -> Tensor:
+def clip_ext(files: Container[str], prefix: str = "") -> str | None:
+    """The extension of a sample's clip among its members', or with `LOSER` of its worse one; None where there is none."""
+    return next((prefix + ext for ext in VIDEO_EXTS if prefix + ext in files), None)
+
+
+def _video(files: Mapping[str, bytes], entry: Entry, prefix: str = "") -> Tensor:
     from idc.data.video import VideoError
     from idc.data.video import decode_video as decode
 
-    ext = next((ext for ext in VIDEO_EXTS if ext in files), None)
+    ext = clip_ext(files, prefix)
     if ext is None:
         raise SampleError("missing member: no clip (.mp4 or .webm)")
     try:

@@ -3,6 +3,7 @@
 Both ways go through the same per-sample dictionary of features, so that training from cached features is training:
 
     latents [C, T, H, W]      the clip's clean latents
+    loser_latents             those of a preference pair's worse clip
     reference_k [C, H, W]     latents of reference k
     text, text_null [L, D]    text-encoder tokens of the caption, and of the empty caption, without padding
     vlm, vlm_no_text, vlm_no_references, vlm_null [L, D]
@@ -193,15 +194,16 @@ class Encoders:
 
     def _add_latents(self, features: list[dict[str, Tensor]], samples: Sequence[Sample]) -> None:
         todo = {
-            i: sample.video_CTHW
+            (i, name): clip
             for i, sample in enumerate(samples)
-            if "latents" not in features[i] and sample.video_CTHW is not None
+            for name, clip in (("latents", sample.video_CTHW), ("loser_latents", sample.loser_CTHW))
+            if name not in features[i] and clip is not None
         }
         if not todo:
             return
         video_BCTHW = torch.stack(list(todo.values()))
-        for i, latents_CTHW in zip(todo, self.codec.encode(video_BCTHW), strict=True):
-            features[i]["latents"] = latents_CTHW
+        for (i, name), latents_CTHW in zip(todo, self.codec.encode(video_BCTHW), strict=True):
+            features[i][name] = latents_CTHW
 
     def condition(self, features: Sequence[Features], drops: Sequence[Drop] | Drop = Drop.NOTHING) -> Condition:
         """Assemble the batch's condition; `drops` is one for all or one a sample."""

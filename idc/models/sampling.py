@@ -236,7 +236,7 @@ class Sampler:
         return torch.where(source.mask_BTHW[:, None].to(video.device), video, kept)
 
     def _features(self, samples: Sequence[Sample], sampling: Sampling) -> list[Features]:
-        blind = [replace(sample, video_CTHW=None) for sample in samples]
+        blind = [replace(sample, video_CTHW=None, loser_CTHW=None) for sample in samples]
         for drop in sampling.drops:
             encoded = self.encoders.features(blind, [drop] * len(blind))
             blind = [replace(sample, features=f) for sample, f in zip(blind, encoded, strict=True)]

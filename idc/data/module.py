@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -18,6 +17,7 @@ from idc.data.index import Entry
 from idc.data.loader import PlanLoader, check_divisible
 from idc.data.plan import HeldOutPlan, MixSource, Plan
 from idc.data.quarantine import CorruptRate, Quarantine
+from idc.data.ranks import of_all_ranks, several_ranks
 from idc.data.reader import ReadSettings
 from idc.data.sources import Catalogue, Source, source_name
 from idc.errors import UserError
@@ -180,6 +180,12 @@ class VideoDataModule(LightningDataModule):
         table.title = f"{name}: {table.title}"
         Console(stderr=True).print(table)
 
+    def kept(self) -> Iterator[tuple[str, Entry]]:
+        """("train" or "held out", entry) of every kept sample (after `setup`)."""
+        for name, split in self._splits.items():
+            for _, entry, _ in split.kept():
+                yield name, entry
+
     def _place(self) -> tuple[int, int]:
         """(rank, ranks) among the data-parallel processes."""
         strategy = getattr(self.trainer, "strategy", None)
@@ -223,7 +229,7 @@ class VideoDataModule(LightningDataModule):
             UserError: samples are missing in it.
         """
         cache.refresh()
-        for reasons in _of_all_ranks(dict(self.quarantine.reasons)):
+        for reasons in of_all_ranks(dict(self.quarantine.reasons)):
             self.quarantine.know(reasons)  # without a file, each rank has met its own
         missing = self.missing(cache)
         lacking = f"{cache.root}: {missing} samples lack cached features; let the stage compute them"
@@ -314,13 +320,13 @@ class VideoDataModule(LightningDataModule):
 
     def _agree(self, error: UserError | None) -> None:
         """Raise an error on all ranks where one of them has met it. All must call this together."""
-        if not _several_ranks():
+        if not several_ranks():
             if error is not None:
                 raise error
             return
         strategy = self.trainer.strategy  # type: ignore[union-attr]
         if strategy.reduce_boolean_decision(error is not None, all=False):
-            texts = _of_all_ranks(error and str(error))
+            texts = of_all_ranks(error and str(error))
             raise error or UserError(next(text for text in texts if text))
 
     def teardown(self, stage: str | None = None) -> None:
@@ -338,19 +344,6 @@ def batches_of(limit: float | int | None, batches: int) -> int | None:
     if limit is None:
         return None
     return int(batches * limit) if isinstance(limit, float) else min(limit, batches)
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    """The value of each rank, on all of them."""
-    if not _several_ranks():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _check_names(train: Sequence[Source], held_out: Sequence[Source]) -> None:

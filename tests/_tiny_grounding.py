@@ -13,6 +13,14 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def save_all(root: Path) -> Path:
+    """The three of them as `dino`, `owl` and `sam` in `root`."""
+    save_grounding_dino(root / "dino")
+    save_owlv2(root / "owl")
+    save_sam(root / "sam")
+    return root
+
+
 def save_grounding_dino(root: Path) -> str:
     """GroundingDINO with 8 queries; pictures are enlarged to a short side of 64 pixels."""
     from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig

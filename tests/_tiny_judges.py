@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from _tiny_real import save_qwen, save_tokenizer
 
@@ -23,6 +24,14 @@ LLAVA_TEMPLATE = (
     + _TURN.replace("IMAGE", "<image>\n")
     + "{% endfor %}{% if add_generation_prompt %} ASSISTANT: {% endif %}"
 )
+
+
+_PIXELS = np.random.default_rng(0)
+
+
+def noise(*shape: int) -> np.ndarray:
+    """Other pixels at every call."""
+    return _PIXELS.integers(0, 256, shape, dtype=np.uint8)
 
 
 def save_qwen_judge(root: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny_grounding import noise, save_grounding_dino, save_owlv2, save_sam
+from _tiny_grounding import noise, save_all, save_grounding_dino, save_owlv2, save_sam
 
 from idc.errors import UserError
 from idc.models.grounding import Detection, GroundingDino, Owlv2ByPicture, Sam, best_boxes
@@ -16,11 +16,7 @@ from idc.models.grounding import Detection, GroundingDino, Owlv2ByPicture, Sam, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("grounding")
-    save_grounding_dino(root / "dino")
-    save_owlv2(root / "owl")
-    save_sam(root / "sam")
-    return root
+    return save_all(tmp_path_factory.mktemp("grounding"))
 
 
 def test_grounding_dino_is_transformers_own(folder: Path) -> None:

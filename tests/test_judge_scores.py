@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 import torch
 from _judge_server import Server, chat, chat_server
-from _tiny_judges import ANSWER, LEVELS, QUESTION, save_qwen_judge
+from _tiny_judges import ANSWER, LEVELS, QUESTION, noise, save_qwen_judge
 
 from idc.errors import UserError
 from idc.metrics.base import Clip
 from idc.metrics.natural import QUESTIONS, NaturalScore, long_side, parse_score
 from idc.metrics.qalign import CLIP_MEAN, QAlign, QAlignRater, expectation, pad_square, softmax
 from idc.models.judges import ImageTextJudge, Judge
-
-RNG = np.random.default_rng(0)
-
-
-def noise(*shape: int) -> np.ndarray:
-    return RNG.integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,12 @@ import numpy as np
 import pytest
 import torch
 from _judge_server import Server, chat, chat_server
-from _tiny_judges import ANSWER, LEVELS, QUESTION, QWEN_TEMPLATE, save_llava_judge, save_qwen_judge
+from _tiny_judges import ANSWER, LEVELS, QUESTION, QWEN_TEMPLATE, noise, save_llava_judge, save_qwen_judge
 
 from idc.errors import UserError
 from idc.models.http_client import retry_after
 from idc.models.judge_server import ServerJudge
 from idc.models.judges import ImageTextJudge, JudgeError, deciding_tokens
-
-RNG = np.random.default_rng(0)
-
-
-def noise(*shape: int) -> np.ndarray:
-    return RNG.integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from _tiny_embedders import save_clip, save_gme
-from _tiny_grounding import noise, save_grounding_dino, save_owlv2, save_sam
+from _tiny_grounding import noise, save_all
 
 from idc.errors import UserError
 from idc.metrics.base import Clip, Reference
@@ -24,10 +24,7 @@ RED, BLUE, GREY = (220, 20, 20), (20, 20, 220), (90, 90, 90)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("grounding")
-    save_grounding_dino(root / "dino")
-    save_owlv2(root / "owl")
-    save_sam(root / "sam")
+    root = save_all(tmp_path_factory.mktemp("grounding"))
     save_clip(root / "clip", width=16)
     return root
 

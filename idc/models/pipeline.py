@@ -112,7 +112,7 @@ class IDCrafterPipeline(DiffusionPipeline):
         kwargs.setdefault("encoders", encoders)
         return super().from_pretrained(folder, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]  # the base names its settings
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]  # more general
         """Write the pipeline as one folder: weights as safetensors, everything else as JSON."""
         super().save_pretrained(save_directory, **kwargs)
         save_encoders(self._encoders, Path(save_directory))

@@ -103,7 +103,7 @@ class CLI(LightningCLI):
             run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             run_dir = run_dir.parent if run_dir.name == subcommand else run_dir
             kwargs["ckpt_path"] = resolve_ckpt_path(wanted, run_dir, self.trainer.strategy)
-        elif subcommand != "fit" and isinstance(self.model, Stage) and self.model.spec.pretrained is None:
+        elif subcommand != "fit" and isinstance(self.model, Stage) and not self.model.has_weights:
             raise UserError(
                 f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"
             )

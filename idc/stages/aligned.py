@@ -77,6 +77,10 @@ class Aligned(Stage):
         self.gradient_norm = gradient_norm
         self.reference: WeightCopy | None = None
 
+    @property
+    def has_weights(self) -> bool:
+        return True
+
     def build_transformer(self, device: str) -> Any:
         return self.system.build_transformer(device)
 

@@ -104,6 +104,11 @@ class Stage(LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is something to judge before any training."""
+        return self.spec.pretrained is not None
+
     def build_transformer(self, device: str) -> Any:
         """The transformer as training starts with it; "meta" gives the structure alone."""
         vlm_dim = self.encoders.vlm.dim if self.encoders.vlm is not None else None

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "export": "a trained run as one folder to load and share: idc export RUN --out DIR",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",
+    "pairs": "preference pairs for DPO, from generated videos or real clips: idc pairs --help",
     "rewards": "serve a reward to runs on other machines: idc rewards serve --help",
     "study": "ask people which videos are better, blind and in pairs: idc study --help",
 }
@@ -86,6 +87,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.export import main as export
 
         return export(rest)
+    if command == "pairs":
+        from idc.stages.pairs_cli import main as pairs
+
+        return pairs(rest)
     if command == "rewards":
         from idc.rewards.cli import main as rewards
 

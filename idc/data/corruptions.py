@@ -90,6 +90,8 @@ class SwappedSubjects(Corruption):
             raise UserError("no toy clip: what its subjects look like is not known")
         spec = ToySpec.from_json(sample.meta["toy"])
         looks = [(subject.shape, subject.texture, subject.colour) for subject in spec.subjects]
+        if len(set(looks)) < 2:
+            raise UserError("no two subjects that look different")
         turned = [
             replace(subject, shape=shape, texture=texture, colour=colour)
             for subject, (shape, texture, colour) in zip(spec.subjects, looks[1:] + looks[:1], strict=True)

@@ -47,7 +47,9 @@ class FromRuns:
             folder = Path(run.info.videos)
             if not folder.is_dir():
                 raise UserError(f"{path}: its videos are gone from {folder}; give their folder and a reward instead")
-            self._runs[folder.resolve()] = run
+            other = self._runs.setdefault(folder.resolve(), run)
+            if other is not run:
+                raise UserError(f"{path}: judges the same videos as {other.path}; give one of the two")
         self.folders = [Path(run.info.videos) for run in self._runs.values()]
 
     def scores(self, candidates: Sequence[Candidate]) -> list[Score]:

@@ -87,8 +87,8 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
 
 def _mine(arguments: argparse.Namespace) -> int:
     if (arguments.reward is None) == (not arguments.metric):
-        given = "neither" if arguments.reward is None else "both"
-        raise UserError(f"{given} --metric and --reward given: one of them tells the better clip")
+        given = "neither --metric nor" if arguments.reward is None else "both --metric and"
+        raise UserError(f"{given} --reward is given; one of the two tells the better clip")
 
     from idc.stages.mining import check_free, mine
     from idc.stages.pairs import summary

@@ -1,0 +1,290 @@
+"""The DPO stage: its objective through the model, its curve, killed and on two ranks, and the pairs that it mines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _dpo_worker import RECIPE, DPOFit, overlay
+from _grpo_worker import save_start
+from _sft_worker import ROOT, WORLD, fit_here, scalars
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from idc.data.corruptions import TurnedColours
+from idc.data.item_sources import Shards
+from idc.data.module import VideoDataModule
+from idc.data.pairs import PAIR, Pair
+from idc.data.shards import read_sample
+from idc.data.sources import ShardSource, ToyShards
+from idc.errors import UserError
+from idc.flow.path import interpolate, velocity_target
+from idc.flow.times import LogitNormal, noise_like
+from idc.models.sampling import SamplingChanges
+from idc.models.spec import Lora
+from idc.rewards.measures import Brightness
+from idc.stages.dpo import DPO
+from idc.stages.generate import Encoding, Generate
+from idc.stages.pairs import CorruptedPairs, MinedPairs
+from idc.types import Batch
+
+LOSSLESS = Encoding(0, "yuv444p", "ultrafast")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_start(tmp_path_factory.mktemp("start") / "model")
+
+
+@pytest.fixture(scope="module")
+def pairs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of real clips against clips of other colours: 12 to train on and 6 held out."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, count in (("train", 12), ("held_out", 6)):
+        source = ShardSource(str(toy_data / name))
+        CorruptedPairs(str(folder / name), source, TurnedColours(), limit=count, encoding=LOSSLESS).prepare()
+    return folder
+
+
+def stage_of(start: Path, **settings: Any) -> DPO:
+    stage = DPO(checkpoint=str(start), **settings)
+    stage.configure_model()
+    return stage
+
+
+def batch_of(pairs: Path) -> Batch:
+    """Pairs of one size, as the loader gives them."""
+    data = VideoDataModule([ShardSource(str(pairs / "train"))], [[5, 32, 32]], 4, random_window=False)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def swapped(batch: Batch) -> Batch:
+    turned = (replace(s, video_CTHW=s.loser_CTHW, loser_CTHW=s.video_CTHW) for s in batch.samples)
+    return replace(batch, samples=tuple(turned))
+
+
+def loss_and_gradient(stage: DPO, batch: Batch) -> tuple[float, Tensor]:
+    """Through `training_step` as Lightning calls it."""
+    stage._trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    stage.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    stage.zero_grad()
+    loss = stage.training_step(batch, 0)
+    loss.backward()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in stage.parameters() if p.grad is not None])
+
+
+# The objective ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"trainable": "lora", "lora": Lora(rank=2, alpha=4)}, {"beta": 3.0}])
+def test_at_the_reference_the_loss_is_ln_2_swapping_flips_the_gradient_and_equal_clips_have_none(
+    settings: dict[str, Any], start: Path, pairs: Path
+) -> None:
+    stage, batch = stage_of(start, **settings), batch_of(pairs)
+    loss, gradient = loss_and_gradient(stage, batch)
+    assert loss == pytest.approx(math.log(2), abs=1e-4)
+    assert gradient.norm() > 1e-3
+    back, turned = loss_and_gradient(stage, swapped(batch))
+    assert back == pytest.approx(math.log(2), abs=1e-4)
+    torch.testing.assert_close(turned, -gradient, rtol=1e-3, atol=float(gradient.abs().max()) * 1e-3)
+    same = replace(batch, samples=tuple(replace(s, loser_CTHW=s.video_CTHW) for s in batch.samples))
+    alike, none = loss_and_gradient(stage, same)
+    assert alike == pytest.approx(math.log(2), abs=1e-6)
+    assert none.norm() < 1e-4 * gradient.norm()
+
+
+def test_the_losses_are_those_of_the_formula_on_two_models(start: Path, pairs: Path) -> None:
+    """The policy and a second model that is the start, clip by clip, from the seeds' own noise and times."""
+    stage, frozen, batch = stage_of(start, beta=20.0), stage_of(start), batch_of(pairs)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    t_B = LogitNormal()(batch.seeds_B)
+    found = stage.losses(stage.encoders.features(batch.samples), batch.seeds_B, t_B)
+    for i, sample in enumerate(batch.samples):
+        deltas = []
+        for clip in (sample.video_CTHW, sample.loser_CTHW):
+            features = stage.encoders.features([replace(sample, video_CTHW=clip, loser_CTHW=None)])
+            x0 = features[0]["latents"][None]
+            noise = noise_like(batch.seeds_B[i : i + 1], tuple(x0.shape[1:]))
+            condition = stage.encoders.condition(features).to("cpu", torch.float32)
+            z, target = interpolate(x0, noise, t_B[i : i + 1]), velocity_target(x0, noise)
+            with torch.no_grad():
+                errors = [
+                    (model.predict_velocity(z, t_B[i : i + 1], condition) - target).square().mean()
+                    for model in (stage, frozen)
+                ]
+            deltas.append(float(errors[0] - errors[1]))
+        margin = -10.0 * (deltas[0] - deltas[1])
+        assert float(found.margin_B[i]) == pytest.approx(margin, rel=1e-3, abs=1e-5)
+        assert float(found.dpo_B[i]) == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)
+        assert float(found.accuracy_B[i]) == (margin > 0)
+        assert float(found.delta_winner_B[i]) == pytest.approx(deltas[0], rel=1e-3, abs=1e-6)
+        assert float(found.delta_loser_B[i]) == pytest.approx(deltas[1], rel=1e-3, abs=1e-6)
+
+
+def test_the_reference_is_put_back_and_stays_the_start(start: Path, pairs: Path) -> None:
+    stage, batch = stage_of(start), batch_of(pairs)
+    before = [p.detach().clone() for p in stage.parameters()]
+    with torch.no_grad():
+        next(stage.parameters()).add_(1.0)
+    moved = [p.detach().clone() for p in stage.parameters()]
+    loss_and_gradient(stage, batch)
+    assert all(map(torch.equal, [p.detach() for p in stage.parameters()], moved))
+    assert stage.reference is not None
+    with stage.reference.applied():
+        assert all(map(torch.equal, [p.detach() for p in stage.parameters()], before))
+
+
+def test_the_winners_own_error_comes_beside_it(start: Path, pairs: Path) -> None:
+    batch = batch_of(pairs)
+    plain, _ = loss_and_gradient(stage_of(start), batch)
+    both = stage_of(start, sft_weight=0.5)
+    found, _ = loss_and_gradient(both, batch)
+    with torch.no_grad():
+        t_B = both.times(batch.seeds_B)
+        error = both.losses(both.encoders.features(batch.samples), batch.seeds_B, t_B).error_winner_B.mean()
+    assert found - plain == pytest.approx(0.5 * float(error), rel=1e-4)
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> DPOFit:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = DPOFit(folder, overlay(pairs, start, folder / "runs"))
+    assert run.finish() == [0], run.errors()
+    return run
+
+
+def test_a_run_prefers_the_winners_more_and_logs_what_a_person_looks_at(uninterrupted: DPOFit) -> None:
+    logged = scalars(uninterrupted.run)
+    train = {name.removeprefix("train/"): [v for _, v in values] for name, values in logged.items()}
+    assert train["loss"][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert train["loss"] == pytest.approx(uninterrupted.losses(), rel=1e-6)
+    assert train["loss"][-1] < 0.9 * train["loss"][0]
+    assert train["margin"][-1] > 0 == pytest.approx(train["margin"][0], abs=1e-3)
+    for margin, winner, loser in zip(train["margin"], train["delta_winner"], train["delta_loser"], strict=True):
+        assert margin == pytest.approx(50 * (loser - winner), rel=1e-3, abs=1e-3)
+    for name in ("loss", "accuracy", "margin", "delta_winner", "delta_loser"):
+        assert len(logged[f"val/{name}"]) == 2
+    assert logged["val/accuracy"][-1][1] > 0.5  # what it is at the reference
+    assert logged["val/loss"][-1][1] < math.log(2)
+    assert "train/grad_norm" in logged
+    assert len(list(uninterrupted.run.glob("samples/step-000004/*.mp4"))) == 1
+
+
+def test_a_killed_run_goes_on_bit_for_bit(uninterrupted: DPOFit, start: Path, pairs: Path, tmp_path: Path) -> None:
+    run = DPOFit(tmp_path, overlay(pairs, start, tmp_path / "runs"), args=("--ckpt_path", "auto"))
+    killed = replace(run, kill_place="step", kill_step=3, kill_after=0.02)
+    assert killed.finish() == [-14], killed.errors()
+    assert run.finish() == [0], run.errors()
+    assert run.steps() == uninterrupted.steps()
+    assert run.validation() == uninterrupted.validation()
+
+
+def test_two_sharded_ranks_are_one(uninterrupted: DPOFit, start: Path, pairs: Path, tmp_path: Path) -> None:
+    fsdp2 = ROOT / "recipes" / "hardware" / "cpu2.yaml"
+    run = DPOFit(tmp_path, overlay(pairs, start, tmp_path / "runs"), overlays=(fsdp2,), ranks=2)
+    assert run.finish() == [0, 0], run.errors()
+    assert run.losses() == pytest.approx(uninterrupted.losses(), rel=1e-4)
+    for step, values in uninterrupted.validation().items():
+        assert run.validation()[step] == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"beta": 0.0}, "beta=0.0: must be positive; 100 is usual"),
+        ({"sft_weight": -1.0}, "sft_weight=-1.0"),
+        ({"validation_times": [0.0]}, r"validation_times=\[0.0\]"),
+        ({"validation_times": []}, r"validation_times=\[\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        DPO(checkpoint="toy", **settings)
+
+
+def test_ordinary_shards_are_refused_before_anything_is_encoded(
+    start: Path, pairs: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = overlay(pairs, start, tmp_path / "runs")
+    content["data"]["init_args"]["val_sources"][0]["init_args"]["path"] = str(toy_data / "held_out")
+    content["data"]["init_args"]["features"] = str(tmp_path / "features")
+    run = DPOFit(tmp_path, content)
+    assert fit_here(run) == 2
+    assert "data.init_args.val_sources: 8 samples without a second clip, such as held_out/" in capsys.readouterr().err
+    assert not (tmp_path / "features").exists()
+
+
+# Pairs that the recipe mines ----------------------------------------------------------------------------------------
+
+
+def mined(start: Path, **settings: Any) -> MinedPairs:
+    """Of three conditions, in the working folder."""
+    items = Shards(ToyShards("items", 3, 7, **WORLD))
+    settings = {"candidates": 3, "margin": 0.0, "sampling": SamplingChanges(steps=1), **settings}
+    return MinedPairs("pairs", items, Brightness(), str(start), frames=5, height=32, width=32, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted((folder / "pairs").glob("*"))
+    return {path.name: path.read_bytes() for path in files if path.is_file() and path.name != "index.jsonl"}
+
+
+def test_mined_pairs_are_best_and_worst_of_the_seeds_and_an_interrupted_call_goes_on(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    source = mined(start)
+    source.prepare()
+    for entry in source.index().entries:
+        sample = read_sample("pairs", entry)
+        pair = Pair.from_json(sample.meta[PAIR])
+        assert float(sample.video_CTHW.mean()) > float(sample.loser_CTHW.mean())
+        assert pair.winner.clip.startswith("pairs/candidates/seed-")
+        assert pair.margin > 0
+    assert len(source.index()) == 3
+
+    monkeypatch.chdir(tmp_path / "broken")
+    predict, calls = Generate.predict_step, []
+
+    def dies(self: Generate, request: Any, index: int) -> None:
+        calls.append(request.item.id)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        predict(self, request, index)
+
+    monkeypatch.setattr(Generate, "predict_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        mined(start).prepare()
+    mined(start).prepare()
+    assert len(calls) == 4 + 1 + 5  # four were there
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    mined(start).prepare()
+    assert len(calls) == 10
+    with pytest.raises(UserError, match="made with another margin, seed; give another path"):
+        mined(start, margin=0.1, seed=1).prepare()
+
+
+def test_the_recipe_mines_from_the_model_that_it_trains_and_rewards_held_out_conditions_alike() -> None:
+    import yaml
+
+    recipe = yaml.safe_load(RECIPE.read_text())
+    train, held_out = (recipe["data"]["init_args"][name][0]["init_args"] for name in ("sources", "val_sources"))
+    differing = {name for name in train if train[name] != held_out[name]}
+    assert differing == {"path", "items"}
+    assert train["checkpoint"] == "${model.init_args.checkpoint}"
+    seeds = [part["items"]["init_args"]["shards"]["init_args"] for part in (train, held_out)]
+    ranges = [set(range(each["seed"], each["seed"] + each["count"])) for each in seeds]
+    assert not ranges[0] & ranges[1]

@@ -88,6 +88,7 @@ class Aligned(Stage):
         """As in `Stage`, and the reference is copied, before a checkpoint of this run comes in."""
         if self.transformer is None:
             super().configure_model()
+            self._built().train()  # as loaded, it is in eval mode
             if self.needs_reference:
                 self.reference = WeightCopy(self._built())
 

@@ -27,6 +27,7 @@ from idc.stages.aligned import Aligned
 from idc.stages.rewarded import advantages_of, clip_of_sample, means
 from idc.stages.rollouts import Place, Rollout, Rollouts, portions, roll_out
 from idc.stages.updates import Contrast, Given, Objective, Point, PolicyGradient
+from idc.stages.watched import watch
 from idc.types import Batch, Sample
 
 PARTS = ("encode", "rollout", "reward", "train")
@@ -91,7 +92,6 @@ class GRPO(Aligned):
         self.runner, self.advantage_clip = reward, advantage_clip
         self.updates, self.rollouts_a_step = updates, rollouts_a_step
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._held_out: list[tuple[str, Sample, Tensor]] = []
         self._validated = 0
 
     @property
@@ -150,6 +150,7 @@ class GRPO(Aligned):
         groups = [place // size for place in range(len(breakdowns))]
         advantages, valid_B = advantages_of(breakdowns, groups, self.runner.composite, self.advantage_clip)
         self._log_rewards(breakdowns, advantages.groups.std_G, advantages.advantages_B)
+        self.log_dict(watch(rollouts, advantages.advantages_B, self.rollouts))
         with self._clock("train"):
             self._train_on(rollouts, advantages.advantages_B, valid_B)
         for part, seconds in self._seconds.items():

@@ -120,7 +120,6 @@ class Rollout:
         seeds_B: of each, on the CPU.
         latents: `[B, C, T, H, W]` float32, where the rollout ended.
         records: of the stochastic steps, in float32.
-        references: for each record the reference's velocity `[B, ...]`; empty where none was asked for.
     """
 
     sample: Sample
@@ -130,7 +129,6 @@ class Rollout:
     seeds_B: Tensor
     latents: Tensor
     records: tuple[SDERecord, ...]
-    references: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.seeds_B)

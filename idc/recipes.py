@@ -13,7 +13,7 @@ from idc.errors import UserError, nearest
 
 # An overlay may only change what an earlier file has set. A later layer that is written before an earlier one
 # would be silently undone by it.
-ORDER = ("stage", "scale", "protocols", "data", "hardware", "ablations")
+ORDER = ("stage", "scale", "protocols", "data", "alignment", "rewards", "hardware", "ablations")
 
 HELP = {"-h", "--help", "--help.trainer"}
 

@@ -19,6 +19,7 @@ _CLASSES = {
     "runner": ("RewardRunner",),
     "server": ("RewardServer",),
     "toy": ("ToyAesthetics", "ToyFace", "ToyNatural", "ToySubject"),
+    "watch": ("Motion", "Saturation", "Sharpness"),
 }
 _HOMES = {name: module for module, names in _CLASSES.items() for name in names}
 

@@ -123,6 +123,11 @@ class Composite(Reward):
         """Of the weighted terms: those are what is optimised."""
         return tuple(dict.fromkeys(model for term in self.terms if term.weight for model in term.reward.models))
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of the terms that are computed and do not enter the sum."""
+        return tuple(term.key for term in self.terms if not term.weight)
+
     def load(self, device: torch.device | str = "cpu") -> None:
         for term in self.terms:
             term.reward.load(device)
@@ -183,9 +188,11 @@ class PaperReward(Composite):
         fidelity, eta, gamma: weights in [0, 1]; the paper's are 0.6, 0.5 and 0.4.
         normalise: as in `Composite`; the paper's is "none".
         monitor: compute also what has no weight, to watch it.
+        extra: further terms, such as the anti-leak reward.
+        watched: measures that are computed without any weight (`idc.rewards.watch`).
 
     Raises:
-        UserError: for a weight out of its range.
+        UserError: for a weight out of its range, or two terms of one name.
     """
 
     def __init__(
@@ -199,6 +206,8 @@ class PaperReward(Composite):
         gamma: float = 0.4,
         normalise: str = "none",
         monitor: bool = False,
+        extra: Sequence[Term] = (),
+        watched: Sequence[Reward] = (),
     ) -> None:
         fidelity, eta, gamma = fraction("fidelity", fidelity), fraction("eta", eta), fraction("gamma", gamma)
         quality = 1 - fidelity
@@ -208,6 +217,8 @@ class PaperReward(Composite):
                 Term(subject, fidelity * eta, "fidelity", "subject", monitor),
                 Term(aesthetics, quality * (1 - gamma), "quality", "aesthetics", monitor),
                 Term(natural, quality * gamma, "quality", "natural", monitor),
+                *extra,
+                *(Term(reward, 0.0, monitor=True) for reward in watched),
             ],
             normalise,
         )

@@ -33,7 +33,7 @@ disable_progress_bar()
 #
 # `from_pretrained` reads a folder that `save_pretrained` or `idc export` wrote; `"toy"` is the one in the package. A
 # run of `idc fit` opens as it is: `IDCrafterPipeline.from_run("runs/sft")`. The same model and the same sampler stand
-# behind `idc generate`, so a video is the same from either, bit for bit.
+# behind `idc generate`, so a video is the same from either, bit for bit, with the seed of its `records/<id>.json`.
 
 # %%
 pipe = IDCrafterPipeline.from_pretrained("toy")

@@ -188,15 +188,18 @@ def test_the_reference_is_the_first_that_shows_a_person():
     result = FaceSim(FACES).score(clip(BLANK[None], *references))
     assert (result.value, result.reason) == (None, "no face is found in the reference picture of man")
     result = FaceSim(FACES).score(clip(BLANK[None], *references[:1]))
-    assert (result.value, result.reason) == (None, "no reference shows a face or a human")
+    assert (result.value, result.reason) == (None, "no reference is of the kind face or human")
 
 
 def test_only_items_with_one_person_are_scored():
     metric = FaceSim(FACES)
     scored = ["singlehuman", "singleface", "faceobj", "humanobj"]
     assert sorted(CATEGORIES) == sorted(scored)
-    for category in ("", *scored):
+    for category in scored:
         assert metric.applies(clip(BLANK[None], category=category))
+    # Without a category, what the references are of decides, as in identity tracking.
+    assert metric.applies(clip(BLANK[None], Reference(BLANK, "dog", "object"), Reference(BLANK, "man", "human")))
+    assert not metric.applies(clip(BLANK[None], Reference(BLANK, "dog", "object")))
     for category in ("multiface", "multihuman", "singleobj", "multiobject"):
         assert not metric.applies(clip(BLANK[None], category=category))
 

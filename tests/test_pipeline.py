@@ -69,8 +69,10 @@ def test_stage_pipeline_and_saved_pipeline_give_the_same_video(trainable: str, t
     out, lossless = tmp_path / "videos", Encoding(crf=0, pixel_format="yuv444p")
     assert direct(out, run, toy_items(toy_data, limit=2), fps=8).exit_status == 0
     item = read_items(out / "items.jsonl")[1]
+    recorded = json.loads((out / "records" / f"{item.id}.json").read_text())
+    assert recorded["seed"] == seed_for(0, 0, item.id)
     references = [fit_reference(read_picture(path), 1024 * 256) for path in item.references]
-    asked = {"prompt": item.prompt, "references": references, "seed": seed_for(0, 0, item.id)}
+    asked = {"prompt": item.prompt, "references": references, "seed": recorded["seed"]}
     pipe = IDCrafterPipeline.from_run(run)
     frames = call(pipe, **asked)
     data = encode_video(frames, 8, crf=lossless.crf, pixel_format=lossless.pixel_format)

@@ -83,6 +83,16 @@ def test_a_video_outside_of_the_runs_folder_is_not_copied(tmp_path):
     assert "is not there" in (tmp_path / "out" / "data.js").read_text()
 
 
+def test_what_does_not_decode_is_told_and_not_played(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "broken.mp4").write_bytes(b"no video")
+    run = read_run(write_run(tmp_path / "run", "sft", even_results({"aesthetics": 0.5}), videos=str(videos)))
+    found = Media(tmp_path / "out").video("sft", run, "broken.mp4")
+    assert found == {"missing": "it cannot be opened as a video"}
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
 def test_references_come_from_the_benchmark_where_the_videos_carry_none(tmp_path):
     (tmp_path / "videos").mkdir()
     Image.new("RGBA", (400, 100), (200, 0, 0, 0)).save(tmp_path / "cup.png")

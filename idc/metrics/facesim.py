@@ -68,12 +68,13 @@ class FaceSim(VideoMetric):
         self.models = self.faces.models
 
     def applies(self, clip: Clip) -> bool:
-        return clip.category in ("", *CATEGORIES)
+        """The benchmark's items with one person; without a category, those that show people."""
+        return clip.category in CATEGORIES or (not clip.category and first_person(clip.references) is not None)
 
     def score(self, clip: Clip) -> Score:
         found = first_person(clip.references)
         if found is None:
-            return Score.failed("no reference shows a face or a human")
+            return Score.failed("no reference is of the kind face or human")
         reference = clip.references[found]
         face = face_embedding(reference.image_HWC, self.faces)
         if face is None:

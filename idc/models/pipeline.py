@@ -165,7 +165,8 @@ class IDCrafterPipeline(DiffusionPipeline):
             frames, height, width: 4n + 1 frames, sides in multiples of 16 pixels; None is 81, 480 and 832. An edit
                 takes its source's.
             steps, guidance, image_guidance: of the sampler; None is the pipeline's own.
-            seed: of the noise, one for all or one a prompt; None draws from `generator`, or takes 0 without one.
+            seed: of the noise, one for all or one a prompt; None draws from `generator`, or takes 0 without one. That
+                of a video of `idc generate`, a hash of its recipe's seed and its id, is in `records/<id>.json`.
             output_type: "np" float `[T, H, W, 3]` in [0, 1]; "uint8" the same as bytes; "pt" float `[3, T, H, W]` in
                 [-1, 1]; "pil" lists of images; "latent" latents `[16, T, H, W]`.
             source: a clip to edit, as in `idc.pictures.clip_pixels`.

@@ -94,7 +94,7 @@ ONLINE = ("grpo", "online", "ours_1.3b_rl")
 
 TABLE_1 = Layout(
     number="1",
-    caption="Comparison on the open-domain subject-to-video benchmark. Total Score is the weighted sum of the others.",
+    caption="Comparison on the open-domain subject-to-video benchmark. A protocol's total weighs its other columns.",
     head="Method",
     columns=(
         TOTAL,

@@ -32,7 +32,7 @@ class Media:
         self.folder = out / "media"
 
     def video(self, system: str, run: Run, name: str) -> dict[str, str]:
-        """{"src", "poster"} of a run's video, or {"missing": why}; a video without a poster is shown without."""
+        """{"src", "poster"} of a run's video, or {"missing": why}."""
         if not name or not run.info.videos:
             return {"missing": "no video was kept"}
         source = Path(run.info.videos) / name
@@ -41,12 +41,12 @@ class Media:
         target = source
         if self.copy_videos:
             target = self.folder / file_name(system) / (file_name(source.stem) + file_name(source.suffix or ".mp4"))
-            _copy(source, target)
-        found = {"src": self._href(target)}
         poster = self.folder / file_name(system) / f"{file_name(source.stem)}.jpg"
-        if _stale(poster, source):
-            _write_poster(source, poster)
-        return found | ({"poster": self._href(poster)} if poster.is_file() else {})
+        if _stale(poster, source) and not _write_poster(source, poster):
+            return {"missing": "it cannot be opened as a video"}
+        if self.copy_videos:
+            _copy(source, target)
+        return {"src": self._href(target), "poster": self._href(poster)}
 
     def references(self, item: Item) -> list[dict[str, str]]:
         """For each reference {"name", "kind", "src"}, without "src" where the picture cannot be read."""
@@ -122,7 +122,8 @@ def _copy(source: Path, target: Path) -> None:
     os.replace(part, target)
 
 
-def _write_poster(video: Path, target: Path) -> None:
+def _write_poster(video: Path, target: Path) -> bool:
+    """Whether the video could be decoded; the evaluation says why it could not."""
     from PIL import Image
 
     from idc.data.video import VideoError, decode_video
@@ -130,8 +131,9 @@ def _write_poster(video: Path, target: Path) -> None:
     try:
         frame = decode_video(video, frames=1)[0]
     except VideoError:
-        return  # the evaluation says why it does not decode
+        return False
     _save(Image.fromarray(frame), target, POSTER_SIDE)
+    return True
 
 
 def _write_thumbnail(path: Path, target: Path) -> bool:

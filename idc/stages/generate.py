@@ -195,7 +195,7 @@ class Generate(LightningModule):
             return
         if not request.padding:
             data = encode_video(to_uint8(video_CTHW), request.fps, **asdict(self.encoding))
-            self.folder.write(request.item, data)
+            self.folder.write(request.item, data, request.seed)
 
     def make(self, request: Request) -> Tensor:
         """The video of a request, `[3, T, H, W]` in [-1, 1].

@@ -26,7 +26,6 @@ from idc.data.benchmark import file_name
 from idc.data.corruptions import Corruption, frames_of
 from idc.data.index import Entry, ShardIndex
 from idc.data.item_sources import ItemSource
-from idc.data.output import OutputFolder
 from idc.data.pairs import PAIR, Pair, Side, is_pair
 from idc.data.plan import seed_for
 from idc.data.requests import GenerationData
@@ -41,6 +40,7 @@ from idc.models.sampling import Source as Edited
 from idc.models.system import System, open_system
 from idc.progress import track
 from idc.rewards.base import Reward
+from idc.stages.candidates import make_candidates
 from idc.stages.generate import Encoding, Generate
 from idc.stages.judged import describe
 from idc.stages.mining import (
@@ -193,40 +193,12 @@ class MinedPairs(MadePairs):
     def make(self) -> Mined:
         folder = Path(self.path)
         check_free(folder)
-        folders = self._generate(folder / CANDIDATES)
+        self.items.prepare()
+        stage = Generate(str(folder), self.checkpoint, self.weights, self.sampling, encoding=self.encoding)
+        seeds = range(self.seed, self.seed + self.candidates)
+        folders = make_candidates(stage, [self._data(seed) for seed in seeds], folder / CANDIDATES)
         scorer = FromReward(self.reward, folder / SCORES)
         return mine(folders, scorer, folder, self.margin, record={"settings": self.settings})
-
-    def _generate(self, root: Path) -> list[Path]:
-        """The candidates, a folder a seed."""
-        self.items.prepare()
-        stage = Generate(str(root), self.checkpoint, self.weights, self.sampling, encoding=self.encoding)
-        folders = []
-        todo = []
-        for seed in range(self.seed, self.seed + self.candidates):
-            folder, data = OutputFolder(root / f"seed-{seed}", "replace"), self._data(seed)
-            folder.open()
-            items, failures = self.items.items(folder.path, replace=True)
-            left = folder.plan(items, {**stage.settings, "data": data.settings})
-            folder.write_failures(failures, items)
-            todo += [(folder, data, item) for item in items if item.id in set(left) and item.id not in failures]
-            folders.append((folder, items, failures))
-        if todo:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            stage.configure_model()
-            stage.to(device)
-            assert stage.system is not None
-            stage.system.encoders.place(device)
-        for folder, data, item in track(todo, "candidates of pairs", len(todo)):
-            stage.folder = folder
-            stage.predict_step(data.read(item), 0)
-            if item.id in stage.failures:
-                failed = next(failures for other, _, failures in folders if other is folder)
-                failed[item.id] = stage.failures.pop(item.id)
-        for folder, items, failures in folders:
-            folder.write_failures(failures, items)
-            folder.close()
-        return [folder.path for folder, _, _ in folders]
 
     def _data(self, seed: int) -> GenerationData:
         return GenerationData(self.items, self.frames, self.height, self.width, self.fps, seed)

@@ -151,7 +151,8 @@ def test_a_hub_id_is_passed_through(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", from_pretrained)
-    with pytest.raises(OSError, match="offline"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="offline; the model hub is out of reach"):
         WanVAECodec("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").load()
     assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "vae")]
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
+from idc.errors import UserError
 from idc.metrics.gme import GmeScore
 from idc.metrics.motion import MotionAmplitude
+from idc.models.codecs import WanVAECodec
+from idc.models.conditioners import UMT5Conditioner
 from idc.models.embedders import GMEEmbedder
-from idc.stages.hub import names_hub, offline_without_a_network, reachable
+from idc.models.grounding import GroundingDino
+from idc.models.hub import names_hub, offline_without_a_network, reachable
+from idc.models.spec import TransformerSpec
+from idc.models.vlm import QwenVLConditioner
 from idc.stages.judged import settings_of
 
 NOBODY = "http://127.0.0.1:9"  # the port of the discard protocol, which nobody serves
@@ -71,6 +77,36 @@ def test_a_hub_that_answers_is_asked_once_and_downloads_go_on(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # who asked for it keeps it
     with offline_without_a_network({"path": "owner/name"}):
         assert constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("load", "what"),
+    [
+        (lambda: TransformerSpec(pretrained="owner/name").build(8, 6), "transformer.pretrained='owner/name'"),
+        (lambda: TransformerSpec(pretrained="owner/name").build(8, 6, "meta"), "transformer.pretrained='owner/name'"),
+        (lambda: WanVAECodec("owner/name").load(), "path='owner/name': cannot load a Wan VAE"),
+        (lambda: UMT5Conditioner("owner/name").load(), "path='owner/name': cannot load a UMT5 encoder"),
+        (lambda: QwenVLConditioner("owner/name").load(), "path='owner/name': cannot load Qwen2.5-VL"),
+        (lambda: GroundingDino("owner/name").load(), "path='owner/name': cannot load GroundingDINO"),
+    ],
+)
+def test_without_a_hub_missing_weights_are_told_at_once_and_in_whole_sentences(
+    load: Callable[[], object], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def retried(seconds: float) -> None:
+        raise AssertionError(f"a retry in {seconds} s")
+
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    monkeypatch.setattr("time.sleep", retried)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load()
+    message = str(error.value)
+    assert message.startswith(what)
+    assert message.endswith("; the model hub is out of reach: give a local folder")
+    assert len(message.splitlines()) == 1
+    assert "make sure" not in message
+    assert len(message) < 300
 
 
 def test_nothing_is_asked_for_what_does_not_come_from_the_hub(

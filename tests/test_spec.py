@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from idc.errors import UserError
 from idc.models.spec import IDBlocks, TransformerSpec
@@ -61,6 +63,62 @@ def test_a_saved_model_loads_as_it_is_and_its_blocks_cannot_be_changed(wan: Path
 def test_another_text_encoders_width_is_named(wan: Path) -> None:
     with pytest.raises(UserError, match=r"text_dim=128: .* was saved with text_dim=8"):
         TransformerSpec(pretrained=str(wan), id_blocks=IDBlocks(layers=1)).build(text_dim=128, vlm_dim=None)
+
+
+def drop_weights(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+
+
+def cut_short(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_shard(folder: Path) -> None:
+    drop_weights(folder)
+    WanTransformer3DModel(**WAN).save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def lose_a_tensor(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors["blocks.0.attn1.to_q.weight"]
+    save_file(tensors, file)
+
+
+def empty_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{,")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_weights, r"^transformer.pretrained=.*transformer has no .safetensors"),
+        (cut_short, r"^transformer.pretrained=.*cannot load a Wan transformer.*diffusion_pytorch_model.safetensors"),
+        (lose_a_shard, r"^transformer.pretrained=.*00002-of-0.*required according to the checkpoint index"),
+        (lose_a_tensor, r"holds no blocks.0.attn1.to_q.weight, 1 parameter missing in all"),
+        (empty_config, r"its config.json has no num_layers"),
+        (broken_config, r"^transformer.pretrained=.*not a valid JSON file"),
+    ],
+)
+def test_weights_that_are_incomplete_or_broken_are_told_in_a_line(
+    wan: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(wan / "transformer")
+    spec = TransformerSpec(pretrained=str(wan), id_blocks=IDBlocks(layers=1))
+    with pytest.raises(UserError, match=message) as error:
+        spec.build(text_dim=8, vlm_dim=6)
+    assert len(str(error.value).splitlines()) == 1
+    if "config" in message or "JSON" in message:
+        with pytest.raises(UserError, match=message):
+            spec.build(text_dim=8, vlm_dim=6, device="meta")
+    else:
+        assert spec.build(text_dim=8, vlm_dim=6, device="meta") is not None  # the structure needs no weights
 
 
 @pytest.mark.parametrize(

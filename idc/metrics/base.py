@@ -249,7 +249,8 @@ def checked(score: Score, bounds: tuple[float, float]) -> Score:
 
 def reason_of(error: Exception) -> str:
     """One line for a results file or a failed score."""
-    text = " ".join(str(error).split())[:400]
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 400 else text[:397] + "..."
     known = isinstance(error, UserError | VideoError)
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from idc.errors import UserError
 from idc.models.embedders import CLIPEmbedder, ImageTextEmbedder, Picture
 from idc.models.frozen import Frozen
+from idc.models.hub import offline_without_a_network
 
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.+-]+)")
 _KEY = re.compile(r"layers\.(\d+)\.(weight|bias)")
@@ -117,7 +118,8 @@ def _file(head: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(hub[1], hub[2]))
+        with offline_without_a_network(hub[1]):
+            return Path(hf_hub_download(hub[1], hub[2]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"head={head!r}: no such file here, and the hub does not give it: {reason}") from None

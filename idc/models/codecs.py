@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.frozen import Frozen, aligned, dtype_name, resolve, torch_dtype, weights_identity
+from idc.models.frozen import Frozen, aligned, dtype_name, load_diffusers, resolve, torch_dtype, weights_identity
 from idc.types import check_frames
+
+_WAN_VAE = "a Wan VAE: config.json and diffusion_pytorch_model.safetensors"
 
 
 class Codec(Frozen):
@@ -101,14 +103,13 @@ class WanVAECodec(Codec):
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         self.device = torch.device(device)
         if self._model is None:
-            resolve(self.path, self.subfolder, "a Wan VAE: config.json and diffusion_pytorch_model.safetensors")
+            resolve(self.path, self.subfolder, _WAN_VAE)
             from diffusers import AutoencoderKLWan
 
-            self._model = AutoencoderKLWan.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=self.dtype)
+            self._model = load_diffusers(AutoencoderKLWan, self.path, self.subfolder, _WAN_VAE, self.dtype)
             if self._model.config.z_dim != self.channels:
                 z_dim, self._model = self._model.config.z_dim, None
                 raise UserError(f"path={self.path!r}: a VAE of {z_dim} latent channels; Wan2.1's has {self.channels}")
-            self._model.eval().requires_grad_(False)
             aligned(self._model)
             if self.tiling:
                 self._model.enable_tiling()

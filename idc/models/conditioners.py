@@ -24,6 +24,8 @@ from idc.models.frozen import (
     aligned,
     check_width,
     dtype_name,
+    load_model,
+    load_weights,
     resolve,
     token_width,
     torch_dtype,
@@ -98,11 +100,13 @@ class UMT5Conditioner(TextConditioner):
             resolve(self.path, self.tokenizer, "UMT5's tokenizer", marker="tokenizer_config.json")
             from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
 
-            config = AutoConfig.from_pretrained(self.path, subfolder=self.text_encoder)
+            def small() -> tuple[Any, Any]:
+                config = AutoConfig.from_pretrained(self.path, subfolder=self.text_encoder)
+                return config, AutoTokenizer.from_pretrained(self.path, subfolder=self.tokenizer)
+
+            config, self._tokenizer = load_weights(self.path, self.weights, small)
             check_width(self.path, self.dim, config.d_model)
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder=self.tokenizer)
-            model = UMT5EncoderModel.from_pretrained(self.path, subfolder=self.text_encoder, dtype=self.dtype)
-            self._model = model.eval().requires_grad_(False)
+            self._model = load_model(UMT5EncoderModel, self.path, self.weights, self.dtype, subfolder=self.text_encoder)
             aligned(self._model)
         self._model.to(self.device)
         return self

@@ -14,10 +14,12 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
+from idc.models.hub import offline_without_a_network
 from idc.models.weight_hashes import content_hash
 
 _T = TypeVar("_T")
+_ADVICE = re.compile(r"\. If you (?:were .*?\. Otherwise, |.*)")  # what transformers and diffusers go on with
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -92,11 +94,14 @@ def aligned(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json") -> Path | None:
+def resolve(
+    path: str, subfolder: str, expected: str, marker: str = "config.json", setting: str = "path"
+) -> Path | None:
     """The folder `path/subfolder` where it exists and holds the file `marker`, or None for a hub id (`owner/name`).
 
     Args:
         expected: what the folder should contain, for the message.
+        setting: where `path` was set, for the message.
 
     Raises:
         UserError: for what looks like a local path and is not there or lacks the marker; no network is tried.
@@ -108,7 +113,7 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
     if not (folder / marker).is_file():
         found = f"has no {marker}" if folder.is_dir() else "does not exist"
         raise UserError(
-            f"path={path!r}: {folder} {found}; it should contain {expected}. "
+            f"{setting}={path!r}: {folder} {found}; it should contain {expected}. "
             "Give a folder saved with save_pretrained, or a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
         )
     return folder
@@ -116,28 +121,59 @@ def resolve(path: str, subfolder: str, expected: str, marker: str = "config.json
 
 def first_line(error: Exception) -> str:
     """Of what a library says, for a message of one line; the error's type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return _ADVICE.sub("; ", line).rstrip(";. ")
 
 
-def load_weights(path: str, expected: str, load: Callable[[], _T]) -> _T:
-    """`load()`, with what libraries say of missing or broken files made a `UserError` that names the folder."""
+def load_weights(path: str, expected: str, load: Callable[[], _T], setting: str = "path") -> _T:
+    """`load()`, with what libraries say of missing or broken files made a `UserError` that names the folder.
+
+    Where the model hub does not answer, what its cache lacks is told at once.
+    """
     from safetensors import SafetensorError
 
-    try:
-        return load()
-    except UserError:
-        raise
-    except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"path={path!r}: cannot load {expected}: {first_line(error)}") from None
+    with offline_without_a_network(path) as unreachable:
+        try:
+            return load()
+        except UserError:
+            raise
+        except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = first_line(error)
+            if unreachable:  # libraries advise on files that a folder may lack
+                reason = f"{reason.partition('; make sure')[0]}; the model hub is out of reach: give a local folder"
+    raise UserError(f"{setting}={path!r}: cannot load {expected}: {reason}")
 
 
-def load_model(cls: Any, path: str, expected: str, dtype: torch.dtype, unused: tuple[str, ...] = ()) -> Any:
+def load_diffusers(cls: Any, path: str, subfolder: str, expected: str, dtype: torch.dtype) -> Any:
+    """`cls.from_pretrained(path)` for a model of diffusers, frozen; tensors that the files lack are refused, which
+    diffusers would leave without content."""
+    settings: dict[str, Any] = {
+        "torch_dtype": dtype,
+        "use_safetensors": True,
+        **({"subfolder": subfolder} if subfolder else {}),
+    }
+    model = load_weights(path, expected, lambda: cls.from_pretrained(path, **settings))
+    check_complete(model, path, f"it should contain {expected}")
+    return model.eval().requires_grad_(False)
+
+
+def check_complete(model: torch.nn.Module, path: object, hint: str) -> None:
+    """Raise `UserError` where a model of diffusers lacks parameters, which it leaves on the meta device."""
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise UserError(f"{path}: holds no {lacking[0]}, {counted(len(lacking), 'parameter')} missing in all; {hint}")
+
+
+def load_model(
+    cls: Any, path: str, expected: str, dtype: torch.dtype, unused: tuple[str, ...] = (), subfolder: str = ""
+) -> Any:
     """`cls.from_pretrained(path)`, frozen; tensors that the files lack are refused, transformers would draw them.
 
     Args:
         unused: beginnings of the names of tensors that may be missing.
     """
-    settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    settings |= {"subfolder": subfolder} if subfolder else {}
     settings["ignore_mismatched_sizes"] = True  # so that they are told below, by name
     model, info = load_weights(path, expected, lambda: cls.from_pretrained(path, **settings))
     drawn = {key[0] if isinstance(key, tuple) else key for key in [*info["missing_keys"], *info["mismatched_keys"]]}

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from idc.errors import UserError
-from idc.models.frozen import resolve
+from idc.models.frozen import load_weights, resolve
 
+_WEIGHTS = "a Wan transformer: config.json and .safetensors"
 Trainable = Literal["full", "id_blocks", "id_blocks+lora", "lora"]
 
 
@@ -100,12 +101,17 @@ class TransformerSpec:
                 "set id_blocks.joint_references=true with it"
             )
         if self.pretrained is not None:
-            resolve(self.pretrained, self.subfolder, "config.json and the .safetensors of a transformer")
+            resolve(self.pretrained, self.subfolder, _WEIGHTS, setting="transformer.pretrained")
         if self.attention_head_dim % 2:
             raise UserError(f"attention_head_dim={self.attention_head_dim}: must be even, for the rotary embedding")
 
     def build(self, text_dim: int, vlm_dim: int | None, device: torch.device | str = "cpu") -> Any:
-        """The `IDCrafterTransformer` in float32 on `device` ("meta" for the structure alone)."""
+        """The `IDCrafterTransformer` in float32 on `device` ("meta" for the structure alone).
+
+        Raises:
+            UserError: where the weights of `pretrained` are missing, incomplete, broken or of other settings, or the
+                attention backend cannot run here.
+        """
         from idc.models.transformer import IDCrafterTransformer
 
         settings = self.id_blocks.settings()
@@ -144,8 +150,16 @@ class TransformerSpec:
         from idc.models.transformer import IDCrafterTransformer
 
         blocks = {name: value for name, value in settings.items() if name != "text_dim"}
-        model = IDCrafterTransformer.from_wan_pretrained(
-            str(self.pretrained), subfolder=self.subfolder or None, torch_dtype=torch.float32, **blocks
+        path = str(self.pretrained)
+        folder = resolve(path, self.subfolder, _WEIGHTS, setting="transformer.pretrained")
+        if folder is not None and torch.get_default_device().type != "meta" and not any(folder.glob("*.safetensors")):
+            raise UserError(f"transformer.pretrained={path!r}: {folder} has no .safetensors; give {_WEIGHTS}")
+        where = {"subfolder": self.subfolder or None, "torch_dtype": torch.float32}
+        model = load_weights(
+            path,
+            _WEIGHTS,
+            lambda: IDCrafterTransformer.from_wan_pretrained(path, **where, **blocks),
+            setting="transformer.pretrained",
         )
         for name, value in settings.items():
             if (saved := model.config[name]) != value:

@@ -23,7 +23,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from idc.errors import UserError
-from idc.models.frozen import aligned
+from idc.models.frozen import aligned, check_complete
 from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
 from idc.models.id_settings import check_settings, complete_settings
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
@@ -139,18 +139,25 @@ class IDCrafterTransformer(WanTransformer3DModel):
         Args:
             path, subfolder, torch_dtype: as in diffusers' `from_pretrained`.
             id_block_settings: as in `from_wan`.
+
+        Raises:
+            UserError: for a config.json of something else, and where tensors are missing.
+            OSError, ValueError: as diffusers, for files that are missing or broken.
         """
         where: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
         config: Any = cls.load_config(path, **where)
+        if "num_layers" not in config:
+            raise UserError(f"{path}: its config.json has no num_layers; it is not that of a Wan transformer")
         ours = config.get("_class_name") == cls.__name__
         if torch.get_default_device().type == "meta":
             settings = {} if ours else complete_settings(id_block_settings, ID_SETTINGS, config["num_layers"])
             structure: Any = cls.from_config(config, **settings)
             return structure
-        dtype: dict[str, Any] = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
+        more = {**where, "use_safetensors": True} | ({} if torch_dtype is None else {"torch_dtype": torch_dtype})
         if ours:
-            return cls.from_pretrained(path, **where, **dtype)
-        wan = WanTransformer3DModel.from_pretrained(path, **where, **dtype)
+            return cls.from_pretrained(path, **more)
+        wan = WanTransformer3DModel.from_pretrained(path, **more)
+        check_complete(wan, path, "it should contain a Wan transformer's weights")
         aligned(wan)
         return cls._around(wan, wan.state_dict(), id_block_settings)
 
@@ -159,12 +166,8 @@ class IDCrafterTransformer(WanTransformer3DModel):
         """As in diffusers, for what `save_pretrained` wrote. Raises `UserError` where the folder lacks our blocks."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        if missing:
-            raise UserError(
-                f"{pretrained_model_name_or_path}: holds no {missing[0]} and {len(missing) - 1} other parameters; "
-                "load plain Wan weights with IDCrafterTransformer.from_wan_pretrained"
-            )
+        hint = "load plain Wan weights with IDCrafterTransformer.from_wan_pretrained"
+        check_complete(model, pretrained_model_name_or_path, hint)
         aligned(model)
         return loaded
 

@@ -24,6 +24,8 @@ from idc.models.frozen import (
     aligned,
     check_width,
     dtype_name,
+    load_model,
+    load_weights,
     resolve,
     token_width,
     torch_dtype,
@@ -128,10 +130,12 @@ class QwenVLConditioner(VLMConditioner):
             resolve(self.path, "", "Qwen2.5-VL's tokenizer", marker="tokenizer_config.json")
             from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-            check_width(self.path, self.dim, AutoConfig.from_pretrained(self.path).text_config.hidden_size)
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path)
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.path, dtype=self.dtype).model
-            self._model = model.eval().requires_grad_(False)
+            def small() -> tuple[Any, Any]:
+                return AutoConfig.from_pretrained(self.path), AutoTokenizer.from_pretrained(self.path)
+
+            config, self._tokenizer = load_weights(self.path, self.weights, small)
+            check_width(self.path, self.dim, config.text_config.hidden_size)
+            self._model = load_model(Qwen2_5_VLForConditionalGeneration, self.path, self.weights, self.dtype).model
             aligned(self._model)
             self._images = self._image_processor()
         self._model.to(self.device)

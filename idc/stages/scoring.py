@@ -24,7 +24,7 @@ from idc.data.videos import DecodedVideo, FrameCache, Ranks, VideoFolder, finger
 from idc.errors import UserError
 from idc.metrics.base import Score, VideoMetric, checked, reason_of, sample_frames
 from idc.metrics.results import Result, append_result, prune_results, read_results, results_file
-from idc.stages.hub import offline_without_a_network
+from idc.models.hub import offline_without_a_network
 from idc.stages.judged import clip_of, digest, settings_of
 
 log = logging.getLogger(__name__)

@@ -42,20 +42,22 @@ def names_hub(settings: Any) -> bool:
 
 
 @contextmanager
-def offline_without_a_network(settings: Any) -> Iterator[None]:
+def offline_without_a_network(settings: Any) -> Iterator[bool]:
     """For loading what has these settings; where they name nothing of the hub, nothing is asked of it.
+
+    Yields whether they name something of a hub that is out of reach.
 
     Within, the hub's client is in offline mode (as by HF_HUB_OFFLINE=1) where the hub does not answer: what lies in
     its cache is loaded from there, what does not fails at once. Where the hub answers, downloads go on as ever.
     """
     if not names_hub(settings):
-        yield
+        yield False
         return
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
     try:
-        yield
+        yield constants.HF_HUB_OFFLINE
     finally:
         constants.HF_HUB_OFFLINE = before

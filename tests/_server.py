@@ -13,6 +13,7 @@ from typing import Any
 PRELOAD = (
     "_survival_worker",
     "_sft_worker",
+    "_grpo_worker",
     "idc.lightning_cli",
     "idc.stages.sft",
     "idc.stages.features",

@@ -201,10 +201,9 @@ class GRPO(Aligned):
     def _train_on(self, rollouts: list[Rollout], advantages_B: Tensor, valid_B: Tensor) -> None:
         optimizer: Any = self.optimizers()
         jobs = self._jobs(rollouts, advantages_B, valid_B)
-        share = len(rollouts) // self.updates
         sums: dict[str, Tensor] = {}
         for update in range(self.updates):
-            part = rollouts[update * share : (update + 1) * share]
+            part = rollouts[update :: self.updates]  # over any number of ranks the same samples
             optimizer.zero_grad()
             for objective in self.objectives:
                 own = [job for rollout in part for job in jobs[rollout.first] if job.objective is objective]

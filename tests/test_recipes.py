@@ -17,9 +17,23 @@ from typing import Any
 
 import pytest
 import yaml
-from _sft_worker import ROOT, Fit, callbacks, fit_here, merge, scalars, shards, tiny_overlay, toy, written
+from _grpo_worker import save_start
+from _sft_worker import (
+    BUCKET,
+    ROOT,
+    Fit,
+    callbacks,
+    fit_here,
+    merge,
+    one_thread,
+    scalars,
+    shards,
+    tiny_overlay,
+    toy,
+    written,
+)
 from _tiny_real import save_qwen, save_wan
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from idc.cli import main
@@ -27,6 +41,7 @@ from idc.data.module import VideoDataModule
 from idc.lightning_cli import CLI, Parser
 from idc.models.spec import IDBlocks, TransformerSpec
 from idc.recipes import ORDER
+from idc.rewards.runner import RewardRunner
 from idc.stages.base import Stage
 
 RECIPES = ROOT / "recipes"
@@ -40,8 +55,10 @@ def files(layer: str) -> list[Path]:
     return found
 
 
+GRPO = RECIPES / "grpo.yaml"
 # Protocols lie over evaluation: test_evaluate_recipes.py.
-OVERLAYS = [path for layer in ORDER[1:] if layer != "protocols" for path in files(layer)]
+OVER = {layer: SFT for layer in ORDER[1:] if layer != "protocols"} | {"alignment": GRPO, "rewards": GRPO}
+OVERLAYS = [path for layer in OVER for path in files(layer)]
 
 
 @pytest.fixture(autouse=True)
@@ -111,26 +128,35 @@ def changes(base: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(parser: LightningArgumentParser) -> dict[str, Any]:
-    return parse(parser, SFT)
+def bases(parser: LightningArgumentParser) -> dict[Path, dict[str, Any]]:
+    """What each layer lies over."""
+    return {path: parse(parser, path) for path in set(OVER.values())}
 
 
 # What the files say -------------------------------------------------------------------------------------------------
 
 
-def test_each_overlay_changes_exactly_what_it_claims(parser: LightningArgumentParser, base: dict[str, Any]) -> None:
-    """Over the toy base. Defaults that come and go with a class that an overlay swaps are left out."""
+def test_each_overlay_changes_exactly_what_it_claims(
+    parser: LightningArgumentParser, bases: dict[Path, dict[str, Any]]
+) -> None:
+    """Over its stage at the toy scale. Defaults that come and go with a class that an overlay swaps are left out."""
     found = {}
     for path in OVERLAYS:
-        stated = {key for file in (SFT, path) for key, _ in flatten(yaml.safe_load(file.read_text()))}
-        differing = changes(base, parse(parser, SFT, path))
-        found[str(path.relative_to(RECIPES))] = {key: value for key, value in differing.items() if key in stated}
+        stage = OVER[path.parent.name]
+        stated = {plain(key) for file in (stage, path) for key, _ in flatten(yaml.safe_load(file.read_text()))}
+        differing = changes(bases[stage], parse(parser, stage, path))
+        found[str(path.relative_to(RECIPES))] = {key: value for key, value in differing.items() if plain(key) in stated}
     if os.environ.get("IDC_WRITE_GOLDEN"):
         GOLDEN.write_text(readable(found))
     golden = json.loads(GOLDEN.read_text())
     assert found.keys() == golden.keys()
     for name, expected in golden.items():
         assert found[name] == expected, name
+
+
+def plain(key: str) -> str:
+    """A key as it is written where the parser knows the class, and need not be told."""
+    return key.replace(".init_args", "")
 
 
 def readable(found: dict[str, dict[str, Any]]) -> str:
@@ -153,7 +179,7 @@ ABLATIONS = {
 }
 
 
-def test_the_ablations_are_the_rows_of_tables_2_and_s5(parser: LightningArgumentParser, base: dict[str, Any]) -> None:
+def test_the_ablations_are_the_rows_of_tables_2_and_s5() -> None:
     """Each but `no_curated_data` switches the blocks alone, as listed above; that one swaps the training clips."""
     assert {path.stem for path in files("ablations")} == {*ABLATIONS, "no_curated_data"}
     golden = json.loads(GOLDEN.read_text())
@@ -194,6 +220,38 @@ def test_data_goes_over_a_scale(data: Path, parser: LightningArgumentParser) -> 
         config = parse(parser, SFT, scale, data)
         assert config["data"]["init_args"]["buckets"] == [[9, 64, 64]]
         assert config["model"]["init_args"]["codec"]["class_path"] == "idc.models.codecs.WanVAECodec"
+
+
+WAYS = [path for path in files("alignment") if path.stem != "wan1.3b"]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda path: path.stem)
+def test_alignment_rewards_and_hardware_parse_together(way: Path, parser: LightningArgumentParser) -> None:
+    """Every way with some rewards and some hardware, one of them on the real model; what each changes arrives."""
+    golden = json.loads(GOLDEN.read_text())
+    number = WAYS.index(way)
+    reward = files("rewards")[(3 * number + 1) % len(files("rewards"))]
+    hardware = files("hardware")[number % len(files("hardware"))]
+    scale = [RECIPES / "alignment" / "wan1.3b.yaml"] if way.stem == "one_step" else []
+    config = dict(flatten(parse(parser, GRPO, *scale, way, reward, hardware)))
+    for path in (way, reward):
+        for key, after in golden[str(path.relative_to(RECIPES))].items():
+            if after != "absent" and not key.startswith("trainer.logger"):  # the last name stays
+                assert config.get(key, "absent") == after, f"{reward.stem}: {key}"
+
+
+def test_the_paper_s_rewards_can_be_made_from_the_recipe() -> None:
+    """Every class and argument of alignment/wan1.3b.yaml, without any weights."""
+    overlay = yaml.safe_load((RECIPES / "alignment" / "wan1.3b.yaml").read_text())
+    settings = overlay["model"]["init_args"]["reward"]["init_args"]
+    reader = ArgumentParser(exit_on_error=False)
+    reader.add_class_arguments(RewardRunner, "reward")
+    runner = reader.instantiate_classes(reader.parse_object({"reward": settings})).reward
+    composite = runner.composite
+    assert {term.key: term.weight for term in composite.terms if term.weight} == pytest.approx(
+        {"face": 0.3, "subject": 0.3, "aesthetics": 0.24, "natural": 0.16}
+    )
+    assert composite.watched == ("motion", "sharpness", "saturation", "copy_paste", "gmescore")
 
 
 # Overlays -----------------------------------------------------------------------------------------------------------
@@ -244,6 +302,45 @@ def test_each_ablation_trains_and_previews(ablation: Path, toy_data: Path, tmp_p
     used = yaml.safe_load((run.run / "config.yaml").read_text())
     for key, value in ABLATIONS.get(ablation.stem, {}).items():
         assert dict(flatten(used))[key] == value
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda path: path.stem)
+def test_each_way_of_alignment_takes_a_step(way: Path, alignment_start: Path, toy_data: Path, tmp_path: Path) -> None:
+    overlay = {
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "limit_val_batches": 0}
+        | {"logger": {"init_args": {"save_dir": str(tmp_path), "name": "run"}}},
+        "model": {
+            "init_args": {
+                "checkpoint": str(alignment_start),
+                "rollouts": {"steps": 4, "batch": 2},
+                "rollouts_a_step": 4,
+            }
+        },
+        "data": {
+            "init_args": {
+                "sources": [toy(f"{toy_data}/train", 48, 0)],
+                "val_sources": [toy(f"{toy_data}/held_out", 8, 1_000_000)],
+                "buckets": [BUCKET],
+                "batch_size": 4,
+                "group_size": 2,
+            }
+        },
+    }
+    files = (GRPO, way, written(tmp_path / "overlay.yaml", overlay))
+    with one_thread():
+        assert main(["fit", *[argument for path in files for argument in ("--config", str(path))]]) == 0
+    logged = scalars(tmp_path / "run" / "version_0")
+    assert {"train/reward", "train/reward/motion", "watch/diversity", "watch/alarm"} <= logged.keys()
+    assert ("policy/first_ratio_error" in logged) == (way.stem != "nft")
+    assert ("contrast/loss" in logged) == (way.stem in ("nft", "contrast"))
+    stochastic = {"one_step": 1, "nft": 0}.get(way.stem, 2)
+    assert len([tag for tag in logged if tag.startswith("signal/")]) == stochastic
+
+
+@pytest.fixture(scope="module")
+def alignment_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model to align."""
+    return save_start(tmp_path_factory.mktemp("start") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def _laplacian(frame_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Of the luma, `[H - 2, W - 2]`."""
     luma_HW = frame_HWC.astype(np.float32) @ LUMA
     neighbours = luma_HW[:-2, 1:-1] + luma_HW[2:, 1:-1] + luma_HW[1:-1, :-2] + luma_HW[1:-1, 2:]
-    return neighbours - 4 * luma_HW[1:-1, 1:-1]
+    return np.asarray(neighbours - 4 * luma_HW[1:-1, 1:-1], np.float32)
 
 
 def _over_frames(clip: Clip, measure: Callable[[NDArray[np.uint8]], float]) -> Score:

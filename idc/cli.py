@@ -64,7 +64,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     command, rest = ALIASES.get(args[0], args[0]), args[1:]
     if command in LIGHTNING:
-        from idc.recipes import HELP, check_command_line, check_recipe_given
+        from idc.recipes import HELP, check_command_line, check_recipe_given, check_stage
 
         check_recipe_given(rest, args[0])
         check_command_line(rest)
@@ -72,6 +72,7 @@ def _dispatch(args: list[str]) -> int:
             from idc.stage_help import show
 
             return show(command, rest, args[0])
+        check_stage(rest, args[0])
         from idc.lightning_cli import run
 
         return run(command, rest, args[0])

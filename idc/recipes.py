@@ -28,6 +28,16 @@ RECIPES = {
     "evaluate": "recipes/evaluate.yaml",
 }
 
+# The commands that run a stage, the one to name first; every other class of idc.stages is trained.
+_STAGES = {
+    "idc.stages.generate.Generate": ("generate", "predict"),
+    "idc.stages.generate.Edit": ("edit", "predict"),
+    "idc.stages.evaluate.Evaluate": ("evaluate", "test"),
+}
+_TRAINED = ("fit", "validate", "test", "predict")
+# The command whose stages an overlay changes, by its folder; those of other folders may go with any.
+_OVERLAYS = {"protocols": "evaluate", **dict.fromkeys(("scale", "data", "alignment", "rewards", "ablations"), "fit")}
+
 _ITEM = re.compile(r"--(?P<list>[A-Za-z_][\w.]*?)\.\d+(?:\.[\w.]+)?(?=\+?(?:=|$))")
 
 
@@ -78,6 +88,44 @@ def check_recipe_given(args: Sequence[str], command: str) -> None:
         raise no_recipe(command)
 
 
+def check_stage(args: Sequence[str], command: str) -> None:
+    """Check that the `command`, as it was typed, runs the stage that a command line names, and its overlays with it.
+
+    A class of somebody else's may do anything and is not checked.
+
+    Raises:
+        UserError: where it does not, with the command that does.
+    """
+    stage = _stage_of(merged(args))
+    full = next((path for path in _STAGES if stage in (path, path.rpartition(".")[2])), stage)
+    if not full.startswith("idc.stages."):
+        return
+    runs = _STAGES.get(full, _TRAINED)
+    contents = {path: _load(path) for path in _config_paths(args)}
+    if command not in runs:
+        files = [path for path, content in contents.items() if _stage_of(content) == stage]
+        what = f"{files[-1]} is a recipe" if files else f"model.class_path={stage} is a stage"
+        line = " ".join(f"--config {path}" for path in contents) or f"--config {RECIPES[runs[0]]}"
+        raise UserError(
+            f"{what} of idc {runs[0]}, not of idc {command}; write idc {runs[0]} {line}, "
+            f"or idc {command} --config {RECIPES[command]}"
+        )
+    for path, content in contents.items():
+        owner = _OVERLAYS.get(_layer(path, content) or "", runs[0])
+        if owner != runs[0]:
+            hint = "; a trained run brings its own settings, by model.init_args.checkpoint" if owner == "fit" else ""
+            raise UserError(
+                f"--config {path}: overlays in {path.parent.name}/ change stages of idc {owner}, not of idc {command}"
+                + hint
+            )
+
+
+def _stage_of(content: Mapping[str, Any]) -> str:
+    """The class of the model in a tree of settings, "" where there is none."""
+    model = content.get("model")
+    return str((model.get("class_path") if isinstance(model, Mapping) else model) or "")
+
+
 def no_recipe(command: str) -> UserError:
     """What to answer to a command line that names no stage."""
     return UserError(f"idc {command}: no recipe was given; write idc {command} --config {RECIPES[command]}")
@@ -96,7 +144,7 @@ def merged(args: Sequence[str]) -> dict[str, Any]:
             value = args[i + 1] if i + 1 < len(args) else ""
         try:
             content = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the latter for what looks like a date and is none
             content = value
         for name in reversed(key.removesuffix("+").split(".")):
             content = {name: content}

@@ -168,6 +168,54 @@ def test_a_wrong_metric_is_answered_by_the_nearest(wrong: str, capsys: pytest.Ca
     assert f"{wrong!r}; did you mean 'idc.metrics.motion.MotionAmplitude'?" in message
 
 
+GENERATE, EDIT, EVALUATE = (f"recipes/{name}.yaml" for name in ("generate", "edit", "evaluate"))
+
+
+@pytest.mark.parametrize(
+    ("command", "files", "expected"),
+    [
+        ("edit", [GENERATE], f"{GENERATE} is a recipe of idc generate, not of idc edit; write idc generate --config"),
+        ("generate", [EDIT], f"write idc edit --config {EDIT}, or idc generate --config {GENERATE}"),
+        ("generate", [EVALUATE], f"{EVALUATE} is a recipe of idc evaluate, not of idc generate; write idc evaluate"),
+        ("predict", [EVALUATE], f"write idc evaluate --config {EVALUATE}"),
+        ("evaluate", [SFT], f"{SFT} is a recipe of idc fit"),
+        ("generate", [SFT], f"{SFT} is a recipe of idc fit"),
+        ("fit", [GENERATE], f"{GENERATE} is a recipe of idc generate"),
+        ("validate", [EVALUATE], f"{EVALUATE} is a recipe of idc evaluate"),
+        ("fit", ["recipes/grpo.yaml", EDIT], f"{EDIT} is a recipe of idc edit"),
+        ("generate", [GENERATE, "recipes/scale/wan1.3b.yaml"], "overlays in scale/ change stages of idc fit, not of"),
+        ("evaluate", [EVALUATE, "recipes/ablations/vanilla.yaml"], "ablations/ change stages of idc fit, not of"),
+        ("fit", [SFT, "recipes/protocols/paper.yaml"], "protocols/ change stages of idc evaluate, not of idc fit"),
+    ],
+)
+def test_a_recipe_of_another_command_is_answered_by_its_own(
+    command: str, files: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in complaint(capsys, command, *(word for file in files for word in ("--config", file)))
+
+
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [("edit", "Generate"), ("edit", "idc.stages.sft.SFT"), ("fit", "idc.stages.evaluate.Evaluate")],
+)
+def test_a_stage_of_another_command_on_the_command_line_is_answered(
+    command: str, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = complaint(capsys, command, "--config", recipes.RECIPES[command], "--model.class_path", stage)
+    assert f"model.class_path={stage} is a stage of idc " in message
+
+
+def test_every_command_runs_the_recipe_that_it_names_and_strangers_classes_are_let_through() -> None:
+    for command, recipe in recipes.RECIPES.items():
+        recipes.check_stage(["--config", recipe], command)
+    for command in ("fit", "validate", "test", "predict"):
+        for recipe in ("recipes/sft.yaml", "recipes/grpo.yaml", "recipes/dpo.yaml"):
+            recipes.check_stage(["--config", recipe], command)
+    recipes.check_stage(["--model.class_path", "mine.Generate", "--data.x", "2026-99-99"], "edit")
+    for hardware in Path("recipes/hardware").glob("*.yaml"):
+        recipes.check_stage(["--config", EDIT, "--config", str(hardware)], "edit")
+
+
 def test_a_broken_recipe_is_named_with_its_line(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("trainer:\n  max_steps: [1, 2\nmodel: x\n")

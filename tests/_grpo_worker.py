@@ -41,7 +41,7 @@ from idc.stages.updates import Contrast, Given, Loss, Objective, Point, PolicyGr
 GROUP, BATCH, STEPS = 4, 8, 5
 
 
-def save_start(folder: Path, joint: bool = False) -> Path:
+def save_start(folder: Path, joint: bool = False, seed: int = 0) -> Path:
     """A random model with every path at work, as the folder of a pipeline."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -55,7 +55,7 @@ def save_start(folder: Path, joint: bool = False) -> Path:
 
     text, vlm = ToyTextConditioner(dim=32), ToyVLM(dim=32)
     model = TransformerSpec(**TRANSFORMER, id_blocks=IDBlocks(layers=1, joint_references=joint)).build(32, 32)
-    randomise(model)
+    randomise(model, seed)
     sampling = Sampling(steps=STEPS, scale=1.0, shift=1.0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     IDCrafterPipeline(model, scheduler, Encoders(CosineCodec(), text, vlm), sampling).save_pretrained(folder)
@@ -127,9 +127,16 @@ class Kept(Callback):
         self.gradients.append(gathered(pl_module.transformer, gradients=True))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("perf/", "lr"))}
+        values = logged(trainer)
         self.metrics.append(values)
         self.weights.append(gathered(pl_module.transformer))
+
+
+def logged(trainer: Trainer) -> dict[str, float]:
+    """What an iteration logged, without seconds, and without steps that it may not have trained: Lightning keeps the
+    last value of each name."""
+    values = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in values if not name.startswith(("perf/", "lr", "signal/"))}
 
 
 def gathered(module: Any, gradients: bool = False) -> dict[str, Tensor]:
@@ -152,7 +159,7 @@ class Recorder(Callback):
         self.path = log
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("perf/", "lr"))}
+        values = logged(trainer)
         digest = hashlib.sha256()
         for name, value in gathered(pl_module.transformer).items():
             digest.update(name.encode() + value.numpy().tobytes())

@@ -11,7 +11,6 @@ import pytest
 import torch
 from _grpo_worker import BATCH, GROUP, KeepingPolicy, Run, rollouts, save_start
 
-from idc.callbacks.ema import EMA
 from idc.models.spec import Lora
 from idc.stages.updates import Contrast
 
@@ -85,3 +84,80 @@ def test_two_ranks_make_the_updates_of_one(case: str, toy_data: Path, start: str
     step = min(alone.lines())
     assert both.lines(0)[step]["ids"] + both.lines(1)[step]["ids"] == alone.lines()[step]["ids"]
     assert sum(value.abs().sum().item() for value in alone.kept()["gradients"][0].values()) > 0
+
+
+# Killed and resumed -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_data: Path, start: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = lasting(tmp_path_factory.mktemp("uninterrupted"), toy_data, start)
+    assert run.finish() == [0], run.error()
+    assert sorted(run.lines()) == [1, 2, 3, 4, 5]
+    assert run.lines()[5]["policy/kl"] > 1e-5
+    return run
+
+
+def lasting(folder: Path, toy_data: Path, start: str, **settings: Any) -> Run:
+    """With a pull to the reference, and optimiser state that matters."""
+    model = {"objective": KeepingPolicy(kl=1.0), "optimizer": ADAM, "rollouts": rollouts(window="sliding", **SLIDING)}
+    return make(folder, toy_data, start, steps=5, save_every=1, model=model, **settings)
+
+
+SLIDING = {"window_size": 1, "window_stride": 2}  # another step from the third iteration on
+
+
+def test_killed_anywhere_and_resumed_a_run_has_the_curve_of_one_that_was_not(
+    uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path
+) -> None:
+    """Between rewards and update, in the middle of a group's rewards, and right after a save. The distance to the
+    reference goes on from the start's weights, to the bit."""
+    run = lasting(tmp_path, toy_data, start)
+    last = replace(run, ckpt_path="last")
+    assert replace(run, kill=("update", 4)).finish() == [-9], run.error()
+    assert sorted(run.lines()) == [1]
+    assert replace(last, kill=("rollout", BATCH + 3)).finish() == [-9], run.error()
+    assert sorted(run.lines()) == [1, 2]
+    assert replace(last, kill=("saved", 4)).finish() == [-9], run.error()
+    assert last.finish() == [0], run.error()
+    assert run.lines() == uninterrupted.lines()
+
+
+def test_a_run_goes_on_over_two_sharded_ranks(uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path) -> None:
+    run = lasting(tmp_path, toy_data, start)
+    assert replace(run, kill=("saved", 3)).finish() == [-9], run.error()
+    both = replace(run, ckpt_path="last", ranks=2, strategy="fsdp2", log="both")
+    assert both.finish() == [0, 0], both.error()
+    assert sorted(both.lines()) == sorted(both.lines(1)) == [4, 5]
+    for step, line in both.lines().items():
+        for name in ("train/reward", "policy/kl", "train/grad_norm"):
+            assert line[name] == pytest.approx(uninterrupted.lines()[step][name], rel=1e-3), name
+
+
+def test_resuming_from_another_start_is_refused(
+    uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path
+) -> None:
+    other = save_start(tmp_path / "other", seed=1)
+    checkpoint = str(Path(uninterrupted.folder, "checkpoints", "step-00000005"))
+    run = lasting(tmp_path / "run", toy_data, str(other), ckpt_path=checkpoint)
+    assert run.finish() == [2], run.error()
+    assert run.error().startswith("model.init_args.checkpoint: other weights than those that the resumed run started")
+    assert "\n" not in run.error()
+
+
+# Failing rewards ----------------------------------------------------------------------------------------------------
+
+
+def test_too_many_failures_end_the_run_on_all_ranks_with_one_message(
+    toy_data: Path, start: str, tmp_path: Path
+) -> None:
+    """All failures are on one rank, where they are every second sample, and one in four over both."""
+    failing = {"failing": (0, 2)}
+    allowed = make(tmp_path / "allowed", toy_data, start, ranks=2, steps=1, reward=failing)
+    allowed = replace(allowed, runner={"max_failure_rate": 0.25})
+    assert allowed.finish() == [0, 0], allowed.error()
+    assert [allowed.lines(rank)[1]["train/without_reward"] for rank in range(2)] == [0.25, 0.25]
+    ended = replace(allowed, folder=str(tmp_path / "ended"), runner={"max_failure_rate": 0.2})
+    assert ended.finish() == [2, 2], ended.error()
+    message = "rewards: 2 of 8 samples have no reward, more than max_failure_rate=0.2 allows: by_place: cannot be judged"
+    assert [ended.error(rank) for rank in range(2)] == [message, message]

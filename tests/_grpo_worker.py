@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,10 @@ from idc.data.sources import ToyShards
 from idc.metrics.base import Clip, Score
 from idc.rewards.base import Reward
 from idc.rewards.composite import Composite, Term
-from idc.rewards.measures import Brightness
 from idc.rewards.runner import RewardRunner
 from idc.stages.grpo import GRPO
 from idc.stages.rollouts import Rollout, Rollouts
-from idc.stages.updates import Contrast, Given, Loss, Objective, Point, PolicyGradient
+from idc.stages.updates import Contrast, Given, Loss, Point, PolicyGradient
 
 GROUP, BATCH, STEPS = 4, 8, 5
 
@@ -230,9 +228,9 @@ def runner(reward: Reward | None = None, **settings: Any) -> RewardRunner:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def stage(start: str | Path, **settings: Any) -> GRPO:
+def stage(start: str | Path | None, **settings: Any) -> GRPO:
     """A stage with SGD, whose step is the gradient, and without clipping."""
-    settings = {"checkpoint": str(start), "reward": None, "rollouts": None, **settings}
+    settings = {"checkpoint": start and str(start), "reward": None, "rollouts": None, **settings}
     settings["reward"] = settings["reward"] or runner()
     settings["rollouts"] = settings["rollouts"] or rollouts()
     settings.setdefault("objective", KeepingPolicy())

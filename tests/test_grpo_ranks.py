@@ -134,9 +134,7 @@ def test_a_run_goes_on_over_two_sharded_ranks(uninterrupted: Run, toy_data: Path
             assert line[name] == pytest.approx(uninterrupted.lines()[step][name], rel=1e-3), name
 
 
-def test_resuming_from_another_start_is_refused(
-    uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path
-) -> None:
+def test_resuming_from_another_start_is_refused(uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path) -> None:
     other = save_start(tmp_path / "other", seed=1)
     checkpoint = str(Path(uninterrupted.folder, "checkpoints", "step-00000005"))
     run = lasting(tmp_path / "run", toy_data, str(other), ckpt_path=checkpoint)
@@ -159,5 +157,7 @@ def test_too_many_failures_end_the_run_on_all_ranks_with_one_message(
     assert [allowed.lines(rank)[1]["train/without_reward"] for rank in range(2)] == [0.25, 0.25]
     ended = replace(allowed, folder=str(tmp_path / "ended"), runner={"max_failure_rate": 0.2})
     assert ended.finish() == [2, 2], ended.error()
-    message = "rewards: 2 of 8 samples have no reward, more than max_failure_rate=0.2 allows: by_place: cannot be judged"
+    message = (
+        "rewards: 2 of 8 samples have no reward, more than max_failure_rate=0.2 allows: by_place: cannot be judged"
+    )
     assert [ended.error(rank) for rank in range(2)] == [message, message]

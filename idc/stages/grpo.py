@@ -7,6 +7,7 @@ of forward and backward passes whatever the rewards are, as sharded training nee
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,8 +82,15 @@ class GRPO(Aligned):
         self.contrast, self.contrast_weight = contrast, contrast_weight
         self.objectives = [self.objective] if contrast is None else [contrast, self.objective]
         super().__init__(**aligned_args)
-        if updates < 1:
-            raise UserError(f"updates={updates}: must be 1 or more optimiser steps an iteration")
+        rules = {
+            "updates": (updates >= 1, "1 or more optimiser steps an iteration"),
+            "contrast_weight": (0 <= contrast_weight < math.inf, "0 or more"),
+            "advantage_clip": (advantage_clip is None or advantage_clip > 0, "positive, or null for none; 5 is usual"),
+            "rollouts_a_step": (rollouts_a_step is None or rollouts_a_step >= 1, "1 or more, or null for no warning"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError(f"{name}={locals()[name]}: must be {rule}")
         if self.objective.log_probs and not self.rollouts.stochastic:
             raise UserError(
                 f"rollouts.kernel={self.rollouts.kernel!r}, noise_level={self.rollouts.noise_level}: no step of such "

@@ -190,10 +190,15 @@ class Contrast(Objective):
         draws: int = 2,
         times: TimeSampler | None = None,
     ) -> None:
-        rules = {"beta": beta > 0, "kl": kl >= 0, "bound": bound > 0, "draws": draws >= 1}
-        if wrong := next((name for name, holds in rules.items() if not holds), None):
-            rule = "0 or more" if wrong == "kl" else "positive"
-            raise UserError(f"contrast: {wrong}={locals()[wrong]}: must be {rule}")
+        rules = {
+            "beta": (beta > 0, "positive; 1 is usual"),
+            "kl": (kl >= 0, "0 or more; 1e-4 is usual"),
+            "bound": (bound > 0, "positive; 5 is usual"),
+            "draws": (draws >= 1, "1 or more"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError(f"contrast: {name}={locals()[name]}: must be {rule}")
         self.beta, self.kl, self.bound, self.draws = beta, kl, bound, draws
         self.times = times or LogitNormal()
 

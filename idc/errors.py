@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -25,6 +26,21 @@ def nearest(value: object, choices: Iterable[object], n: int = 1) -> str:
     listed = sorted(names) if len(names) <= SHOWN else sorted(names)[:3]
     more = f", ... ({len(names)} of them)" if len(names) > len(listed) else ""
     return "; choose from " + ", ".join(map(repr, listed)) + more
+
+
+def make_folder(path: Path, setting: str = "--out") -> None:
+    """Make the folder that `setting` names, and those above it; one that is there may stay.
+
+    Raises:
+        UserError: if something else is there, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        above = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path)
+        raise UserError(f"{setting} {path}: {above} is a file; give the name of a folder") from None
+    except OSError as error:
+        raise UserError(f"{setting} {path}: cannot be made ({error.strerror})") from None
 
 
 def counted(number: int, noun: str) -> str:

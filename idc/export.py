@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idc.errors import UserError
+from idc.errors import UserError, make_folder
 
 if TYPE_CHECKING:
     from idc.models.checkpoints import Which
@@ -75,10 +75,11 @@ def export(
     from idc.models.checkpoints import find_checkpoint
     from idc.models.pipeline import IDCrafterPipeline
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (replace and (out / RECORD).is_file()):
+    if out.is_dir() and any(out.iterdir()) and not (replace and (out / RECORD).is_file()):
         rule = "is not a pipeline that idc export wrote" if replace else "is there; --replace writes over it"
         raise UserError(f"--out {out}: {rule}")
     checkpoint = find_checkpoint(run)
+    make_folder(out)
     pipeline = IDCrafterPipeline.from_run(run, weights)
     if dtype == "bfloat16":
         _round(pipeline.transformer)

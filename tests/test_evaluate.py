@@ -311,6 +311,9 @@ def test_a_run_folder_belongs_to_one_process_and_one_set_of_videos(videos: Path,
     out = tmp_path / "out"
     with lock(out), pytest.raises(UserError, match="another evaluation is writing here"):
         evaluate(out, [Brightness()], videos)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"model.init_args.out .*file is a file"):
+        evaluate(tmp_path / "file", [Brightness()], videos)
     evaluate(out, [Brightness()], videos)
     make_folder(tmp_path / "others")
     with pytest.raises(UserError, match=r"holds the scores of .*videos"):

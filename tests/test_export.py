@@ -64,8 +64,11 @@ def test_export_writes_over_nothing_but_an_earlier_export(
     assert "idc export wrote" in capsys.readouterr().err
     assert main(["export", str(run), "--out", str(tmp_path / "new")]) == 0
     assert main(["export", str(run), "--out", str(tmp_path / "new"), "--replace", "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(run), "--out", str(out / "thesis.txt"), "--replace"]) == 2
+    assert "thesis.txt is a file; give the name of a folder" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "newer")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+    assert not (tmp_path / "newer").exists()
 
 
 @pytest.mark.parametrize("mark", ["model_index.json", "version_0/checkpoints", "checkpoints", "step-00000006", None])

@@ -372,8 +372,12 @@ def test_rows_and_metrics_can_be_said_by_hand(tmp_path, capsys):
         (["--with-published", "--seed", "-1"], "must be 0 or more"),
         (["--with-published", "--out", "{tmp}", "--link", "a=javascript:alert(1)"], "begins with http"),
         (["--with-published", "--out", "{tmp}", "--items", "none.json"], "no such file"),
+        (["--with-published", "--out", "{tmp}", "--items", "none.jsonl"], "no such file"),
+        (["--with-published", "--out", "{tmp}/file"], "file is a file; give the name of a folder"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
+def test_bad_arguments_are_named_before_anything_is_written(arguments, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
     assert main(["report", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

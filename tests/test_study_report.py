@@ -209,6 +209,8 @@ def test_the_command_writes_a_report_that_other_programs_can_count_on(tmp_path: 
     assert "**no answer counts" in (out / "report.md").read_text()
     assert main([*command, "--ours", "zebracraftr"]) == 2
     assert "did you mean 'zebracrafter'" in capsys.readouterr().err
+    assert main(["study", "report", str(folder), "--draws", "100", "--out", str(out / "report.md")]) == 2
+    assert "report.md is a file; give the name of a folder" in capsys.readouterr().err
     assert main([*command, "--catch-pass", "75"]) == 2
     assert "--catch-pass 75" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from idc.curate.clips import Clip, ClipSettings, Drop, cut_video
 from idc.data import storage
 from idc.data.index import ShardIndex, build_index
 from idc.data.shards import ShardWriter
-from idc.errors import UserError
+from idc.errors import UserError, make_folder
 from idc.models.faces import FaceDetector, yunet_path
 
 JOURNAL = "build.jsonl"
@@ -200,7 +200,7 @@ class _Journal:
 
     def __init__(self, out: Path, settings: ClipSettings) -> None:
         self.out, self.path = out, out / JOURNAL
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         wanted = asdict(settings)
         if not self.path.exists():
             if storage.list_tars(out):

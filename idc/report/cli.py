@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from idc.errors import UserError, counted, nearest
+from idc.errors import UserError, counted, make_folder, nearest
 
 if TYPE_CHECKING:
     from idc.report.measure import Measured
@@ -108,7 +108,11 @@ def _write(
     """The tables in every format, and the page, into `--out`."""
     from idc.report.render import FORMATS
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.no_page:
+        from idc.report.page import check_page
+
+        check_page(arguments.items, links)
+    make_folder(arguments.out)
     for table in tables:
         for suffix, render in FORMATS.items():
             (arguments.out / f"{table.layout.slug}.{suffix}").write_text(render(table), encoding="utf-8")

@@ -91,6 +91,12 @@ def write_page(
     return index
 
 
+def check_page(items: Path | None, links: dict[str, str]) -> None:
+    """Raise what `write_page` would of these two arguments, before anything is written."""
+    _links(links)
+    find_items([], items)
+
+
 def name_systems(runs: Sequence[Measured]) -> list[System]:
     """Runs by their system, with the folder's name, and if need be a number, where two share it."""
     names: list[str] = []

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from idc.data.benchmark import ITEMS, Item, read_benchmark, read_items
 from idc.data.videos import VideoFolder, find_videos
-from idc.errors import UserError
+from idc.errors import UserError, make_folder
 from idc.metrics.base import VideoMetric
 from idc.metrics.results import RUN_FILE, Problem, Run, RunInfo, read_info, read_run, write_info
 from idc.progress import track
@@ -254,11 +254,11 @@ def lock(folder: Path) -> IO[bytes]:
     """Hold a run folder for this process until the file is closed or the process dies.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds it, or it cannot be made.
     """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "model.init_args.out")
     file = (folder / ".lock").open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

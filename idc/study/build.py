@@ -22,7 +22,7 @@ from typing import Any
 
 from idc.data.benchmark import Item, check_unique, read_benchmark, read_items
 from idc.data.video import VideoError
-from idc.errors import UserError, nearest
+from idc.errors import UserError, make_folder, nearest
 from idc.study.media import Media, anonymise_picture, anonymise_video, corrupt_video
 from idc.study.questions import ANSWERS, MEDIA, PLAN, PUBLIC, Catch, Study
 
@@ -164,7 +164,7 @@ class _Jobs:
     """
 
     def __init__(self, folder: Path, settings: BuildSettings, progress: Progress) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder, self.settings, self.progress = folder, settings, progress
 
     def name(self, source: Path, *what: object) -> str:

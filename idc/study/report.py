@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from idc.errors import UserError, counted, nearest
+from idc.errors import UserError, counted, make_folder, nearest
 from idc.study.agreement import Agreement, Interval, Share
 from idc.study.analysis import Analysis, AnalysisSettings, CriterionResult, analyse
 from idc.study.figure import draw_figure
@@ -51,7 +51,7 @@ def report_study(
         raise UserError(f"{folder}: {have}, none has answered yet")
     analysis = analyse(study, answers, joined, finished, settings)
     text = markdown(study, analysis, ours)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, content in (
         ("report.md", text),
         ("report.json", json.dumps(asdict(analysis), indent=1, default=str) + "\n"),

@@ -1,0 +1,229 @@
+"""Alignment on the toy world: tables 3 and S.7 of the paper, DPO and the ways of online alignment, over seeds.
+
+    python tests/benchmarks/toy_alignment.py [--out runs/toy_alignment] [--seeds 3] [--iterations 100]
+        [--variants SFT GRPO ...] [--checkpoint toy] [--results]
+
+Each variant is a list of recipes, trained by `idc fit` from one start with a seed of its own, and judged on the toy
+world's held-out conditions by the validation of recipes/grpo.yaml: the paper's reward and its four parts, whatever the
+variant was trained on, the mean and the minimum of the subjects' identities, the exact scores, and the measures that
+nothing optimises. Videos of one seed start from the same noise for all variants, so that each is compared with SFT
+seed by seed: the table gives the mean over seeds and, for differences, the 95% interval by Student's t.
+
+Run it again to go on: finished runs are skipped, broken ones resume at their last checkpoint. `<out>/results.json` has
+every number. `--results` samples and judges each run by `idc generate` and `idc evaluate` too, as folders for
+`idc report --results <out>/evaluate`. These are the toy world's numbers and no row of the paper's tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        recipes: in the order of `--config`; none is the start itself.
+        steps: optimiser steps in units of the iterations that were asked for.
+    """
+
+    recipes: tuple[str, ...] = ()
+    steps: float = 1.0
+
+
+GRPO = "grpo.yaml"
+VARIANTS = {
+    "SFT": Variant(),
+    "DPO": Variant(("dpo.yaml",), 1.5),
+    "GRPO": Variant((GRPO,)),
+    "GRPO, one step": Variant((GRPO, "alignment/one_step.yaml")),
+    "GRPO, sliding": Variant((GRPO, "alignment/sliding.yaml")),
+    "GRPO, group contrast": Variant((GRPO, "alignment/contrast.yaml")),
+    "DiffusionNFT": Variant((GRPO, "alignment/nft.yaml")),
+    "w/o fidelity": Variant((GRPO, "rewards/no_fidelity.yaml")),
+    "w/o quality": Variant((GRPO, "rewards/no_quality.yaml")),
+    "w/o natural": Variant((GRPO, "rewards/no_natural.yaml")),
+    "lambda 0": Variant((GRPO, "rewards/lambda_0.00.yaml")),
+    "lambda 0.25": Variant((GRPO, "rewards/lambda_0.25.yaml")),
+    "lambda 0.75": Variant((GRPO, "rewards/lambda_0.75.yaml")),
+    "lambda 1": Variant((GRPO, "rewards/lambda_1.00.yaml")),
+    "anti-leak": Variant((GRPO, "rewards/anti_leak.yaml")),
+    "normalised": Variant((GRPO, "rewards/normalised.yaml")),
+}
+COLUMNS = (
+    "reward", "face", "subject", "aesthetics", "natural", "identity", "identity_min", "toy",
+    "motion", "sharpness", "saturation",
+)  # fmt: skip
+
+
+# A run --------------------------------------------------------------------------------------------------------------
+
+
+def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespace) -> str:
+    """Train where that is not done; what its start is to `Aligned.checkpoint`."""
+    from idc.cli import main
+
+    if not variant.recipes:
+        return arguments.checkpoint
+    steps = max(1, round(variant.steps * arguments.iterations))
+    saved = folder / "train" / "run" / "version_0" / "checkpoints" / f"step-{steps:08d}"
+    if not (saved / "manifest.json").is_file():
+        paths = [value for name in variant.recipes for value in ("--config", str(ROOT / "recipes" / name))]
+        settings = {
+            "seed_everything": seed,
+            "data.init_args.seed": seed,
+            "trainer.accelerator": arguments.accelerator,
+            "trainer.max_steps": steps,
+            "trainer.limit_val_batches": 0,
+            "trainer.logger.init_args.save_dir": folder / "train",
+            "trainer.logger.init_args.name": "run",
+            "model.init_args.checkpoint": arguments.checkpoint,
+            "ckpt_path": "auto",
+        }
+        status = main(["fit", *paths, *(f"--{key}={value}" for key, value in settings.items())])
+        if status:
+            raise SystemExit(f"idc fit ended with status {status}: {folder}")
+    return str(folder / "train" / "run" / "version_0")
+
+
+def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """The held-out reward and all that stands beside it, by `GRPO.validation_step`."""
+    from lightning.pytorch import Trainer
+
+    from idc.data.module import VideoDataModule
+    from idc.data.sources import ToyShards
+    from idc.metrics.toy import ToyIdentity, ToyScores
+    from idc.models.sampling import SamplingChanges
+    from idc.rewards import (
+        MetricReward,
+        Motion,
+        PaperReward,
+        RewardRunner,
+        Saturation,
+        Sharpness,
+        ToyAesthetics,
+        ToyFace,
+        ToyNatural,
+        ToySubject,
+    )
+    from idc.stages.grpo import GRPO
+
+    lowest = ToyFace(min_weight=1.0)
+    lowest.name = "identity_min"
+    exact = [MetricReward(ToyIdentity(), "identity"), lowest, MetricReward(ToyScores(), "toy")]
+    watched = [*exact, Motion(), Sharpness(), Saturation()]
+    composite = PaperReward(ToyFace(), ToySubject(), ToyAesthetics(), ToyNatural(), watched=watched)
+    stage = GRPO(
+        checkpoint=checkpoint,
+        reward=RewardRunner(composite, where="process"),
+        sampling=SamplingChanges(steps=10, scale=1.0, shift=3.0),  # as recipes/grpo.yaml
+    )
+    held_out = ToyShards(str(ROOT / "data_shards/toy/held_out"), 64, 1_000_000_000)
+    data = VideoDataModule([held_out], [[9, 64, 64]], val_sources=[held_out], batch_size=32, seed=seed)
+    trainer = Trainer(
+        accelerator=arguments.accelerator,
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    (found,) = trainer.validate(stage, datamodule=data, verbose=False)
+    return {name: found["val/reward" if name == "reward" else f"val/reward/{name}"] for name in COLUMNS}
+
+
+def keep_results(name: str, checkpoint: str, folder: Path, arguments: argparse.Namespace) -> None:
+    """Videos and their scores in the form that `idc report` reads, by the commands that users have."""
+    from idc.cli import main
+
+    videos = folder / "videos"
+    generate = ["generate", "--config", str(ROOT / "recipes/generate.yaml"), f"--model.init_args.out={videos}"]
+    evaluate = ["evaluate", "--config", str(ROOT / "recipes/evaluate.yaml"), f"--model.init_args.videos={videos}"]
+    label = f"--model.init_args.system={name}"
+    place = f"--model.init_args.out={arguments.out / 'evaluate' / name}"
+    status = main([*generate, f"--model.init_args.checkpoint={checkpoint}"]) or main([*evaluate, label, place])
+    if status not in (0, 3):  # 3: some clips have no score, which the report tells
+        raise SystemExit(f"sampling or judging {checkpoint} ended with status {status}")
+
+
+# The table ----------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the mean's 95% interval by Student's t; NaN of a single value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Mean by variant, and below it the mean difference to SFT of the same seed with its interval."""
+    start = results.get("SFT", {})
+    lines = [f"{'':22}" + "".join(f"{name:>14}" for name in COLUMNS)]
+    for variant, seeds in results.items():
+        means = [statistics.fmean(found[name] for found in seeds.values()) for name in COLUMNS]
+        lines.append(f"{f'{variant} (n={len(seeds)})':22}" + "".join(f"{mean:14.4f}" for mean in means))
+        common = [seed for seed in seeds if seed in start and variant != "SFT"]
+        if common:
+            cells = []
+            for name in COLUMNS:
+                differences = [seeds[seed][name] - start[seed][name] for seed in common]
+                half = interval(differences)
+                cells.append(f"{statistics.fmean(differences):+.3f}" + ("" if math.isnan(half) else f"±{half:.3f}"))
+            lines.append(f"{'  less SFT':22}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy_alignment"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--checkpoint", default="toy", help="the start: a name, a run, or a pipeline's folder")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--results", action="store_true", help="also idc generate and idc evaluate, for idc report")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    if Path(arguments.checkpoint).exists():
+        arguments.checkpoint = str(Path(arguments.checkpoint).resolve())
+    os.chdir(ROOT)  # recipes name their data from there
+    warnings.filterwarnings("ignore")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "results.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    settings = f"{arguments.iterations} iterations from {arguments.checkpoint}"
+    results: dict[str, dict[str, dict[str, float]]] = known.setdefault(settings, {})
+    for seed in range(arguments.seeds):
+        for name in arguments.variants:
+            row = results.setdefault(name, {})
+            slug = "".join(c if c.isalnum() else "_" for c in f"{name}-{arguments.iterations}-seed{seed}")
+            folder = arguments.out / slug
+            if str(seed) not in row:
+                checkpoint = train(VARIANTS[name], folder, seed, arguments)
+                row[str(seed)] = judge(checkpoint, seed, arguments)
+                temporary = file.with_suffix(".tmp")
+                temporary.write_text(json.dumps(known, indent=1))
+                temporary.replace(file)
+            if arguments.results and not (arguments.out / "evaluate" / slug).is_dir():
+                keep_results(slug, train(VARIANTS[name], folder, seed, arguments), folder, arguments)
+    print(f"\n{settings}, 64 held-out conditions a seed\n{table({name: results[name] for name in arguments.variants})}")
+
+
+if __name__ == "__main__":
+    main()

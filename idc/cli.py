@@ -6,6 +6,8 @@ one message: the value, the rule, the nearest valid choice.
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -111,5 +113,23 @@ def _usage() -> str:
 
 
 def cli() -> NoReturn:
-    """Entry point of the console script."""
-    raise SystemExit(main())
+    """Entry point of the console script. Status 141, as a shell has it of SIGPIPE, where nobody reads on (`| head`)."""
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()  # here, where a pipe that is closed can be told
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # The interpreter flushes again at its end, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    raise SystemExit(status)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is the pipe that broke, and not one between processes of a run."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

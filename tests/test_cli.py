@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from idc import recipes
-from idc.cli import main
+from idc.cli import cli, main
 from idc.errors import UserError
 from idc.explain import SYNONYMS, explain, finish
 from idc.stage_help import stage_settings
@@ -281,6 +282,25 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "fit" in out
     assert "shards" in out
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback() -> None:
+    for command in (["--help"], ["generate", "--help"], ["report", "--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, "-m", "idc", *command], stdout=write, stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_reader_who_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr("idc.cli.main", broken)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli()
 
 
 def test_a_model_without_data_is_answered_by_the_commands_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,7 +195,8 @@ def roll_out(
     offset = rank * len(batch)
     starts = range(0, len(batch), size)
     leaders = {(offset + start) // group_size: batch.samples[start] for start in starts}
-    encoded = dict(zip(leaders, encode([replace(s, video_CTHW=None) for s in leaders.values()]), strict=True))
+    blind = [replace(sample, video_CTHW=None, loser_CTHW=None) for sample in leaders.values()]
+    encoded = dict(zip(leaders, encode(blind), strict=True))
     rollouts: list[Rollout] = []
     velocity: Velocity | None = None
     for start in starts:

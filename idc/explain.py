@@ -31,6 +31,7 @@ _LITERAL = re.compile(r"Expected a typing\.Literal\[(?P<choices>.*?)\]" + _GOT)
 _TYPE = re.compile(r"Expected an? <class '(?P<type>[\w.]+)'>" + _GOT)
 _NO_PATH = re.compile(r"Expected a dot import path string: (?P<value>.*)")
 _CLASS_PATH = re.compile(r"Problem with given class_path '(?P<value>[^']+)'")
+_NO_SUBCLASS = re.compile(r"Import path (?P<value>[\w.]+) does not correspond to a subclass")
 _NO_CLASS = re.compile(r"has no attribute|No module named|not correspond to a subclass|[Uu]nable to import")
 _NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']+)'")
 _WORDS = {
@@ -120,7 +121,7 @@ def _reword(lines: list[str], given: str | None, settings: list[str], hint: Any)
         for pattern in _UNKNOWN:
             if found := pattern.search(line):
                 return _UNKNOWN_AT + _UNKNOWN_AT.join([found["key"], *settings])
-    named = next(filter(None, map(_CLASS_PATH.search, lines)), None)
+    named = next((found for line in lines if (found := _CLASS_PATH.search(line) or _NO_SUBCLASS.search(line))), None)
     if named and any(map(_NO_CLASS.search, lines)):
         return _no_class(named["value"], hint)
     leaves = (_LITERAL, _TYPE, _NO_PATH, _BOILERPLATE)

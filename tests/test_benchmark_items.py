@@ -90,6 +90,8 @@ def test_a_missing_file_names_its_neighbour_and_bytes_that_are_no_text_are_refus
     written(tmp_path / "Open-Domain_Eval.json", {})
     with pytest.raises(UserError, match=r"no such file; did you mean 'Open-Domain_Eval\.json'"):
         read_benchmark(tmp_path / "Open-Domain-Eval.json")
+    with pytest.raises(UserError, match=r"domains\.json: no such file$"):  # a stranger's name is no help
+        read_benchmark(tmp_path / "domains.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match="not UTF-8"):
         read_benchmark(tmp_path / "binary.json")

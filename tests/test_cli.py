@@ -162,7 +162,9 @@ def test_a_wrong_value_in_an_overlay_is_named_as_it_can_be_typed(
     assert "model.init_args.sampling.scale: 'abc' is not a number or null" in message
 
 
-@pytest.mark.parametrize("wrong", ["idc.metrics.motoin.MotionAmplitude", "MotionAmplitud"])
+@pytest.mark.parametrize(
+    "wrong", ["idc.metrics.motoin.MotionAmplitude", "idc.metrics.motion.MotionAmplitud", "MotionAmplitud"]
+)
 def test_a_wrong_metric_is_answered_by_the_nearest(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = ["--model.init_args.metrics", f"[{{class_path: {wrong}}}]"]
     message = complaint(capsys, "evaluate", "--config", "recipes/evaluate.yaml", *metrics)

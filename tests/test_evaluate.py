@@ -296,7 +296,7 @@ def test_settings_that_cannot_work_are_named(videos: Path, tmp_path: Path) -> No
         ("cache_gb=0", [Brightness()], {"cache_gb": 0.0}),
         ("name a folder", [Brightness()], {"videos": None}),
         ("no such folder", [Brightness()], {"videos": str(tmp_path / "nowhere")}),
-        ("has no items.jsonl", [Brightness()], {"videos": str(tmp_path)}),
+        ("has no video and no items.jsonl", [Brightness()], {"videos": str(tmp_path)}),
         ("no such file", [Brightness()], {"benchmark": str(tmp_path / "x.json")}),
     ):
         with pytest.raises(UserError, match=expected):

@@ -92,6 +92,18 @@ def test_a_missing_metric_leaves_the_total_blank_with_its_reason(tmp_path):
     assert "no total without naturalscore" in markdown(table)
 
 
+def test_a_total_names_what_failed_in_brief_and_the_metric_itself_at_length(tmp_path):
+    results = [r for r in even_results(dict.fromkeys(PARTS, 0.5)) if r.metric not in PARTS[:2]]
+    results += [Result(r.id, key, None, f"why: {key} " + "x" * 300) for key in PARTS[:2] for r in results[:1]]
+    cells = measured(write_run(tmp_path, "sft", results))
+    reason = cells.cell("total").reason
+    assert reason.startswith("no total without ")
+    assert all(f"{key} (0 of " in reason for key in PARTS[:2])
+    assert reason.endswith("; their own notes say why")
+    assert "xxx" not in reason
+    assert "x" * 300 in cells.cell(PARTS[0]).reason
+
+
 def test_a_metric_that_failed_everywhere_is_blank_with_the_first_reason(tmp_path):
     results = [Result(id, "facesim", None, "no face is found") for id in "ab"]
     cell = measured(write_run(tmp_path, "sft", results)).cell("facesim")

@@ -6,6 +6,7 @@ a folder of generated videos carries as `items.jsonl`, so that whoever judges th
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -230,7 +231,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if siblings else ""
+        close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)  # a stranger's file is no help
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{path}: no such file{hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -24,6 +24,7 @@ from idc.flow.editing import check_strength
 from idc.models.checkpoints import Which
 from idc.models.conditioning import Encoders
 from idc.models.frozen import HUB_ID, first_line, torch_dtype
+from idc.models.hub import offline_without_a_network
 from idc.models.sampling import Sampler, Sampling, Source, to_uint8
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder, save_encoders
 from idc.models.shipped import resolve_shipped, shipped_names
@@ -230,7 +231,8 @@ def _download(name: str, settings: Mapping[str, Any]) -> Path:
         raise UserError(f"{name}: no such folder, nor a model that comes with the package{choices}")
     known = ("cache_dir", "force_download", "local_files_only", "revision", "token")
     try:
-        return Path(snapshot_download(name, **{key: settings[key] for key in known if key in settings}))
+        with offline_without_a_network(name):
+            return Path(snapshot_download(name, **{key: settings[key] for key in known if key in settings}))
     except (OSError, HFValidationError) as error:
         raise UserError(f"{name}: no such folder, and the hub does not give it ({first_line(error)})") from None
 
@@ -250,7 +252,9 @@ def _asked(prompt: str | Sequence[str], references: Any) -> list[tuple[str, list
     """Each prompt with its own pictures."""
     if isinstance(prompt, str):
         return [(prompt, _references(references))]
-    prompts = list(prompt)
+    prompts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+    if not all(isinstance(text, str) for text in prompts):
+        raise UserError(f"prompt={prompt!r}: must be text, or a list of texts")
     pictures = _references(references) or [()] * len(prompts)
     if len(pictures) != len(prompts):
         raise UserError(f"{len(pictures)} lists of references for {len(prompts)} prompts; give one each")

@@ -148,9 +148,12 @@ class Measured:
         except UserError as error:
             return Cell(None, reason=str(error), expected=len(self.ids))
         cells = {key: self._mean(self._read(key)) for key in parts}
-        missing = [f"{key} ({cell.reason})" for key, cell in cells.items() if cell.value is None]
+        # In brief: the notes of their own cells say what went wrong, at the length that it takes.
+        missing = [f"{key} ({cell.reason.partition(': ')[0]})" for key, cell in cells.items() if cell.value is None]
         if missing:
-            return Cell(None, reason="no total without " + ", ".join(missing), expected=len(self.ids))
+            more = "; their own notes say why" if any(": " in cell.reason for cell in cells.values()) else ""
+            reason = f"no total without {', '.join(missing)}{more}"
+            return Cell(None, reason=reason, expected=len(self.ids))
         values_VM = np.stack([self._values(self._read(key))[0] for key in parts], axis=1)
         applies_VM = np.stack([self._values(self._read(key))[1] for key in parts], axis=1)
         weight_M = np.array(list(parts.values()))

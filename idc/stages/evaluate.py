@@ -140,8 +140,9 @@ class Evaluate(LightningModule):
         if not self.videos.is_dir():
             raise UserError(f"videos={self.videos}: no such folder")
         if not (self.videos / ITEMS).is_file():
+            seen = "" if any(self.videos.glob("*.mp4")) else "no video and "
             raise UserError(
-                f"videos={self.videos}: has no {ITEMS} that says what was asked for; "
+                f"videos={self.videos}: has {seen}no {ITEMS} that says what was asked for; "
                 "name the benchmark's JSON by model.init_args.benchmark"
             )
         return read_items(self.videos / ITEMS)

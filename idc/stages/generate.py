@@ -21,7 +21,7 @@ from idc.data.benchmark import Item
 from idc.data.output import Existing, OutputFolder
 from idc.data.requests import GenerationData, Request
 from idc.data.video import PIXEL_FORMATS, encode_video
-from idc.errors import UserError, nearest
+from idc.errors import UserError, counted, nearest
 from idc.flow.editing import check_strength
 from idc.models.baselines import Baseline
 from idc.models.checkpoints import Which
@@ -56,7 +56,8 @@ class Generate(LightningModule):
     Args:
         out: folder of the videos.
         checkpoint: a run of `idc fit` (its newest checkpoint), one of its checkpoints, a folder of runs, or the folder
-            of an `IDCrafterPipeline`. Model settings come from there. None samples from `transformer.pretrained`.
+            of an `IDCrafterPipeline`, or `toy`, which comes with the package. Model settings come from there. None
+            samples from `transformer.pretrained`.
         weights: of a run: its averages (EMA, where it has them) or the weights themselves.
         sampling: what differs from how the run itself samples.
         existing: refuse or replace videos in `out` that were made by another model or with other settings.
@@ -158,7 +159,7 @@ class Generate(LightningModule):
         if others := self.folder.others(items):
             rank_zero_warn(f"{self.folder.path}: {len(others)} other videos lie there, such as {others[0]}")
         done = len(items) - len(todo)
-        rank_zero_info(f"{len(items)} items, {done} of them done" if done else f"{len(items)} items")
+        rank_zero_info(counted(len(items), "item") + (f", {done} of them done" if done else ""))
         return items, failures, [name for name in todo if name not in failures], self.folder.settings
 
     def _together(self, work: Callable[[], T]) -> T:

@@ -61,7 +61,6 @@ def passes(module: GRPO) -> list[Pass]:
 # The ratio of a policy to itself ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -70,17 +69,17 @@ def passes(module: GRPO) -> list[Pass]:
         {"window": "one", "scale": 2.5, "image_scale": 1.5},
         {"cache": False, "scale": 2.5},
         {"batch": 2, "kernel": "dance", "noise_level": 0.3},
-        {"bfloat16": True, "scale": 2.5},
-        {"bfloat16": True, "cache": False, "batch": 1},
+        {"bfloat16": True, "scale": 2.5, "checkpointing": True},
+        {"bfloat16": True, "cache": False, "batch": 1, "window": "one"},
         {"lora": True, "scale": 2.5, "kernel": "wan"},
+        {"checkpointing": True, "cache": False},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "plain",
 )
-def test_before_an_update_the_ratio_is_one_to_the_bit(
-    settings: dict[str, Any], checkpointing: bool, start: Path, toy_data: Path
-) -> None:
+def test_before_an_update_the_ratio_is_one_to_the_bit(settings: dict[str, Any], start: Path, toy_data: Path) -> None:
     """In the second iteration, too, when the policy is the reference no longer."""
     settings = dict(settings)
+    checkpointing = settings.pop("checkpointing", False)
     model: dict[str, Any] = {"compute_dtype": "bfloat16" if settings.pop("bfloat16", False) else "float32"}
     if settings.pop("lora", False):
         model |= {"trainable": "lora", "lora": Lora(rank=2, alpha=4)}
@@ -504,11 +503,10 @@ def test_a_contrast_beside_the_policy_gradient_moves_the_hierarchy_alone(start: 
 @pytest.mark.parametrize(
     ("settings", "sign"),
     [
-        ({}, -1.0),
-        ({"window": "one", "scale": 2.0}, 1.0),
+        ({"window": "one", "scale": 2.0}, -1.0),
         ({"kernel": "ode"}, 1.0),
     ],
-    ids=["darker", "one-step", "contrast"],
+    ids=["darker-one-step", "brighter-contrast"],
 )
 def test_an_easy_reward_rises_on_held_out_conditions_within_15_iterations(
     settings: dict[str, Any], sign: float, start: Path, toy_data: Path

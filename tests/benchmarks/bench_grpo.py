@@ -43,7 +43,8 @@ class Meter(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         def count(module: Any, arguments: Any, keywords: Any) -> None:
             latents = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
-            self.passes["trained" if torch.is_grad_enabled() else "sampled"] += len(latents)
+            if latents is not None:  # None builds the subject cache
+                self.passes["trained" if torch.is_grad_enabled() else "sampled"] += len(latents)
 
         pl_module.transformer.register_forward_pre_hook(count, with_kwargs=True)
 

@@ -295,6 +295,15 @@ def test_a_run_ends_above_the_rate_of_failures(
         fit(module, data(toy_data))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_rollouts_that_overflow_end_the_run_before_they_reach_the_weights(start: Path, toy_data: Path) -> None:
+    module = stage(start, rollouts=Rollouts(steps=5, noise_level=1e30, batch=2))
+    with pytest.raises(UserError, match="hold NaN or infinity: the policy has diverged"):
+        fit(module, data(toy_data))
+    assert module.transformer is not None
+    assert all(parameter.isfinite().all() for parameter in module.transformer.parameters())
+
+
 # The reference ------------------------------------------------------------------------------------------------------
 
 

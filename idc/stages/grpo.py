@@ -150,7 +150,10 @@ class GRPO(Aligned):
         rollouts = self._roll_out(batch)
         with self._clock("reward"):
             own = self.runner.collect(check=False)
-            gathered: dict[int, Breakdown] = {k: v for part in of_all_ranks(own) for k, v in part.items()}
+            broken = [rollout.sample.id for rollout in rollouts if not rollout.latents.isfinite().all()]
+            parts = of_all_ranks((own, broken))
+        _check_finite([id for _, ids in parts for id in ids])
+        gathered: dict[int, Breakdown] = {k: v for part, _ in parts for k, v in part.items()}
         breakdowns = [gathered[key] for key in sorted(gathered)]
         failures = [breakdown for breakdown in breakdowns if breakdown.total is None]
         self.runner.check(len(failures), len(breakdowns), failures[0].reason if failures else "")
@@ -338,3 +341,12 @@ class GRPO(Aligned):
 
     def teardown(self, stage: str) -> None:
         self.runner.close()
+
+
+def _check_finite(broken: Sequence[str]) -> None:
+    """On all ranks alike: one update on such rollouts would make every weight NaN."""
+    if broken:
+        raise UserError(
+            f"rollouts of {broken[0]}{f' and {len(broken) - 1} more' if broken[1:] else ''} hold NaN or infinity: the "
+            "policy has diverged; go on from the last checkpoint with a lower learning rate or noise_level"
+        )

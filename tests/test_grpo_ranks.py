@@ -38,7 +38,7 @@ def check_equal(run: Run, alone: Run) -> None:
         kept = run.kept(rank)
         for step, line in lines.items():
             found = run.lines(rank)[step]
-            for name in (name for name in line if name.startswith("train/") and name != "train/loss"):
+            for name in (n for n in line if n.startswith(("train/", "watch/", "signal/")) and n != "train/loss"):
                 assert found[name] == pytest.approx(line[name], rel=1e-3, abs=1e-6), name
         assert len(kept["gradients"]) == len(expected["gradients"])
         for gradients, others in zip(kept["gradients"], expected["gradients"], strict=True):

@@ -287,7 +287,7 @@ def _check_header(header: bytes, entry: Entry, member: Member) -> None:
 
 
 def clip_ext(files: Container[str], prefix: str = "") -> str | None:
-    """The extension of a sample's clip among its members', or with `LOSER` of its worse one; None where there is none."""
+    """The extension of a clip among a sample's members, of its worse one with `LOSER`; None where there is none."""
     return next((prefix + ext for ext in VIDEO_EXTS if prefix + ext in files), None)
 
 

@@ -11,7 +11,7 @@ seed by seed: the table gives the mean over seeds and, for differences, the 95% 
 
 Run it again to go on: finished runs are skipped, broken ones resume at their last checkpoint. `<out>/results.json` has
 every number. `--results` samples and judges each run by `idc generate` and `idc evaluate` too, as folders for
-`idc report --results <out>/evaluate`. These are the toy world's numbers and no row of the paper's tables.
+`idc report <out>/evaluate/*`. These are the toy world's numbers and no row of the paper's tables.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Variant:
 
 
 GRPO = "grpo.yaml"
+SAMPLING: dict[str, Any] = {"steps": 10, "scale": 1.0, "shift": 3.0}  # of recipes/grpo.yaml, for all variants
 VARIANTS = {
     "SFT": Variant(),
     "DPO": Variant(("dpo.yaml",), 1.5),
@@ -78,8 +79,8 @@ def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespa
     if not variant.recipes:
         return arguments.checkpoint
     steps = max(1, round(variant.steps * arguments.iterations))
-    saved = folder / "train" / "run" / "version_0" / "checkpoints" / f"step-{steps:08d}"
-    if not (saved / "manifest.json").is_file():
+    runs = folder / "train" / "run"  # several versions where the first was killed before it saved anything
+    if not any(runs.glob(f"version_*/checkpoints/step-{steps:08d}/manifest.json")):
         paths = [value for name in variant.recipes for value in ("--config", str(ROOT / "recipes" / name))]
         settings = {
             "seed_everything": seed,
@@ -95,7 +96,7 @@ def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespa
         status = main(["fit", *paths, *(f"--{key}={value}" for key, value in settings.items())])
         if status:
             raise SystemExit(f"idc fit ended with status {status}: {folder}")
-    return str(folder / "train" / "run" / "version_0")
+    return str(runs)
 
 
 def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -128,7 +129,7 @@ def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str
     stage = GRPO(
         checkpoint=checkpoint,
         reward=RewardRunner(composite, where="process"),
-        sampling=SamplingChanges(steps=10, scale=1.0, shift=3.0),  # as recipes/grpo.yaml
+        sampling=SamplingChanges(**SAMPLING),
     )
     held_out = ToyShards(str(ROOT / "data_shards/toy/held_out"), 64, 1_000_000_000)
     data = VideoDataModule([held_out], [[9, 64, 64]], val_sources=[held_out], batch_size=32, seed=seed)
@@ -145,16 +146,20 @@ def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str
     return {name: found["val/reward" if name == "reward" else f"val/reward/{name}"] for name in COLUMNS}
 
 
-def keep_results(name: str, checkpoint: str, folder: Path, arguments: argparse.Namespace) -> None:
+def keep_results(name: str, checkpoint: str, folder: Path, seed: int, arguments: argparse.Namespace) -> None:
     """Videos and their scores in the form that `idc report` reads, by the commands that users have."""
     from idc.cli import main
 
     videos = folder / "videos"
     generate = ["generate", "--config", str(ROOT / "recipes/generate.yaml"), f"--model.init_args.out={videos}"]
     evaluate = ["evaluate", "--config", str(ROOT / "recipes/evaluate.yaml"), f"--model.init_args.videos={videos}"]
+    # Of its own a run samples as it was validated, and the start with guidance.
+    sampling = [f"--model.init_args.sampling={json.dumps(SAMPLING)}", f"--data.init_args.seed={seed}"]
     label = f"--model.init_args.system={name}"
     place = f"--model.init_args.out={arguments.out / 'evaluate' / name}"
-    status = main([*generate, f"--model.init_args.checkpoint={checkpoint}"]) or main([*evaluate, label, place])
+    status = main([*generate, *sampling, f"--model.init_args.checkpoint={checkpoint}"]) or main(
+        [*evaluate, label, place]
+    )
     if status not in (0, 3):  # 3: some clips have no score, which the report tells
         raise SystemExit(f"sampling or judging {checkpoint} ended with status {status}")
 
@@ -221,7 +226,7 @@ def main() -> None:
                 temporary.write_text(json.dumps(known, indent=1))
                 temporary.replace(file)
             if arguments.results and not (arguments.out / "evaluate" / slug).is_dir():
-                keep_results(slug, train(VARIANTS[name], folder, seed, arguments), folder, arguments)
+                keep_results(slug, train(VARIANTS[name], folder, seed, arguments), folder, seed, arguments)
     print(f"\n{settings}, 64 held-out conditions a seed\n{table({name: results[name] for name in arguments.variants})}")
 
 

@@ -7,6 +7,7 @@ of forward and backward passes whatever the rewards are, as sharded training nee
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -136,6 +137,11 @@ class GRPO(Aligned):
             f"an iteration: {batch // size} groups of {size} = {batch} rollouts on {world} rank{'s' * (world > 1)}, "
             f"{at_once} at once; {self.updates} optimiser step{'s' * (self.updates > 1)} on {step} rollouts each"
         )
+        if self.rewards_used:
+            rank_zero_info(
+                f"the reward stands on {', '.join(self.rewards_used)}: with --model.init_args.rewards "
+                f"'{json.dumps(self.rewards_used)}' idc evaluate knows, and a report flags the metrics that do, too"
+            )
         if self.rollouts_a_step not in (None, step):
             rank_zero_warn(
                 f"{step} rollouts an optimiser step, and the recipe was tuned for {self.rollouts_a_step}: keep "

@@ -287,13 +287,14 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
 
 
 def test_a_reader_who_leaves_early_gets_no_traceback() -> None:
-    # argparse, which prints the help of reports, lets a long text go by itself.
-    for command, status in ((["--help"], 141), (["generate", "--help"], 141), (["report", "--help"], 0)):
+    # argparse, which prints the help of reports, may let the text go by itself, and then all is well.
+    for command, allowed in ((["--help"], {141}), (["generate", "--help"], {141}), (["report", "--help"], {0, 141})):
         read, write = os.pipe()
         os.close(read)
         done = subprocess.run([sys.executable, "-m", "idc", *command], stdout=write, stderr=subprocess.PIPE, text=True)
         os.close(write)
-        assert (done.returncode, done.stderr) == (status, "")
+        assert done.returncode in allowed
+        assert done.stderr == ""
 
 
 def test_a_pipe_that_breaks_elsewhere_is_no_reader_who_left(monkeypatch: pytest.MonkeyPatch) -> None:

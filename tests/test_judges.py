@@ -98,10 +98,11 @@ def test_the_answer_is_the_greedy_one(qwen: ImageTextJudge) -> None:
     words = tokenizer.decode(new, skip_special_tokens=True).strip()
     with pytest.raises(JudgeError, match=f"cut at max_tokens=4: '{words}'"):
         qwen.generate([image], QUESTION)
-    qwen._model.generation_config.eos_token_id = new[-1]  # now that token ends the answer
+    qwen._model.generation_config.eos_token_id = new[-1]  # now that token ends the answer, where it first comes
+    answer = tokenizer.decode(new[: new.index(new[-1]) + 1], skip_special_tokens=True).strip()
     try:
         state = torch.random.get_rng_state()
-        assert qwen.answers([image], QUESTION, [3, 4]) == [tokenizer.decode(new, skip_special_tokens=True).strip()] * 2
+        assert qwen.answers([image], QUESTION, [3, 4]) == [answer] * 2
         assert torch.equal(state, torch.random.get_rng_state())
     finally:
         qwen._model.generation_config.eos_token_id = None

@@ -39,7 +39,7 @@ class Reward(ABC):
             UserError: for weights that are missing, or a server that is not there.
         """
 
-    def unload(self) -> None:  # noqa: B027
+    def unload(self) -> None:  # noqa: B027  # as `load`
         """Free what `load` loaded."""
 
     def applies(self, clip: Clip) -> bool:

@@ -119,7 +119,7 @@ class Composite(Reward):
         self.normalise = normalise
 
     @property
-    def models(self) -> tuple[str, ...]:  # type: ignore[override]
+    def models(self) -> tuple[str, ...]:  # type: ignore[override]  # its terms tell, where others have a value
         """Of the weighted terms: those are what is optimised."""
         return tuple(dict.fromkeys(model for term in self.terms if term.weight for model in term.reward.models))
 

@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(HTTPStatus.BAD_REQUEST, str(error)) from None
         try:
             score = call(self.server.reward, clip)
-        except Exception as error:
+        except Exception as error:  # of any reward, also one that is not ours
             # Another try may do: memory, a network of its own. The client has its own number of tries.
             self.server.count(None)
             print(f"idc rewards serve: clip {clip.id!r}: {reason_of(error)}", file=sys.stderr)

@@ -65,7 +65,7 @@ class Scoring:
                     return call(reward, clip)
                 except UserError as error:
                     return Score.failed(reason_of(error))
-                except Exception as error:
+                except Exception as error:  # of any reward: tried again, then a failure with its reason
                     reason = reason_of(error)
             return Score.failed(f"{reason} (in {counted(self.retries + 1, 'call')})")
 

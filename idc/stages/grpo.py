@@ -114,7 +114,7 @@ class GRPO(Aligned):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(self.trainer, "datamodule", None)
         world = self.trainer.world_size
         if stage == "fit":
             size, batch = data.group_size, data.batch_size
@@ -175,7 +175,7 @@ class GRPO(Aligned):
 
     @property
     def _group_size(self) -> int:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(self.trainer, "datamodule", None)
         return data.group_size
 
     @contextmanager

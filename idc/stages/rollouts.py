@@ -55,7 +55,7 @@ class Rollouts:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  # checks steps, shift and scales
+        Sampling(self.steps, self.scale, self.image_scale, self.shift)  # checks them
         for name in ("window_size", "window_stride", "batch"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"rollouts: {name}={value}: must be 1 or more")

@@ -97,6 +97,21 @@ class LogitNormal(TimeSampler):
         return shift(torch.sigmoid(self.mean + self.std * normal_B), self.shift).float()
 
 
+def held_out_times(values: Sequence[float] | None) -> list[float]:
+    """The times at which held-out samples are evaluated; None is 0.1 to 0.9 in steps of 0.2.
+
+    Raises:
+        UserError: unless there is at least one, each above 0 and at most 1.
+    """
+    times = [0.1, 0.3, 0.5, 0.7, 0.9] if values is None else list(values)
+    if not times or not all(0 < t <= 1 for t in times):
+        raise UserError(
+            f"validation_times={times}: at least one, each above 0 and at most 1 (noise); "
+            "the default is [0.1, 0.3, 0.5, 0.7, 0.9]"
+        )
+    return times
+
+
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise UserError(f"{name}={value}: must be positive; 1.0 is the neutral choice")

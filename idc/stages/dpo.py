@@ -20,7 +20,7 @@ from idc.data.pairs import check_pairs
 from idc.errors import UserError
 from idc.flow.objectives import dpo_loss, velocity_error
 from idc.flow.path import interpolate, velocity_target
-from idc.flow.times import LogitNormal, TimeSampler, noise_like
+from idc.flow.times import LogitNormal, TimeSampler, held_out_times, noise_like
 from idc.models.conditioning import ConditionDropout, Drop, Features
 from idc.stages.aligned import Aligned
 from idc.types import Batch
@@ -72,12 +72,7 @@ class DPO(Aligned):
             raise UserError(f"beta={beta}: must be positive; 100 is usual")
         if not 0 <= sft_weight < math.inf:
             raise UserError(f"sft_weight={sft_weight}: must be 0 (plain DPO) or more")
-        chosen = [0.1, 0.3, 0.5, 0.7, 0.9] if validation_times is None else validation_times
-        if not chosen or not all(0 < t <= 1 for t in chosen):
-            raise UserError(
-                f"validation_times={chosen}: at least one, each above 0 and at most 1 (noise); "
-                "the default is [0.1, 0.3, 0.5, 0.7, 0.9]"
-            )
+        chosen = held_out_times(validation_times)
         super().__init__(**aligned_args)
         self.beta, self.sft_weight = beta, sft_weight
         self.times = times or LogitNormal()

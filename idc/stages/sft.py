@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from idc.errors import UserError
 from idc.flow.path import interpolate, velocity_target
-from idc.flow.times import LogitNormal, TimeSampler, noise_like
+from idc.flow.times import LogitNormal, TimeSampler, held_out_times, noise_like
 from idc.flow.weights import Uniform, Weight
 from idc.models.conditioning import ConditionDropout, Drop, Features
 from idc.stages.base import Stage
@@ -46,12 +45,7 @@ class SFT(Stage):
         self.times = times or LogitNormal()
         self.weight = weight or Uniform()
         self.dropout = dropout or ConditionDropout()
-        self.validation_times = [0.1, 0.3, 0.5, 0.7, 0.9] if validation_times is None else validation_times
-        if not self.validation_times or not all(0 < t <= 1 for t in self.validation_times):
-            raise UserError(
-                f"validation_times={self.validation_times}: at least one, each above 0 and at most 1 (noise); "
-                "the default is [0.1, 0.3, 0.5, 0.7, 0.9]"
-            )
+        self.validation_times = held_out_times(validation_times)
         self._micro_losses: list[Tensor] = []  # of the micro-batches since the last optimiser step
         self._validated = 0  # held-out batches of the running validation
         self.held_out = torch.nn.ModuleDict({self._name(t): MeanMetric() for t in self.validation_times})

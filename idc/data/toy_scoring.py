@@ -237,5 +237,5 @@ def _background(frames: NDArray[np.float32], clear: NDArray[np.bool_], spec: Toy
     if not clear.any():
         return None
     asked = render.background(spec.background_colour, spec.background_pattern, spec.height, spec.width)
-    near = np.abs(frames - asked).max(-1) <= BACKGROUND_TOLERANCE
+    near = (np.abs(frames - asked) <= BACKGROUND_TOLERANCE).all(-1)
     return float(near[clear].mean())

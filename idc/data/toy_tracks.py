@@ -116,7 +116,8 @@ def _hue_of_pixels(frames: Array) -> NDArray[np.int64]:
     along = chroma @ (HUES / (HUES**2).sum(1, keepdims=True)).T  # [T, H, W, 6], 1 at the pure colour
     cosine = chroma @ (HUES / np.linalg.norm(HUES, axis=1, keepdims=True)).T
     nearest = cosine.argmax(-1)
-    high, low = frames.max(-1), frames.min(-1)
+    red, green, blue = np.moveaxis(frames, -1, 0)  # numpy's maximum over a last axis of 3 takes ten times as long
+    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     vivid = np.take_along_axis(along, nearest[..., None], -1)[..., 0] > VIVID
     vivid |= (high - low > SATURATED * high) & (high > DARK)
     dark = ~vivid & (high < DARK)

@@ -1,0 +1,60 @@
+"""Steps over the whole collection: what one candidate cannot know of itself, such as that it is there twice.
+
+They run after all units are through their steps, over the survivors without their pixels, in the order of the sources.
+What they decide is applied when shards are written.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from idc.curate.candidate import Candidate, Dropped, plain_settings
+
+
+class Survivors(Protocol):
+    """All candidates that came through the steps: `clip`, masks and the references' images are empty, all else is
+    there. May be passed over many times; each pass streams from the disk in the same order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Candidate]: ...
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """A subject takes a reference of the same subject in another candidate as its own.
+
+    Attributes:
+        key, subject: who takes it: candidate, and number of its subject.
+        other, other_subject, reference: whose reference, by number.
+        similarity: cosine of the two subjects' embeddings.
+        first: it becomes the subject's first choice.
+    """
+
+    key: str
+    subject: int
+    other: str
+    other_subject: int
+    reference: int
+    similarity: float
+    first: bool = True
+
+
+Decision = Dropped | Adopt
+
+
+class CollectionStep(ABC):
+    """Decides over the survivors of the steps before it: those dropped by an earlier collection step are not shown."""
+
+    name: str = ""
+
+    @abstractmethod
+    def decide(self, survivors: Survivors) -> Iterable[Decision]:
+        """Drops and adoptions; the same for the same survivors, whatever else. At most one drop a candidate."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Settings that decide what comes out, plain JSON."""
+        return plain_settings(self)

@@ -228,7 +228,7 @@ class Source(ABC):
         return plain_settings(self)
 
 
-class Step(ABC):
+class Step:
     """One ordered part of the way from raw material to samples.
 
     Attributes:

@@ -250,10 +250,10 @@ class Step:
         """Networks and tools with their versions; they go into each sample's provenance under the step's name."""
         return ()
 
-    def load(self, device: torch.device | str = "cpu") -> None:  # noqa: B027  (most steps load nothing)
+    def load(self, device: torch.device | str = "cpu") -> None:
         """Load the networks; idempotent. Once a worker."""
 
-    def unload(self) -> None:  # noqa: B027
+    def unload(self) -> None:
         """Free them."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:

@@ -105,6 +105,16 @@ class CuratedSubject:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+class EncodedClip(NamedTuple):
+    """A clip as it goes into a shard: an H.264 MP4 of `frames` frames of `height` x `width` pixels. Where only what is
+    known of a clip is wanted, `mp4` is empty."""
+
+    mp4: bytes
+    frames: int
+    height: int
+    width: int
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What may become a sample, and all that is known of it.
@@ -122,6 +132,8 @@ class Candidate:
         ranks: rank of the source's frame for each frame of the clip, once its length and rate are decided.
         fps: of the clip, in frames per second; 0 until it is decided.
         clip: the clip's pixels, uint8 `[T, H, W, 3]`, once cut; a still image is a clip of one frame.
+        encoded: the clip as a file. The engine makes it of `clip` behind the last step, and lets the pixels go; a source
+            whose clips are files already, of the right frames and size, may give it itself.
         caption: what it shows; "" until it is known.
         subjects: who and what it shows.
         scores: by name; units as the step that gave them says.
@@ -140,6 +152,7 @@ class Candidate:
     ranks: tuple[int, ...] = ()
     fps: float = 0.0
     clip: Pixels | None = None
+    encoded: EncodedClip | None = None
     caption: str = ""
     subjects: tuple[CuratedSubject, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -291,10 +304,19 @@ def plain_settings(thing: Any) -> dict[str, Any]:
             return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
         if hasattr(value, "describe"):
             return dict(value.describe())
+        if hasattr(value, "fingerprint"):  # a network: where its weights lie and where it runs decide nothing
+            return {"class": type(value).__qualname__, "model": model_version(value)}
         return plain_settings(value) if hasattr(value, "__dict__") else str(value)
 
     own = {key: plain(value) for key, value in vars(thing).items() if not key.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **own}
+
+
+def model_version(model: Any) -> str:
+    """How provenance names a network: its name, and the fingerprint of its weights and settings where there is one
+    (a model behind a server has none)."""
+    fingerprint = getattr(model, "fingerprint", "")
+    return f"{model.name} ({fingerprint})" if fingerprint else str(model.name)
 
 
 def key_of(stem: str, identity: str, start: int | None = None) -> str:

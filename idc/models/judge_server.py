@@ -65,6 +65,10 @@ class ServerJudge(HttpClient, Judge):
     def name(self) -> str:
         return self.model
 
+    def describe(self) -> dict[str, Any]:
+        """What decides the answers, plain JSON: neither where the server is nor how patiently it is asked."""
+        return {"class": type(self).__qualname__, "model": self.model, "max_tokens": self.max_tokens, **self.extra}
+
     def load(self, device: torch.device | str = "cpu") -> Self:
         """Nothing to load; return self."""
         return self

@@ -7,11 +7,12 @@ from rate x duration, because containers state both wrongly for variable-rate cl
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from idc.errors import UserError, nearest
 VideoSource = bytes | str | Path
 
 PIXEL_FORMATS = ("yuv420p", "yuv444p")
+NEAR = 16  # frames that are decoded rather than sought past
 
 
 class VideoError(Exception):
@@ -37,6 +39,8 @@ class VideoInfo:
         fps: mean rate, (frames - 1) / (last time - first time); the container's own for a single frame.
         height, width: in pixels, as displayed (after the rotation that phones write).
         times: presentation time of each frame in seconds, rising; empty where the stream carries no timestamps.
+        keys: ranks of the frames that decoding can begin at, rising; empty without timestamps.
+        truncated: what the header promises and the file does not hold, such as "40 of 100 frames"; "" if nothing.
     """
 
     frames: int
@@ -44,6 +48,8 @@ class VideoInfo:
     height: int
     width: int
     times: tuple[float, ...]
+    keys: tuple[int, ...] = ()
+    truncated: str = ""
 
 
 @cache
@@ -61,7 +67,7 @@ def probe(source: VideoSource) -> VideoInfo:
         VideoError: if the file cannot be opened or has no video.
     """
     with _Reader(source) as reader:
-        pts = reader.timestamps()
+        pts, keys, truncated = reader.packets()
         first = next(reader.frames(), None)
         if first is None:
             raise VideoError("no frame can be decoded")
@@ -75,7 +81,7 @@ def probe(source: VideoSource) -> VideoInfo:
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if count > 1 and times and times[-1] > times[0]:
             rate = (count - 1) / (times[-1] - times[0])
-        return VideoInfo(count, rate, height, width, times)
+        return VideoInfo(count, rate, height, width, times, tuple(keys), truncated)
 
 
 def decode_video(
@@ -101,8 +107,12 @@ def decode_video(
     return np.stack(pictures)
 
 
-def iterate_video(source: VideoSource, start: int = 0, threads: int = 1) -> Iterator[np.ndarray]:
+def iterate_video(
+    source: VideoSource, start: int = 0, threads: int = 1, info: VideoInfo | None = None
+) -> Iterator[np.ndarray]:
     """Yield the frames from rank `start` on, one at a time, as RGB uint8 `[H, W, 3]`, turned upright.
+
+    `info` is what `probe` says of this file, where that is known: saves reading all its packets for a seek.
 
     Raises:
         VideoError: if the file cannot be opened or a packet cannot be decoded.
@@ -110,15 +120,51 @@ def iterate_video(source: VideoSource, start: int = 0, threads: int = 1) -> Iter
     if start < 0:
         raise UserError(f"start={start}: must be 0 or more")
     with _Reader(source, threads) as reader:
-        yield from map(reader.picture, reader.frames(start))
+        yield from map(reader.picture, reader.frames(start, info))
 
 
 def decode_frames(source: VideoSource, ranks: Sequence[int], threads: int = 1) -> np.ndarray:
     """Decode the frames of the given ranks (rising, repeats allowed) to RGB uint8 `[len(ranks), H, W, 3]`."""
-    if not ranks or any(later < earlier for earlier, later in pairwise(ranks)):
-        raise UserError(f"ranks={list(ranks)[:8]}: must be a non-empty rising sequence")
-    span = decode_video(source, ranks[0], ranks[-1] - ranks[0] + 1, threads)
-    return span[np.asarray(ranks) - ranks[0]]
+    pictures = list(pick_frames(source, ranks, threads=threads))
+    if len({picture.shape for picture in pictures}) > 1:
+        raise VideoError("the frame size changes within the clip")
+    return np.stack(pictures)
+
+
+def pick_frames(
+    source: VideoSource, ranks: Sequence[int], info: VideoInfo | None = None, threads: int = 1
+) -> Iterator[np.ndarray]:
+    """Yield the frames of the given ranks, one at a time, as RGB uint8 `[H, W, 3]`, turned upright.
+
+    What lies between is skipped by seeking where a keyframe allows it: a few frames of a film cost a few groups of
+    pictures.
+
+    Args:
+        source: the file.
+        ranks: rising, repeats allowed.
+        info: what `probe` says of this file, where that is known: saves reading all its packets for a seek.
+        threads: of the decoder.
+
+    Raises:
+        VideoError: if the file cannot be opened, or ends before the last frame asked for.
+    """
+    if not len(ranks) or ranks[0] < 0 or any(later < earlier for earlier, later in pairwise(ranks)):
+        raise UserError(f"ranks={list(ranks)[:8]}: must be a non-empty rising sequence from 0 on")
+    if info is None and ranks[-1] > NEAR:
+        info = probe(source)
+    keys = info.keys if info else ()
+    with _Reader(source, threads) as reader:
+        frames, after, picture = reader.frames(), 0, None
+        for rank in ranks:
+            if rank >= after:
+                if rank - after > NEAR and bisect_right(keys, rank) > bisect_right(keys, after):
+                    frames, after = reader.frames(rank, info), rank
+                frame = next(islice(frames, rank - after, None), None)
+                if frame is None:
+                    raise VideoError(f"frame {rank} wanted, the file ends before")
+                after, picture = rank + 1, reader.picture(frame)
+            assert picture is not None
+            yield picture
 
 
 def resample_ranks(times: Sequence[float], fps: float) -> list[int]:
@@ -222,33 +268,55 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self.container.close()
 
-    def timestamps(self) -> list[int] | int:
-        """Presentation timestamps of all frames in order, or only their number where packets carry none."""
+    def packets(self) -> tuple[list[int] | int, list[int], str]:
+        """Presentation timestamps of all frames in order, or only their number where packets carry none; ranks of the
+        keyframes; and what the file's end is missing, as `VideoInfo.truncated` says it."""
+        shown: list[tuple[int | None, bool]] = []
+        hidden = 0
         try:
-            packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
+            for packet in self.container.demux(self.stream):  # none is kept: a film's take gigabytes
+                if packet.size and packet.is_discard:
+                    hidden += 1
+                elif packet.size:
+                    shown.append((packet.pts, packet.is_keyframe))
         except self._errors as error:
             raise VideoError(f"broken packet: {_short(error)}") from error
-        pts = [packet.pts for packet in packets]
+        promised, found = self.stream.frames, len(shown) + hidden
+        truncated = f"{found} of {promised} frames" if found < promised else ""
         self.rewind()
-        return len(pts) if None in pts or len(set(pts)) < len(pts) else sorted(pts)
+        pts = [time for time, _ in shown if time is not None]
+        if len(set(pts)) < len(shown):
+            return len(shown), [], truncated
+        keys = {time for time, is_key in shown if is_key}
+        pts.sort()
+        return pts, [rank for rank, time in enumerate(pts) if time in keys], truncated
 
-    def frames(self, start: int = 0) -> Iterator[Any]:
-        """Decoded frames from rank `start` on, by a seek to the keyframe before it where timestamps allow one."""
-        skip = start
+    def frames(self, start: int = 0, info: VideoInfo | None = None) -> Iterator[Any]:
+        """Decoded frames from rank `start` on, by a seek to the keyframe before it where timestamps allow one. `info`
+        saves reading all packets for their timestamps."""
         try:
             if start:
-                pts = self.timestamps()
-                if not isinstance(pts, int):
-                    if start >= len(pts):
-                        return
-                    self.container.seek(pts[start], stream=self.stream, backward=True)
-                    yield from self._from_timestamp(pts[start], start)
+                count, wanted = self._timestamp(start, info)
+                if start >= count:
+                    return
+                if wanted is not None:
+                    self.container.seek(wanted, stream=self.stream, backward=True)
+                    yield from self._from_timestamp(wanted, start)
                     return
             for rank, frame in enumerate(self.container.decode(self.stream)):
-                if rank >= skip:
+                if rank >= start:
                     yield frame
         except self._errors as error:
             raise VideoError(f"cannot be decoded: {_short(error)}") from error
+
+    def _timestamp(self, rank: int, info: VideoInfo | None) -> tuple[int, int | None]:
+        """How many frames there are, and the timestamp of one: None where there are none, or no such frame."""
+        if info is not None:
+            return info.frames, round(info.times[rank] / self.stream.time_base) if rank < len(info.times) else None
+        pts = self.packets()[0]
+        if isinstance(pts, int):
+            return pts, None
+        return len(pts), pts[rank] if rank < len(pts) else None
 
     def picture(self, frame: Any) -> np.ndarray:
         """The frame as RGB uint8 HWC, turned as its display matrix says (phones store portrait clips lying)."""

@@ -157,7 +157,7 @@ def rollout(first: int, group: int, settings: Rollouts, window: list[int] | None
         window=chosen,
     )
     sample = Sample(id="a", caption="", video_CTHW=None, subjects=(), fps=8.0)
-    return Rollout(sample, {}, first, group, torch.tensor([0, 1]), latents, tuple(records))
+    return Rollout(sample, {}, first, group, torch.tensor([0, 1]), 5, latents, tuple(records))
 
 
 @pytest.mark.parametrize("kernel", ["flow", "wan", "dance"])

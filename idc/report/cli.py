@@ -18,7 +18,8 @@ EPILOG = """\
 A run folder is the `out` of idc evaluate. Its `system` says which rows it fills; case and punctuation do not matter:
 {names}
 Table S.7 goes by "lambda" in run.json's columns. --row "NAME=RUN", or --row "S.5:full=RUN" for one table only, says it
-by hand; such a run need not be named twice. Rows without a run stay blank. Systems that no table knows stand at the end
+by hand; such a run need not be named twice. Runs that differ by the "seed" in run.json's columns alone share a row,
+with an interval over seeds. Rows without a run stay blank. Systems that no table knows stand at the end
 of table 1."""
 
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(arguments: argparse.Namespace) -> int:
     from idc.report.render import FORMATS
+    from idc.report.replicates import together
     from idc.report.tables import Assignment, check_one_protocol, fill
 
     layouts = _layouts(arguments.table)
@@ -94,7 +96,9 @@ def _report(arguments: argparse.Namespace) -> int:
         _keep_common(kept)
     named = {name: by_path[Path(path).resolve()] for name, path in rows.items()}
     assignment = Assignment({name: measured for name, measured in named.items() if measured in kept})
-    tables = [fill(layout, kept, assignment, arguments.domain, arguments.with_published) for layout in layouts]
+    by_hand = [measured for measured in kept if measured in assignment.by_name.values()]
+    standing = [*together([measured for measured in kept if measured not in by_hand]), *by_hand]
+    tables = [fill(layout, standing, assignment, arguments.domain, arguments.with_published) for layout in layouts]
     if arguments.out is None:
         print("\n".join(FORMATS["md"](table) for table in tables), end="")
         return 0

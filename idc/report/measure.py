@@ -23,14 +23,33 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "human": ("singlehuman", "singleface"),
 }
 
-# Columns that are read from the details of identity tracking instead of its value.
+# The toy world has scorers of its own, exact ones, and so its tables have a protocol of their own.
+TOY = {
+    "facesim": "toy_identity",
+    "total": "toy",
+    "aesthetics": "toy_background",
+    "qalign": "toy_motion",
+    "naturalscore": "toy_motion",
+    "nexusscore": "toy_presence",
+}
+# Scores in the details of the metric "toy" that columns may read.
+TOY_PARTS = ("background", "motion", "presence")
+
+
+def toy_part(result: Result, part: str) -> float | None:
+    """A score in the details of the toy world's exact scorers; None where there is none."""
+    value = result.details.get(part)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+# Columns that are read from the details of a metric instead of its value.
 DERIVED: dict[str, Callable[[Result], float | None]] = {
     "subject_mean": subject_mean,
     "subject_min": subject_min,
     **{f"subject_{rate}": partial(subject_rate, rate=rate) for rate in RATES},
+    **{f"toy_{part}": partial(toy_part, part=part) for part in TOY_PARTS},
 }
-# The toy world has scorers of its own, exact ones, and so its tables have a protocol of their own.
-TOY = {"facesim": "toy_identity", "total": "toy"}
 FEWER = "over fewer videos than expected: what has no score, or one that the protocol leaves out, is in no mean"
 FEWER_PARTS = "a part of it is a mean over fewer videos than expected"
 
@@ -97,8 +116,13 @@ class Measured:
         """The toy world's scorers in place of a column's own metric, unless only that one was measured."""
         return {key: toy for key, toy in TOY.items() if self._looked_at(toy) or not self._looked_at(key)}
 
+    @property
+    def runs(self) -> tuple[Measured, ...]:
+        """The runs that it stands on: itself."""
+        return (self,)
+
     def _looked_at(self, metric: str) -> bool:
-        found = (self.run.results.get((id, metric)) for id in self.ids)
+        found = (self.run.results.get((id, self.metric(metric))) for id in self.ids)
         return any(result is not None and result.applies for result in found)
 
     @cached_property
@@ -171,6 +195,8 @@ class Measured:
 
     def metric(self, key: str) -> str:
         """The metric whose results `key` stands for, which may be derived from its details."""
+        if key.removeprefix("toy_") in TOY_PARTS:
+            return "toy"
         return (self.tracker or TRACKERS[0]) if key in DERIVED else key
 
     @property

@@ -99,7 +99,8 @@ def provenance(table: Table) -> list[str]:
         f"{line.title}: {m.run.path.name or m.run.path} (system {m.run.info.system}, commit "
         f"{m.run.info.commit or 'unknown'})"
         for line in table.lines
-        if (m := line.measured) is not None
+        if line.measured is not None
+        for m in line.measured.runs
     ]
 
 
@@ -172,7 +173,7 @@ def csv_text(table: Table) -> str:
 def _csv_row(table: Table, line: Line) -> list[str]:
     run = line.measured.run if line.measured else None
     row = [table.layout.number, line.group, line.title]
-    row += [run.info.system, str(run.path), run.info.protocol, table.domain, run.info.commit] if run else [""] * 5
+    row += [run.info.system, _paths(line), run.info.protocol, table.domain, run.info.commit] if run else [""] * 5
     row.append("; ".join(line.notes))
     for place, (cell, column) in enumerate(zip(line.cells, table.columns, strict=True)):
         scale = 100.0 if column.unit == PERCENT else 1.0
@@ -188,6 +189,10 @@ def _csv_row(table: Table, line: Line) -> list[str]:
         if table.with_published:
             row += [line.printed[place], line.printed_notes[place]]
     return row
+
+
+def _paths(line: Line) -> str:
+    return " ".join(str(m.run.path) for m in line.measured.runs) if line.measured else ""
 
 
 # LaTeX --------------------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ class Rollout:
         first: place of the first of them in the global batch; they follow each other.
         group: number of the group in the global batch.
         seeds_B: of each, on the CPU.
+        group_seed: of all that the group shares in this iteration, the same on all ranks.
         latents: `[B, C, T, H, W]` float32, where the rollout ended.
         records: of the stochastic steps, in float32.
     """
@@ -127,6 +128,7 @@ class Rollout:
     first: int
     group: int
     seeds_B: Tensor
+    group_seed: int
     latents: Tensor
     records: tuple[SDERecord, ...]
 
@@ -205,7 +207,8 @@ def roll_out(
             velocity = sampler.guided_velocity([encoded[group]], settings.sampling, group=size, cached=settings.cache)
         seeds_B = batch.seeds_B[start : start + size]
         name = f"{batch.epoch}/{batch.index}/{group}"
-        initial = [_group_seed(name)] * size if settings.shared_noise else seeds_B
+        group_seed = _group_seed(name)
+        initial = [group_seed] * size if settings.shared_noise else seeds_B
         latents, records = sample_sde(
             velocity,
             noise_like(initial, latent_shape, device=sampler.device),
@@ -216,7 +219,7 @@ def roll_out(
             window=settings.chosen(iteration, name),
         )
         sample, features = batch.samples[start], encoded[group]
-        rollouts.append(Rollout(sample, features, offset + start, group, seeds_B, latents, tuple(records)))
+        rollouts.append(Rollout(sample, features, offset + start, group, seeds_B, group_seed, latents, tuple(records)))
         done(rollouts[-1])
     return rollouts
 

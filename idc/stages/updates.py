@@ -175,6 +175,8 @@ class Contrast(Objective):
         bound: advantages at which a sample is wholly a positive or a negative.
         draws: times (and noises) a sample and iteration.
         times: how they are drawn.
+        shared_noise: a draw's time and noise are the same for a whole group, so that its members differ by their
+            videos alone, as the two of a DPO pair do.
 
     Raises:
         UserError: for a value that breaks its rule.
@@ -189,6 +191,7 @@ class Contrast(Objective):
         bound: float = 5.0,
         draws: int = 2,
         times: TimeSampler | None = None,
+        shared_noise: bool = True,
     ) -> None:
         rules = {
             "beta": (beta > 0, "positive; 1 is usual"),
@@ -200,7 +203,7 @@ class Contrast(Objective):
             if not holds:
                 raise UserError(f"contrast: {name}={locals()[name]}: must be {rule}")
         self.beta, self.kl, self.bound, self.draws = beta, kl, bound, draws
-        self.times = times or LogitNormal()
+        self.times, self.shared_noise = times or LogitNormal(), shared_noise
 
     @property
     def needs_reference(self) -> bool:
@@ -209,13 +212,16 @@ class Contrast(Objective):
     def points(self, rollout: Rollout) -> list[Point]:
         found = []
         for number in range(self.draws):
-            t_B = self.times(_fresh(rollout.seeds_B, number)).to(rollout.latents.device)
+            t_B = self.times(_fresh(self._seeds(rollout), number)).to(rollout.latents.device)
             found.append(Point(interpolate(rollout.latents, self._noise(rollout, number), t_B), t_B, number))
         return found
 
+    def _seeds(self, rollout: Rollout) -> Tensor:
+        return torch.full_like(rollout.seeds_B, rollout.group_seed) if self.shared_noise else rollout.seeds_B
+
     def _noise(self, rollout: Rollout, number: int) -> Tensor:
         shape = tuple(rollout.latents.shape[1:])
-        return noise_like(rollout.seeds_B, shape, device=rollout.latents.device, stream=f"contrast/{number}")
+        return noise_like(self._seeds(rollout), shape, device=rollout.latents.device, stream=f"contrast/{number}")
 
     def loss(self, velocity: Tensor, rollout: Rollout, point: Point, given: Given, settings: Rollouts) -> Loss:
         assert given.old is not None

@@ -10,8 +10,8 @@ nothing optimises. Videos of one seed start from the same noise for all variants
 seed by seed: the table gives the mean over seeds and, for differences, the 95% interval by Student's t.
 
 Run it again to go on: finished runs are skipped, broken ones resume at their last checkpoint. `<out>/results.json` has
-every number. `--results` samples and judges each run by `idc generate` and `idc evaluate` too, as folders for
-`idc report <out>/evaluate/*`. These are the toy world's numbers and no row of the paper's tables.
+every number. `--results` samples and judges each run by `idc generate` and `idc evaluate` too, for
+`idc report <out>/evaluate/*`, which fills the layout of tables 3 and S.7 by the toy world's exact scores, over seeds.
 """
 
 from __future__ import annotations
@@ -35,33 +35,39 @@ class Variant:
     """A row of the table.
 
     Attributes:
+        system: as `idc report` knows its row.
         recipes: in the order of `--config`; none is the start itself.
         steps: optimiser steps in units of the iterations that were asked for.
+        min_weight: the paper's lambda, where it belongs to the sweep of table S.7.
     """
 
+    system: str
     recipes: tuple[str, ...] = ()
     steps: float = 1.0
+    min_weight: float | None = None
 
 
 GRPO = "grpo.yaml"
 SAMPLING: dict[str, Any] = {"steps": 10, "scale": 1.0, "shift": 3.0}  # of recipes/grpo.yaml, for all variants
+# The ablations of the reward align by one step a rollout: the reward is what they differ by, and it rises fastest so.
+ONE = (GRPO, "alignment/one_step.yaml")
 VARIANTS = {
-    "SFT": Variant(),
-    "DPO": Variant(("dpo.yaml",), 1.5),
-    "GRPO": Variant((GRPO,)),
-    "GRPO, one step": Variant((GRPO, "alignment/one_step.yaml")),
-    "GRPO, sliding": Variant((GRPO, "alignment/sliding.yaml")),
-    "GRPO, group contrast": Variant((GRPO, "alignment/contrast.yaml")),
-    "DiffusionNFT": Variant((GRPO, "alignment/nft.yaml")),
-    "w/o fidelity": Variant((GRPO, "rewards/no_fidelity.yaml")),
-    "w/o quality": Variant((GRPO, "rewards/no_quality.yaml")),
-    "w/o natural": Variant((GRPO, "rewards/no_natural.yaml")),
-    "lambda 0": Variant((GRPO, "rewards/lambda_0.00.yaml")),
-    "lambda 0.25": Variant((GRPO, "rewards/lambda_0.25.yaml")),
-    "lambda 0.75": Variant((GRPO, "rewards/lambda_0.75.yaml")),
-    "lambda 1": Variant((GRPO, "rewards/lambda_1.00.yaml")),
-    "anti-leak": Variant((GRPO, "rewards/anti_leak.yaml")),
-    "normalised": Variant((GRPO, "rewards/normalised.yaml")),
+    "SFT": Variant("sft"),
+    "DPO": Variant("dpo", ("dpo.yaml",), 2.0),
+    "GRPO, all steps": Variant("grpo_all_steps", (GRPO,)),
+    "GRPO": Variant("grpo", ONE, min_weight=0.5),
+    "GRPO, sliding": Variant("grpo_sliding", (GRPO, "alignment/sliding.yaml")),
+    "GRPO, group contrast": Variant("grpo_contrast", (GRPO, "alignment/contrast.yaml")),
+    "DiffusionNFT": Variant("nft", (GRPO, "alignment/nft.yaml")),
+    "w/o fidelity": Variant("no_fidelity", (*ONE, "rewards/no_fidelity.yaml")),
+    "w/o quality": Variant("no_quality", (*ONE, "rewards/no_quality.yaml")),
+    "w/o natural": Variant("no_natural", (*ONE, "rewards/no_natural.yaml")),
+    "lambda 0": Variant("lambda_0", (*ONE, "rewards/lambda_0.00.yaml"), min_weight=0.0),
+    "lambda 0.25": Variant("lambda_0.25", (*ONE, "rewards/lambda_0.25.yaml"), min_weight=0.25),
+    "lambda 0.75": Variant("lambda_0.75", (*ONE, "rewards/lambda_0.75.yaml"), min_weight=0.75),
+    "lambda 1": Variant("lambda_1", (*ONE, "rewards/lambda_1.00.yaml"), min_weight=1.0),
+    "anti-leak": Variant("anti_leak", (*ONE, "rewards/anti_leak.yaml")),
+    "normalised": Variant("normalised", (*ONE, "rewards/normalised.yaml")),
 }
 COLUMNS = (
     "reward", "face", "subject", "aesthetics", "natural", "identity", "identity_min", "toy",
@@ -146,7 +152,7 @@ def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str
     return {name: found["val/reward" if name == "reward" else f"val/reward/{name}"] for name in COLUMNS}
 
 
-def keep_results(name: str, checkpoint: str, folder: Path, seed: int, arguments: argparse.Namespace) -> None:
+def keep_results(slug: str, variant: Variant, folder: Path, seed: int, arguments: argparse.Namespace) -> None:
     """Videos and their scores in the form that `idc report` reads, by the commands that users have."""
     from idc.cli import main
 
@@ -155,10 +161,13 @@ def keep_results(name: str, checkpoint: str, folder: Path, seed: int, arguments:
     evaluate = ["evaluate", "--config", str(ROOT / "recipes/evaluate.yaml"), f"--model.init_args.videos={videos}"]
     # Of its own a run samples as it was validated, and the start with guidance.
     sampling = [f"--model.init_args.sampling={json.dumps(SAMPLING)}", f"--data.init_args.seed={seed}"]
-    label = f"--model.init_args.system={name}"
-    place = f"--model.init_args.out={arguments.out / 'evaluate' / name}"
+    checkpoint = train(variant, folder, seed, arguments)
+    columns = {"seed": seed} | ({} if variant.min_weight is None else {"lambda": variant.min_weight})
+    label = f"--model.init_args.system={variant.system}"
+    label_columns = f"--model.init_args.columns={json.dumps(columns)}"
+    place = f"--model.init_args.out={arguments.out / 'evaluate' / slug}"
     status = main([*generate, *sampling, f"--model.init_args.checkpoint={checkpoint}"]) or main(
-        [*evaluate, label, place]
+        [*evaluate, label, label_columns, place]
     )
     if status not in (0, 3):  # 3: some clips have no score, which the report tells
         raise SystemExit(f"sampling or judging {checkpoint} ended with status {status}")
@@ -226,7 +235,7 @@ def main() -> None:
                 temporary.write_text(json.dumps(known, indent=1))
                 temporary.replace(file)
             if arguments.results and not (arguments.out / "evaluate" / slug).is_dir():
-                keep_results(slug, train(VARIANTS[name], folder, seed, arguments), folder, seed, arguments)
+                keep_results(slug, VARIANTS[name], folder, seed, arguments)
     print(f"\n{settings}, 64 held-out conditions a seed\n{table({name: results[name] for name in arguments.variants})}")
 
 

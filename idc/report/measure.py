@@ -39,8 +39,9 @@ TOY_PARTS = ("background", "motion", "presence")
 def toy_part(result: Result, part: str) -> float | None:
     """A score in the details of the toy world's exact scorers; None where there is none."""
     value = result.details.get(part)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 # Columns that are read from the details of a metric instead of its value.

@@ -23,6 +23,17 @@ class Survivors(Protocol):
     def __iter__(self) -> Iterator[Candidate]: ...
 
 
+class Collected(Survivors, Protocol):
+    """The survivors with their pixels, as they are written. It is pickled to processes: paths, no open files."""
+
+    def load(self, number: int, clip: bool = True) -> Candidate:
+        """Survivor `number` of the order, from 0, with its references' images, and with `clip` its clip and masks.
+
+        Raises:
+            UserError: where what the steps left on the disk cannot be read, with what to do.
+        """
+
+
 @dataclass(frozen=True)
 class Adopt:
     """A subject takes a reference of the same subject in another candidate as its own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -199,19 +199,28 @@ def split_by_video(entries: Sequence[Entry], share: float) -> tuple[list[Entry],
         last = max(1, round(share * len(entries))) if len(entries) > 1 else 0
         ordered = sorted(entries, key=lambda entry: entry.key)
         return ordered[: len(ordered) - last], ordered[len(ordered) - last :]
-    drawn = sorted(groups, key=lambda video: stable_hash(["held out", video]))
-    chosen, rest = set(), share * len(entries)
-    for video in drawn:
-        if abs(rest - len(groups[video])) < abs(rest):
-            chosen.add(video)
-            rest -= len(groups[video])
-    smallest = min(drawn, key=lambda video: len(groups[video]))
-    if not chosen:
-        chosen.add(smallest)
-    elif len(chosen) == len(groups):
-        chosen.remove(smallest)
+    chosen = hold_out({video: len(members) for video, members in groups.items()}, share)
     held_out = [entry for video, members in groups.items() for entry in members if video in chosen]
     return [entry for video, members in groups.items() for entry in members if video not in chosen], held_out
+
+
+def hold_out(sizes: Mapping[str, int], share: float) -> set[str]:
+    """The videos that are held out of `sizes` (video -> number of its samples), by the rule of `split_by_video`.
+
+    Neither none of them nor all, unless there is but one, which is not held out.
+    """
+    drawn = sorted(sizes, key=lambda video: (stable_hash(["held out", video]), video))
+    chosen, rest = set(), share * sum(sizes.values())
+    for video in drawn:
+        if abs(rest - sizes[video]) < abs(rest):
+            chosen.add(video)
+            rest -= sizes[video]
+    smallest = min(drawn, key=lambda video: sizes[video], default="")
+    if not chosen and len(sizes) > 1:
+        chosen.add(smallest)
+    elif len(chosen) == len(sizes):
+        chosen.discard(smallest)
+    return chosen
 
 
 def source_name(source: Source) -> str:

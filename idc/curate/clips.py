@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from idc.curate.people import Box, Sighting, Track, Tracker, choose_reference, head_and_shoulders
+from idc.curate.people import Box, Sighting, Track, Tracker, choose_reference, head_and_shoulders, subject_names
 from idc.data.cuts import is_cut
 from idc.data.video import PIXEL_FORMATS, VideoError, encode_video, iterate_video, probe, resample_ranks
 from idc.errors import UserError, nearest
@@ -359,15 +359,6 @@ def default_caption(subjects: int) -> str:
         return "A video."
     words = {1: "a person", 2: "two people", 3: "three people", 4: "four people"}
     return f"A video of {words.get(subjects, f'{subjects} people')}."
-
-
-def subject_names(subjects: int) -> list[str]:
-    """Words for the subjects of a window, from left to right."""
-    if subjects == 1:
-        return ["person"]
-    if subjects == 2:
-        return ["person on the left", "person on the right"]
-    return [f"person {number} from the left" for number in range(1, subjects + 1)]
 
 
 def sample_key(name: str, start: int) -> str:

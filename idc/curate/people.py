@@ -8,7 +8,7 @@ coming back is a new track: references are never taken across such a gap, so the
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,11 +23,17 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Sighting(NamedTuple):
-    """A face seen at a tick (frame number at the target rate); `alone` where no other face is in its crop."""
+    """A face seen at a tick (frame number at the target rate, or rank of a source's frame).
+
+    `alone` where no other face is in its crop; `yaw` in degrees and `sharpness` as `idc.curate.faces` measures them, 0
+    where nobody did.
+    """
 
     tick: int
     face: Face
     alone: bool
+    yaw: float = 0.0
+    sharpness: float = 0.0
 
 
 @dataclass
@@ -49,15 +55,19 @@ class Tracker:
         size: (height, width) of the picture, for the crops.
         score: a track is a person if the median of its faces' confidence is at least this. Single faces may be less
             sure (a turned head), while cartoon animals score about 0.8 all along.
+        enough: a track of fewer sightings is nobody.
     """
 
-    def __init__(self, patience: int, size: tuple[int, int], score: float = 0.88) -> None:
-        self._patience, self._size, self._score = patience, size, score
+    def __init__(self, patience: int, size: tuple[int, int], score: float = 0.88, enough: int = MIN_SIGHTINGS) -> None:
+        self._patience, self._size, self._score, self._enough = patience, size, score, enough
         self._open: list[Track] = []
         self._done: list[Track] = []
 
-    def look(self, tick: int, faces: Sequence[Face]) -> None:
-        """Add the faces seen at a tick. The closest pairs are joined first; each face and track is used once."""
+    def look(self, tick: int, faces: Sequence[Face], quality: Sequence[tuple[float, float]] = ()) -> list[Track]:
+        """Add the faces seen at a tick, with the yaw and sharpness of each where they are known; each one's track.
+
+        The closest pairs are joined first; each face and track is used once.
+        """
         self._close([t for t in self._open if tick - t.sightings[-1].tick > self._patience])
         pairs = sorted(
             ((affinity(track.sightings[-1].face, face), i, j))
@@ -76,7 +86,8 @@ class Tracker:
             if j not in joined:
                 joined[j] = Track()
                 self._open.append(joined[j])
-            joined[j].sightings.append(Sighting(tick, face, alone))
+            joined[j].sightings.append(Sighting(tick, face, alone, *(quality[j] if quality else ())))
+        return [joined[j] for j in range(len(faces))]
 
     def cut(self) -> None:
         """A new shot begins: nobody is followed across."""
@@ -88,7 +99,7 @@ class Tracker:
         tracks = [
             track
             for track in self._done
-            if len(track.sightings) >= MIN_SIGHTINGS
+            if len(track.sightings) >= self._enough
             and np.median([sighting.face.score for sighting in track.sightings]) >= self._score
         ]
         return sorted(tracks, key=lambda track: track.sightings[0][:2])
@@ -111,18 +122,41 @@ def head_and_shoulders(face: Face, height: int, width: int, margin: float = 2.2)
 
 
 def choose_reference(track: Track, first: int, last: int, gap: int, seed: str) -> Sighting | None:
-    """A sighting of the person at least `gap` ticks before tick `first` or after `last`, or None.
-
-    Sightings with nobody else in the crop come first; among the sharpest and largest of them one is drawn by `seed`,
-    so that the windows of a long track do not all get the same picture.
-    """
+    """The first choice at least `gap` ticks before tick `first` or after `last`, or None where nothing is."""
     away = [s for s in track.sightings if s.tick <= first - max(1, gap) or s.tick >= last + max(1, gap)]
-    away = [s for s in away if s.alone] or away
-    if not away:
-        return None
-    quality = [s.face.score * s.face.height for s in away]
-    good = [s for s, value in zip(away, quality, strict=True) if value >= GOOD_SHARE * max(quality)]
-    return random.Random(seed).choice(good)
+    return next(iter(by_quality(away, seed)), None)
+
+
+def size_and_score(sighting: Sighting) -> float:
+    """How good a reference a sighting makes: the surer and larger, the better."""
+    return sighting.face.score * sighting.face.height
+
+
+def by_quality(
+    sightings: Sequence[Sighting], seed: str, quality: Callable[[Sighting], float] = size_and_score
+) -> list[Sighting]:
+    """In which order sightings are tried as references.
+
+    Only those with nobody else in the crop, where there are any. The first is drawn by `seed` among the good ones, so
+    that the windows of a long track do not all get the same picture; the others follow by falling quality.
+    """
+    left = [s for s in sightings if s.alone] or list(sightings)
+    if not left:
+        return []
+    values = [quality(s) for s in left]
+    good = [n for n, value in enumerate(values) if value >= GOOD_SHARE * max(values)]
+    first = random.Random(seed).choice(good)
+    others = sorted((n for n in range(len(left)) if n != first), key=lambda n: -values[n])
+    return [left[n] for n in (first, *others)]
+
+
+def subject_names(subjects: int) -> list[str]:
+    """Words for the people of a window, from left to right."""
+    if subjects == 1:
+        return ["person"]
+    if subjects == 2:
+        return ["person on the left", "person on the right"]
+    return [f"person {number} from the left" for number in range(1, subjects + 1)]
 
 
 def _touches(box: Box, face: Face) -> bool:

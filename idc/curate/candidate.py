@@ -256,7 +256,7 @@ class Step:
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
-            cls.name = re.sub(r"(?<!^)(?=[A-Z])", " ", cls.__name__).lower()
+            cls.name = words_of(cls)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -290,6 +290,11 @@ class Step:
     def describe(self) -> Mapping[str, Any]:
         """Settings that decide what comes out, plain JSON."""
         return plain_settings(self)
+
+
+def words_of(kind: type) -> str:
+    """A class's name in words: "motion filter" of `MotionFilter`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", kind.__name__).lower()
 
 
 def plain_settings(thing: Any) -> dict[str, Any]:

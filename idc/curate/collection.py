@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from idc.curate.candidate import Candidate, Dropped, plain_settings
+from idc.curate.candidate import Candidate, Dropped, plain_settings, words_of
 
 
 class Survivors(Protocol):
@@ -58,9 +58,19 @@ Decision = Dropped | Adopt
 
 
 class CollectionStep(ABC):
-    """Decides over the survivors of the steps before it: those dropped by an earlier collection step are not shown."""
+    """Decides over the survivors of the steps before it: those dropped by an earlier collection step are not shown.
+
+    Attributes:
+        name: in tables and drops; the class's name in words by default.
+        after_split: whether it must know which candidates are held out: then `meta["split"]` of each says so.
+    """
 
     name: str = ""
+    after_split: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = words_of(cls)
 
     @abstractmethod
     def decide(self, survivors: Survivors) -> Iterable[Decision]:

@@ -10,10 +10,12 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from idc.data import storage
 from idc.data.scan import VIDEO_EXTS, Member, Problem, Scanned, reference_number, scan_shard
@@ -130,27 +132,85 @@ class ShardIndex:
         """
         root = str(root)
         path = storage.join(root, INDEX_NAME)
-        mend = f"run: idc shards index {root}"
-        try:
-            with storage.open_read(path) as stream:
-                header_line, *lines = stream.read().splitlines()
-            header = json.loads(header_line)
-        except FileNotFoundError:
-            if storage.list_tars(root):
-                raise UserError(f"{root}: the shards have no {INDEX_NAME} yet; {mend}") from None
-            raise UserError(f"{root}: no shards here; idc shards build makes some from videos") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: unreadable ({error}); {mend}") from error
-        if not isinstance(header, dict) or header.get("version") != VERSION:
-            raise UserError(f"{path}: not an index of version {VERSION}; {mend}")
+        with _opened(root) as stream:
+            header_line, *lines = stream.read().splitlines() or [b""]
+        header = _header(path, root, header_line)
         if _hash_lines(lines) != header["hash"]:
-            raise UserError(f"{path}: damaged, its lines do not match the hash in its header; {mend}")
+            raise _damaged(path, root)
         shards = tuple(ShardStamp(**stamp) for stamp in header["shards"])
         if check_stale:
             check_fresh(root, shards)
-        entries = _parse(lines, header["source"] if source is None else source)
+        entries = list(_parse(lines, header["source"] if source is None else source))
         problems = tuple(Problem(**problem) for problem in header["problems"])
         return cls(root, entries, header["hash"], shards, problems)
+
+    @classmethod
+    def stream(cls, root: str | Path) -> tuple[ShardIndex, int, Iterator[Entry]]:
+        """As `load`, for a pass over more entries than shall be held in memory.
+
+        Returns:
+            the index without its entries, their number, and the entries one after another.
+
+        Raises:
+            UserError: as `load`; where the lines do not match the hash, behind the last of them.
+        """
+        root = str(root)
+        path = storage.join(root, INDEX_NAME)
+        with _opened(root) as stream:
+            header = _header(path, root, stream.readline())
+        shards = tuple(ShardStamp(**stamp) for stamp in header["shards"])
+        check_fresh(root, shards)
+        problems = tuple(Problem(**problem) for problem in header["problems"])
+        return cls(root, (), header["hash"], shards, problems), int(header["samples"]), _stream(root, header)
+
+
+@contextmanager
+def _opened(root: str) -> Iterator[IO[bytes]]:
+    """The index file, or a `UserError` that says what to do without one."""
+    path = storage.join(root, INDEX_NAME)
+    try:
+        with storage.open_read(path) as stream:
+            yield stream
+    except FileNotFoundError:
+        if storage.list_tars(root):
+            raise UserError(f"{root}: the shards have no {INDEX_NAME} yet; {_mend(root)}") from None
+        raise UserError(f"{root}: no shards here; idc shards build makes some from videos") from None
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error}); {_mend(root)}") from error
+
+
+def _header(path: str, root: str, line: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}: unreadable ({error}); {_mend(root)}") from error
+    if not isinstance(header, dict) or header.get("version") != VERSION:
+        raise UserError(f"{path}: not an index of version {VERSION}; {_mend(root)}")
+    return header
+
+
+def _stream(root: str, header: dict[str, Any]) -> Iterator[Entry]:
+    path = storage.join(root, INDEX_NAME)
+    digest = hashlib.sha256()
+    with _opened(root) as stream:
+        stream.readline()
+        while lines := [line.rstrip(b"\n") for line in islice(stream, PARSED_AT_ONCE)]:
+            for line in lines:
+                digest.update(line + b"\n")
+            try:
+                yield from _parse(lines, header["source"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise _damaged(path, root) from error
+    if digest.hexdigest() != header["hash"]:
+        raise _damaged(path, root)
+
+
+def _mend(root: str) -> str:
+    return f"run: idc shards index {root}"
+
+
+def _damaged(path: str, root: str) -> UserError:
+    return UserError(f"{path}: damaged, its lines do not match the hash in its header; {_mend(root)}")
 
 
 def make_index(

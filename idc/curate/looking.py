@@ -18,7 +18,6 @@ from typing import Any
 from idc.data import storage
 from idc.data.index import Entry, ShardIndex
 from idc.data.scan import Problem, reference_number
-from idc.errors import UserError
 
 DROPS = "drops.jsonl"
 COUNTS = "counts.json"
@@ -175,7 +174,7 @@ class Collection:
                 with storage.open_read(path) as stream:
                     for line in stream:
                         if isinstance(record := _json(line), dict):
-                            yield _drop(record)
+                            yield _drop(record, folder.rstrip("/").rsplit("/", 1)[-1])
             except FileNotFoundError:
                 continue
 
@@ -341,12 +340,12 @@ def _subject(item: Mapping[str, Any], name: str, kind: str, ext: str) -> SeenSub
     )
 
 
-def _drop(record: Mapping[str, Any]) -> SeenDrop:
+def _drop(record: Mapping[str, Any], folder: str) -> SeenDrop:
     texts = {name: _text(record.get(name)) for name in ("source", "video", "key", "step", "reason", "detail")}
     seconds = _number(record.get("seconds"))
     if seconds is not None:  # of `idc shards build`
         texts["detail"] = "; ".join(part for part in (texts["detail"], f"from {seconds:g} s on") if part)
-    return SeenDrop(**texts)
+    return SeenDrop(**{**texts, "source": texts["source"] or folder})
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -15,10 +15,10 @@ _KINDS = {
     **dict.fromkeys(("clothing", "object"), OBJECTS),
 }
 _WORDS = {
-    HUMAN: """actor actress adult artist athlete baby boy bride chef child children couple crowd dancer doctor driver face
-        family farmer father female fisherman girl groom guy hand hands hiker human kid lady male man men model mother
-        musician nurse officer people performer person player police scientist singer skier soldier speaker student
-        surfer swimmer teacher teenager toddler woman women worker""",
+    HUMAN: """actor actress adult artist athlete baby boy bride chef child children couple crowd dancer doctor driver
+        face family farmer father female fisherman girl groom guy hand hands hiker human kid lady male man men model
+        mother musician nurse officer people performer person player police scientist singer skier soldier speaker
+        student surfer swimmer teacher teenager toddler woman women worker""",
     ENVIRONMENT: """alley apartment background bathroom bedroom bridge building city cityscape church corridor farm
         garden gym hall harbor highway hotel house interior kitchen lab laboratory landmark library living-room market
         museum office park pier place playground pool restaurant road roof room room scene school shop skyline stadium
@@ -33,16 +33,19 @@ _WORDS = {
 _SCENARIO = {word: scenario for scenario, words in _WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 # What may follow the word that says what a subject is: "a man with a hat", "the dog on the left".
-_ENDS = frozenset("at behind beside by from holding in near next of on over under wearing who whose with".split())
-STOP_WORDS = frozenset(
-    """a about above across after again against all along also am an and another any are around as at away be because
-    been before behind being below beside between both but by can close could did do does down during each either few
-    for from further had has have having he her here hers herself him himself his how i if in into is it its itself
-    just left many may more most much near next no nor not of off on once one only onto or other our out over own
-    right same several she should some such than that the their them then there these they this those three through
-    to together too toward towards two under until up upon very video was we were what when where which while who whom
-    whose why will with within without would you your""".split()
-)
+_ENDS = """
+    at behind beside by from holding in near next of on over under wearing who whose with
+"""
+_STOP_WORDS = """
+    a about above across after again against all along also am an and another any are around as at away be
+    because been before behind being below beside between both but by can close could did do does down during
+    each either few for from further had has have having he her here hers herself him himself his how i if in
+    into is it its itself just left many may more most much near next no nor not of off on once one only onto or
+    other our out over own right same several she should some such than that the their them then there these
+    they this those three through to together too toward towards two under until up upon very video was we were
+    what when where which while who whom whose why will with within without would you your
+"""
+_ENDS_SET, _STOP_SET = frozenset(_ENDS.split()), frozenset(_STOP_WORDS.split())
 
 
 def head_noun(name: str) -> str:
@@ -53,10 +56,10 @@ def head_noun(name: str) -> str:
     """
     words = [word.lower() for word in _WORD.findall(name)]
     for place, word in enumerate(words):
-        if place and word in _ENDS:
+        if place and word in _ENDS_SET:
             words = words[:place]
             break
-    meant = [word for word in words if word not in STOP_WORDS] or words
+    meant = [word for word in words if word not in _STOP_SET] or words
     return meant[-1] if meant else ""
 
 
@@ -77,4 +80,4 @@ def scenario(name: str, kind: str = "") -> str:
 def content_words(text: str) -> list[str]:
     """The words of a text that carry meaning, in lower case."""
     found = (word.lower() for word in _WORD.findall(text))
-    return [word for word in found if len(word) > 1 and word not in STOP_WORDS]
+    return [word for word in found if len(word) > 1 and word not in _STOP_SET]

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from idc.curate.geometry import RESIZE, View
 from idc.curate.people import Box, Sighting, Track, Tracker, choose_reference, head_and_shoulders, subject_names
 from idc.data.cuts import is_cut
 from idc.data.video import PIXEL_FORMATS, VideoError, encode_video, iterate_video, probe, resample_ranks
 from idc.errors import UserError, nearest
 from idc.models.faces import Face, FaceDetector
-from idc.types import SPATIAL_MULTIPLE, check_frames, check_side
-
-RESIZE = ("crop", "short-side")
+from idc.types import check_frames, check_side
 
 
 @dataclass(frozen=True)
@@ -192,47 +191,6 @@ def _cut(path: Path, name: str, settings: ClipSettings, detector: FaceDetector) 
                 "caption_given": caption is not None,
             },
         )
-
-
-@dataclass(frozen=True)
-class View:
-    """What a sample shows of a video's picture: scaled by `scale`, then `height` x `width` from the centre."""
-
-    source_height: int
-    source_width: int
-    height: int
-    width: int
-    scale: float
-
-    @classmethod
-    def fit(cls, height: int, width: int, settings: ClipSettings) -> View:
-        """The view of a `height` x `width` video under the settings; its aspect is kept."""
-        if settings.resize == "short-side":
-            scale = min(settings.height, settings.width) / min(height, width)
-            whole = [max(1, round(side * scale) // SPATIAL_MULTIPLE) * SPATIAL_MULTIPLE for side in (height, width)]
-            return cls(height, width, whole[0], whole[1], scale)
-        scale = max(settings.height / height, settings.width / width)
-        return cls(height, width, settings.height, settings.width, scale)
-
-    def __call__(self, picture: np.ndarray) -> np.ndarray:
-        """Scale and crop an RGB uint8 frame `[H, W, 3]`."""
-        import cv2
-
-        size = (
-            max(self.width, round(self.source_width * self.scale)),
-            max(self.height, round(self.source_height * self.scale)),
-        )
-        method = cv2.INTER_AREA if self.scale < 1 else cv2.INTER_CUBIC
-        picture = cv2.resize(picture, size, interpolation=method) if self.scale != 1 else picture
-        top, left = (picture.shape[0] - self.height) // 2, (picture.shape[1] - self.width) // 2
-        return picture[top : top + self.height, left : left + self.width]
-
-    def shows(self, face: Face) -> bool:
-        """Whether the middle of a face, in the source's pixels, is within the view."""
-        x, y = face.centre
-        across = abs(x - self.source_width / 2) * self.scale
-        down = abs(y - self.source_height / 2) * self.scale
-        return across <= self.width / 2 and down <= self.height / 2
 
 
 def survey(

@@ -122,7 +122,7 @@ def look(candidate: Candidate, ranks: Sequence[int]) -> Pixels:
         VideoError: where a frame cannot be read, or the size changes between them.
         UserError: for ranks that do not rise.
     """
-    pictures = [frame for _, frame in _pick(candidate, ranks)]
+    pictures = [frame for _, frame in pick(candidate, ranks)]
     if len({picture.shape for picture in pictures}) > 1:
         raise VideoError("the frame size changes within the clip")
     return np.stack(pictures)
@@ -137,7 +137,7 @@ def stream(candidate: Candidate, every: int = 1) -> Iterator[tuple[int, Pixels]]
     if every < 1:
         raise UserError(f"every={every}: must be 1 or more")
     first, end = span_of(candidate)
-    yield from _pick(candidate, range(first, end, every))
+    yield from pick(candidate, range(first, end, every))
 
 
 def clip_frames(candidate: Candidate, n: int | None) -> tuple[NDArray[np.int64], Pixels]:
@@ -162,11 +162,16 @@ def clip_frames(candidate: Candidate, n: int | None) -> tuple[NDArray[np.int64],
 
 def clip_box(candidate: Candidate, box: Box) -> Box:
     """A box in pixels of the source's upright picture, in pixels of what `look` gives: moved by the crop."""
-    left, top = (candidate.crop.left, candidate.crop.top) if candidate.crop else (0.0, 0.0)
-    return Box(box.left - round(left), box.top - round(top), box.right - round(left), box.bottom - round(top))
+    left, top = (max(round(side), 0) for side in (candidate.crop or Box(0, 0, 0, 0))[:2])
+    return Box(box.left - left, box.top - top, box.right - left, box.bottom - top)
 
 
-def _pick(candidate: Candidate, ranks: Sequence[int]) -> Iterator[tuple[int, Pixels]]:
+def pick(candidate: Candidate, ranks: Sequence[int]) -> Iterator[tuple[int, Pixels]]:
+    """(rank, frame) for each of the rising ranks, as `look` gives them, one at a time.
+
+    Raises:
+        VideoError: where a frame cannot be read.
+    """
     source = inspect(candidate)
     if source.is_image:
         picture = decode_image(Path(source.path).read_bytes())

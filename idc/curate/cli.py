@@ -1,4 +1,4 @@
-"""`idc shards build | index | lint | show`."""
+"""`idc shards build | index | lint | show | stats | page`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from idc.curate.looking_cli import PAGE, STATS, add_page, add_stats
 from idc.errors import UserError
 
 PAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -24,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        if "root" in arguments:
-            _check_folder(arguments.root)
+        for root in getattr(arguments, "roots", [arguments.root] if "root" in arguments else []):
+            _check_folder(root)
         return arguments.run(arguments)
     except UserError as error:
         print(f"idc shards {arguments.command}: {error}", file=sys.stderr)
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the four commands to a parser; each sets `run`, a function of the parsed arguments."""
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build|index|lint|show")
+    """Add the commands to a parser; each sets `run`, a function of the parsed arguments."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|index|lint|show|stats|page")
     _add_build(commands.add_parser("build", help="cut a folder of videos into shards"))
     for name, run, text in (
         ("index", _index, "read the tars of a folder and write index.jsonl; status 1 if any sample is bad"),
@@ -50,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--key", help="only the sample with this key")
             command.add_argument("--limit", type=int, default=16, help="at most this many samples (default: 16)")
             command.add_argument("--out", type=Path, metavar="PAGE.png", help="draw frames and references on this page")
+    add_stats(commands.add_parser("stats", help=STATS, description=STATS))
+    add_page(commands.add_parser("page", help=PAGE, description=PAGE))
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:

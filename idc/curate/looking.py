@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from idc.curate.split import PARTS
 from idc.data import storage
 from idc.data.index import Entry, ShardIndex
 from idc.data.scan import Problem, reference_number
@@ -22,7 +23,6 @@ from idc.data.scan import Problem, reference_number
 DROPS = "drops.jsonl"
 COUNTS = "counts.json"
 MANIFEST = "manifest.json"
-SPLITS = ("train", "held_out")
 TEXTS = ("json", "txt")
 READERS = 16  # requests at a time for shards behind a URL, where one by one would wait for the network
 # Of a sample's meta, what has a place of its own in `Seen`; all else is shown as it is.
@@ -133,7 +133,7 @@ class Collection:
         self._beside: list[str] = []  # folders whose drops and counts belong to the collection
         for root in dict.fromkeys(str(root).rstrip("/") or "/" for root in roots):
             found = [(root, _split_of(root))] if storage.list_tars(root) else []
-            found += [(part, name) for name in SPLITS if storage.list_tars(part := storage.join(root, name))]
+            found += [(part, name) for name in PARTS if storage.list_tars(part := storage.join(root, name))]
             beside = [root, storage.join(root, "..")] if _split_of(root) and not storage.is_url(root) else [root]
             told = [folder for folder in beside if any(_read(folder, name) for name in (DROPS, COUNTS, MANIFEST))]
             if not found and not told:
@@ -186,7 +186,7 @@ class Collection:
 
 def _split_of(root: str) -> str:
     name = root.rsplit("/", 1)[-1]
-    return name if name in SPLITS else ""
+    return name if name in PARTS else ""
 
 
 def _real(root: str) -> str:
@@ -285,33 +285,28 @@ def describe(folder: Folder, entry: Entry, caption: str, record: Mapping[str, An
 def _subjects(entry: Entry, record: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[SeenSubject, ...]:
     """Subjects that the sample tells of, and those of which it has a picture only, by their place."""
     named = [_text(_mapping(item).get("name")) for item in _list(record.get("references"))]
-    exts = sorted((int(ext[3 : ext.index(".")]), ext) for ext in _reference_exts(entry))
     kinds = _mapping(told.get("kinds"))
-    pictures = [(number, named[number] if number < len(named) else "", ext) for number, ext in exts]
+    pictures = {reference_number(member.ext): member.ext for member in entry.members}
+    pictures.pop(-1, None)  # of the members that are no pictures
     subjects = []
-    for place, item in enumerate(_list(told.get("subjects"))):
-        if not isinstance(item, Mapping):
-            continue
-        name = _text(item.get("name"))
-        mine = next((p for p in pictures if p[1] == name and name), None)
-        if mine is None and place < len(pictures) and not pictures[place][1]:
-            mine = pictures[place]
-        if mine is not None:
-            pictures.remove(mine)
-        subjects.append(_subject(item, name, _text(kinds.get(name)), mine[2] if mine else ""))
-    for _, name, ext in pictures:
+    for item in _list(told.get("subjects")):
+        if isinstance(item, Mapping):
+            name = _text(item.get("name"))
+            number = item["reference"] if "reference" in item else _place(name, named)
+            ext = pictures.pop(number, "") if isinstance(number, int) else ""
+            subjects.append(_subject(item, name, _text(kinds.get(name)), ext))
+    for number, ext in sorted(pictures.items()):
+        name = named[number] if number < len(named) else ""
         subjects.append(SeenSubject(name, _text(kinds.get(name)), references=(SeenReference(ext=ext),)))
     return tuple(subjects)
 
 
-def _reference_exts(entry: Entry) -> list[str]:
-    return [member.ext for member in entry.members if reference_number(member.ext) >= 0]
+def _place(name: str, names: Sequence[str]) -> int | None:
+    return names.index(name) if name and name in names else None
 
 
 def _subject(item: Mapping[str, Any], name: str, kind: str, ext: str) -> SeenSubject:
     told = [_mapping(reference) for reference in _list(item.get("references"))]
-    if not told and isinstance(item.get("reference"), Mapping):
-        told = [item["reference"]]
     references = []
     for number, reference in enumerate(told):
         own = ("origin", "video", "seconds", "similarity", "ext")

@@ -1,51 +1,38 @@
 """Which of the four scenarios of figure S.9 a subject belongs to: Human, Objects, Environment or Nature.
 
 The kind that curation found decides, except that an object or place that is a living thing or a landscape is Nature; a
-subject of no known kind goes by the word that says what it is. The lists are short: what they lack is an object.
+subject of no known kind goes by the word that says what it is. What the lists of words lack is an object.
 """
 
 from __future__ import annotations
 
 import re
 
+from idc.curate.nouns import KIND
+
 HUMAN, OBJECTS, ENVIRONMENT, NATURE = SCENARIOS = ("Human", "Objects", "Environment", "Nature")
 _KINDS = {
-    **dict.fromkeys(("person", "human", "face", "people"), HUMAN),
-    **dict.fromkeys(("place", "background", "environment", "scene"), ENVIRONMENT),
+    **dict.fromkeys(("person", "human", "face"), HUMAN),
     **dict.fromkeys(("clothing", "object"), OBJECTS),
+    **dict.fromkeys(("place", "background"), ENVIRONMENT),
+    "animal": NATURE,
 }
-_WORDS = {
-    HUMAN: """actor actress adult artist athlete baby boy bride chef child children couple crowd dancer doctor driver
-        face family farmer father female fisherman girl groom guy hand hands hiker human kid lady male man men model
-        mother musician nurse officer people performer person player police scientist singer skier soldier speaker
-        student surfer swimmer teacher teenager toddler woman women worker""",
-    ENVIRONMENT: """alley apartment background bathroom bedroom bridge building city cityscape church corridor farm
-        garden gym hall harbor highway hotel house interior kitchen lab laboratory landmark library living-room market
-        museum office park pier place playground pool restaurant road roof room room scene school shop skyline stadium
-        stage station store street studio temple tower town village wall window workshop""",
-    NATURE: """animal bear beach bee bird butterfly canyon cat cattle chicken cliff cloud clouds coast coral cow creek
-        deer desert dog dolphin duck eagle elephant field fire fish flower flowers forest fox frog glacier goat goose
-        grass hill horse hummingbird iceberg insect island jellyfish jungle kitten lake landscape leaf leaves lion
-        meadow monkey moon mountain mountains ocean owl panda parrot penguin plant puppy rabbit rain river rock rocks
-        sand sea seal sheep sky snow snake squirrel star stars sun sunset tiger tree trees turtle valley volcano wave
-        waves waterfall whale wolf zebra""",
-}
-_SCENARIO = {word: scenario for scenario, words in _WORDS.items() for word in words.split()}
+# Landscapes and plants, which the lists of nouns count as places and objects.
+_GROWN = """beach blossom bush canyon cliff cloud clouds coast coral creek desert field fire flower flowers forest glacier
+    grass hill iceberg island jungle lake leaf leaves meadow moon mountain mountains ocean plant rain river rock rocks
+    rose sand sea sky snow star stars sun sunflower sunset swamp tree trees valley volcano water waterfall wave waves"""
+_SCENARIO = {word: _KINDS[kind] for word, kind in KIND.items()} | dict.fromkeys(_GROWN.split(), NATURE)
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 # What may follow the word that says what a subject is: "a man with a hat", "the dog on the left".
-_ENDS = """
-    at behind beside by from holding in near next of on over under wearing who whose with
-"""
-_STOP_WORDS = """
-    a about above across after again against all along also am an and another any are around as at away be
-    because been before behind being below beside between both but by can close could did do does down during
-    each either few for from further had has have having he her here hers herself him himself his how i if in
-    into is it its itself just left many may more most much near next no nor not of off on once one only onto or
-    other our out over own right same several she should some such than that the their them then there these
-    they this those three through to together too toward towards two under until up upon very video was we were
-    what when where which while who whom whose why will with within without would you your
-"""
-_ENDS_SET, _STOP_SET = frozenset(_ENDS.split()), frozenset(_STOP_WORDS.split())
+_BEHIND = "at behind beside by from holding in near next of on over under wearing who whose with"
+_EMPTY = """a about above across after again against all along also am an and another any are around as at away be
+    because been before behind being below beside between both but by can close could did do does down during each
+    either few for from further had has have having he her here hers herself him himself his how i if in into is it its
+    itself just left many may more most much near next no nor not of off on once one only onto or other our out over own
+    right same several she should some such than that the their them then there these they this those three through to
+    together too toward towards two under until up upon very video was we were what when where which while who whom
+    whose why will with within without would you your"""
+_ENDS, _STOP = frozenset(_BEHIND.split()), frozenset(_EMPTY.split())
 
 
 def head_noun(name: str) -> str:
@@ -55,16 +42,13 @@ def head_noun(name: str) -> str:
     'dog'
     """
     words = [word.lower() for word in _WORD.findall(name)]
-    for place, word in enumerate(words):
-        if place and word in _ENDS_SET:
-            words = words[:place]
-            break
-    meant = [word for word in words if word not in _STOP_SET] or words
+    end = next((place for place, word in enumerate(words) if place and word in _ENDS), len(words))
+    meant = [word for word in words[:end] if word not in _STOP] or words[:end]
     return meant[-1] if meant else ""
 
 
 def scenario(name: str, kind: str = "") -> str:
-    """Human, Objects, Environment or Nature.
+    """Human, Objects, Environment or Nature, of a subject of this name and kind ("" or a strange one: not known).
 
     >>> scenario("a dog", "object"), scenario("the chef"), scenario("a wide beach", "place")
     ('Nature', 'Human', 'Nature')
@@ -80,4 +64,4 @@ def scenario(name: str, kind: str = "") -> str:
 def content_words(text: str) -> list[str]:
     """The words of a text that carry meaning, in lower case."""
     found = (word.lower() for word in _WORD.findall(text))
-    return [word for word in found if len(word) > 1 and word not in _STOP_SET]
+    return [word for word in found if len(word) > 1 and word not in _STOP]

@@ -136,8 +136,8 @@ class Statistics:
         part.samples += 1
         part.seconds += seen.seconds
         if seen.video:
-            video = f"{seen.source}\0{seen.video}".encode()
-            part.videos.append(int.from_bytes(hashlib.blake2b(video, digest_size=8).digest(), "little"))
+            digest = hashlib.blake2b(seen.video.encode(), digest_size=8).digest()
+            part.videos.append(int.from_bytes(digest, "little"))
         self.sizes[seen.root][seen.entry.bucket] += 1
         self.categories.add(seen.category or UNSAID)
         self.licences.add(seen.licence or UNSAID)

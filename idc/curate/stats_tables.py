@@ -149,6 +149,11 @@ def _warnings(statistics: Statistics) -> Iterator[str]:
     for (one, two), shared in statistics.shared_videos().items():
         if shared:
             yield f"LEAK  {one} and {two} have {counted(shared, 'source video')} in common"
+    for told in statistics.told:
+        read, kept, dropped = told.get("read"), told.get("kept"), told.get("dropped")
+        lost = sum(sum(reasons.values()) for reasons in dropped.values()) if isinstance(dropped, dict) else None
+        if lost is not None and (kept, lost) != (statistics.samples, statistics.dropped):
+            yield f"counts.json says: read {read} = kept {kept} + dropped {lost}; not all of it lies in these folders"
 
 
 def _top(tally: Tally) -> list[Sequence[Any]]:

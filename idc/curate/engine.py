@@ -1,0 +1,237 @@
+"""Curation from raw material to shards: through the steps in chunks, over the whole collection, into shards.
+
+A run that ends early, in whatever way, is continued by the same call: chunks whose part is on the disk are done, all
+else is done again, and what comes out is what an undisturbed run gives. What is decided over the whole collection and
+the shards themselves are made anew each time; that reads no video and runs no network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from idc.curate.candidate import Candidate, Dropped, Source, Step
+from idc.curate.chunks import Encoding, Work
+from idc.curate.collection import CollectionStep, Decision, Survivors
+from idc.curate.executors import Done, Executor
+from idc.curate.guard import check_settings, clean, locked
+from idc.curate.local import LocalExecutor
+from idc.curate.parts import Count, Part, add_counts
+from idc.curate.plan import Plan, make_plan
+from idc.curate.showing import Shown
+from idc.curate.survivors import Parts
+from idc.data import storage
+from idc.errors import UserError, make_folder
+
+WORK = "work"
+FEW = 10  # faults below which no rate is judged
+
+
+@dataclass
+class CurationReport:
+    """What a run has come to, with the runs before it in the same folder.
+
+    Attributes:
+        units: how many units there are.
+        done_before: of these, how many earlier runs had done.
+        counts: by step, collection steps included; seconds are this run's, the rest is all runs'.
+        worked: by step, candidates that came to it in this run, which its seconds were spent on.
+        kept: samples.
+        written: what `idc.curate.writing.write_shards` reports.
+    """
+
+    units: int = 0
+    done_before: int = 0
+    counts: list[Count] = field(default_factory=list)
+    worked: list[int] = field(default_factory=list)
+    kept: int = 0
+    written: Any = None
+
+    @property
+    def read(self) -> int:
+        """Units, and what they became more than one: all that was either kept or dropped."""
+        return self.counts[0].came + sum(count.made for count in self.counts) if self.counts else 0
+
+    @property
+    def dropped(self) -> int:
+        """Of these, how many were dropped."""
+        return sum(count.dropped for count in self.counts)
+
+
+class Curation:
+    """A recipe's way from sources to shards.
+
+    Args:
+        sources: where raw material comes from; their names tell them apart.
+        steps: in their order; each sees what the one before it let through.
+        out: folder, or fsspec URL, of the shards; with `work/` inside it, unless that is elsewhere.
+        collection: steps over all survivors, in their order.
+        writing: how shards are written, as `idc.curate.writing` has it.
+        executor: where chunks are worked on.
+        encoding: how clips are encoded.
+        chunk: units in a chunk, on average: what a killed run does again for each worker.
+        limit: at most this many units of each source; null for all.
+        work: folder or URL of the parts, which all workers must reach; null for `out`/work.
+        max_failure_rate: share of faults among all that is read, above which a run stops (from 10 faults on).
+        retry_failed: do chunks with faults again that earlier runs finished.
+        threads: of torch within one operation, in every worker.
+        progress: show progress.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        steps: Sequence[Step],
+        out: str,
+        collection: Sequence[CollectionStep] = (),
+        writing: Any = None,
+        executor: Executor | None = None,
+        encoding: Encoding | None = None,
+        chunk: int = 16,
+        limit: int | None = None,
+        work: str | None = None,
+        max_failure_rate: float = 0.05,
+        retry_failed: bool = False,
+        threads: int = 1,
+        progress: bool = True,
+    ) -> None:
+        for name, value in (("chunk", chunk), ("threads", threads), ("limit", limit)):
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        if not 0 <= max_failure_rate <= 1:
+            raise UserError(f"max_failure_rate={max_failure_rate}: must be in [0, 1]")
+        if not sources:
+            raise UserError("sources: none is given")
+        names = [source.name for source in sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"sources: two are named {name!r}; give each a name of its own")
+        self.sources, self.steps, self.collection = tuple(sources), tuple(steps), tuple(collection)
+        self.out, self.writing = str(out), writing
+        self.executor = executor or LocalExecutor()
+        self.encoding = encoding or Encoding()
+        self.chunk, self.limit, self.threads = chunk, limit, threads
+        self.folder = str(work) if work else storage.join(self.out, WORK)
+        self.max_failure_rate, self.retry_failed, self.progress = max_failure_rate, retry_failed, progress
+
+    def run(self) -> CurationReport:
+        """Do all that is not done yet, and write the shards.
+
+        Raises:
+            UserError: for what the user can mend: other settings than the folder was begun with, another run at work
+                in it, a source without material, weights that are missing, too many faults.
+        """
+        self.executor.check()
+        for root in (self.out, self.folder):
+            if not storage.is_url(root):
+                make_folder(Path(root), "out")
+        with locked(self.folder):
+            clean(self.folder)
+            plan, settings = self._plan()
+            report = CurationReport(plan.units, plan.units - plan.left)
+            this_run = self._work(plan, Work(self.sources, self.steps, self.encoding, settings, self.threads))
+            parts = Parts(self.folder, plan.parts)
+            report.counts = parts.counts
+            _take_times(report, this_run)
+            decisions = list(self._decide(parts, report.counts))
+            report.written = self._write(parts, decisions)
+            report.kept = report.counts[-1].kept
+        _check_balance(report)
+        return report
+
+    def plan(self) -> Plan:
+        """What there is to do, which `run` starts with; nothing is opened. Makes the folder."""
+        if not storage.is_url(self.folder):
+            make_folder(Path(self.folder), "out")
+        with locked(self.folder):
+            return self._plan()[0]
+
+    def _plan(self) -> tuple[Plan, str]:
+        settings = check_settings(self.folder, self.sources, self.steps, self.encoding, self.chunk)
+        done = {name for name in storage.list_tars(self.folder) if name.startswith("part-")}
+        if self.retry_failed:
+            done = {name for name in done if not _has_faults(storage.join(self.folder, name))}
+        return make_plan(self.sources, self.folder, settings, self.chunk, self.limit, done), settings
+
+    def _work(self, plan: Plan, work: Work) -> list[Count]:
+        """Work on what is left. Returns this run's counts."""
+        counts: list[Count] = []
+        with Shown(plan.left, self.progress) as shown:
+            for done in self.executor.run(work, plan.todo, self.folder):
+                add_counts(counts, done.counts)
+                shown.advance(done.units, counts)
+                self._check_faults(counts, done)
+        return counts
+
+    def _check_faults(self, counts: Sequence[Count], done: Done) -> None:
+        faults = sum(count.failed for count in counts)
+        if not done.fault or faults < FEW:
+            return
+        read = counts[0].came + sum(count.made for count in counts)
+        if faults > self.max_failure_rate * read:
+            raise UserError(
+                f"{faults} of {read} failed by a fault, more than max_failure_rate={self.max_failure_rate:g}; "
+                f"the last: {done.fault}. Once that is mended, --retry_failed true does them again"
+            )
+
+    def _decide(self, parts: Parts, counts: list[Count]) -> Iterator[Decision]:
+        gone: set[str] = set()
+        for step in self.collection:
+            count = Count(step_name(step), came=len(parts) - len(gone))
+            before = len(gone)
+            for decision in step.decide(_Left(parts, frozenset(gone))):
+                if isinstance(decision, Dropped):
+                    if decision.key in gone:
+                        continue
+                    gone.add(decision.key)
+                yield decision
+            count.dropped = len(gone) - before
+            count.kept = count.came - count.dropped
+            counts.append(count)
+
+    def _write(self, parts: Parts, decisions: Sequence[Decision]) -> Any:
+        from idc.curate.writing import write_shards
+
+        return write_shards(parts, decisions, self.out, self.writing)
+
+
+class _Left:
+    """The survivors that no collection step has dropped so far."""
+
+    def __init__(self, parts: Survivors, gone: frozenset[str]) -> None:
+        self._parts, self._gone = parts, gone
+
+    def __len__(self) -> int:
+        return len(self._parts) - len(self._gone)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (candidate for candidate in self._parts if candidate.key not in self._gone)
+
+
+def step_name(step: CollectionStep) -> str:
+    """Its name, or its class's in words."""
+    return step.name or re.sub(r"(?<!^)(?=[A-Z])", " ", type(step).__name__).lower()
+
+
+def _has_faults(path: str) -> bool:
+    return any(count.failed for count in Part(path).counts)
+
+
+def _take_times(report: CurationReport, this_run: Sequence[Count]) -> None:
+    for place, count in enumerate(this_run):
+        report.counts[place].seconds = count.seconds
+        report.worked.append(count.came)
+
+
+def _check_balance(report: CurationReport) -> None:
+    """What comes to a step is kept or dropped, and what is kept comes to the next: nothing is lost without a word."""
+    came = report.counts[0].came if report.counts else 0
+    for count in report.counts:
+        if count.came != came or count.came + count.made != count.kept + count.dropped:
+            raise RuntimeError(f"counts do not add up at {count.step!r}: {count}; {came} came from before it")
+        came = count.kept
+    if report.read != report.kept + report.dropped:
+        raise RuntimeError(f"counts do not add up: {report.read} read, {report.kept} kept, {report.dropped} dropped")

@@ -32,7 +32,7 @@ def decide(survivors: Survivors, steps: Sequence[CollectionStep], held_out: floa
     """Run the collection steps in order, each over what the ones before it have left.
 
     Training and held-out data are parted before the first step with `after_split`, or behind the last one; from there
-    on each candidate's `meta["split"]` names its part. Of a key that comes twice only the first is kept.
+    on each candidate's `meta["split"]` names its part.
 
     Args:
         held_out: share of the samples that are held out.
@@ -41,7 +41,6 @@ def decide(survivors: Survivors, steps: Sequence[CollectionStep], held_out: floa
         UserError: for a step that decides over what it was not shown.
     """
     view = _View(survivors)
-    view.drop_repeated()
     adopted: dict[str, list[Adopt]] = {}
     for step in steps:
         if step.after_split and view.held_out is None:
@@ -92,13 +91,6 @@ class _View:
                 if self.held_out is not None:
                     candidate = candidate.changed(meta={SPLIT: part_of(candidate, self.held_out)})
                 yield candidate
-
-    def drop_repeated(self) -> None:
-        seen: set[str] = set()
-        for number, candidate in enumerate(self._survivors):
-            if candidate.key in seen:
-                self.drops[number] = candidate.dropped("collection", "key comes twice")
-            seen.add(candidate.key)
 
     def drop(self, dropped: dict[str, Dropped], step: CollectionStep) -> None:
         if not dropped:

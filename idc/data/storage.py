@@ -101,12 +101,27 @@ def size_and_time(path: str) -> tuple[int, int]:
 
 def list_tars(root: str | Path) -> list[str]:
     """Names of the `.tar` files directly in `root`, sorted."""
+    return [name for name in list_names(root) if name.endswith(".tar")]
+
+
+def list_names(root: str | Path) -> list[str]:
+    """Names of what is directly in `root`, sorted; none where there is no such folder."""
     if is_url(root):
         fs, inner = filesystem(str(root))
-        names = [path.rsplit("/", 1)[-1] for path in fs.ls(inner, detail=False)] if fs.exists(inner) else []
-    else:
-        names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(name for name in names if name.endswith(".tar"))
+        if not fs.exists(inner):
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(inner, detail=False))
+    return sorted(os.listdir(root)) if os.path.isdir(root) else []
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there."""
+    if is_url(path):
+        fs, inner = filesystem(path)
+        if fs.exists(inner):
+            fs.rm_file(inner)
+        return
+    Path(path).unlink(missing_ok=True)
 
 
 def open_read(path: str) -> IO[bytes]:

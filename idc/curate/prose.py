@@ -22,6 +22,7 @@ FEWEST_LATIN = 0.9  # share of Latin letters
 # Scripts that write no spaces: a sign is a word.
 _HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+(?:['’\-][^\W_{_HAN}]+)*")
+_SIGN = re.compile(f"[{_HAN}]")
 _SENTENCE_END = re.compile(r"[.!?](?=[\"'”’)\]]*(?:\s|$))[\"'”’)\]]*|[。！？]")
 _FUNCTION_WORDS = frozenset(
     [
@@ -119,6 +120,18 @@ def words_of(text: str) -> list[str]:
     ['a', 'well-lit', 'room', '猫', 'が']
     """
     return [word.lower() for word in _WORD.findall(text)]
+
+
+def whole_words(phrase: str) -> re.Pattern[str]:
+    """Finds a phrase in a text, in either case, over any white space, and never as a part of a longer word.
+
+    >>> bool(whole_words("red  coat").search("A Red\ncoat.")), bool(whole_words("red").search("A redhead."))
+    (True, False)
+    """
+    inner = r"\s+".join(map(re.escape, phrase.split()))
+    left = "" if _SIGN.match(phrase.strip()[:1]) else r"(?<!\w)"
+    right = "" if _SIGN.match(phrase.strip()[-1:]) else r"(?!\w)"
+    return re.compile(f"{left}{inner}{right}", re.IGNORECASE)
 
 
 def plain_text(answer: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Outcome, Pixels, Step
 from idc.curate.people import MIN_SIGHTINGS, Sighting, Track, Tracker, subject_names
-from idc.curate.reading import clip_box, frame_times, inspect, span_of, stream
+from idc.curate.reading import clip_box, frame_times, inspect, look, span_of, stream
 from idc.data.cuts import is_cut
 from idc.errors import UserError
 from idc.metrics.base import Clip
-from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSFace, norm_crop, unit
+from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSFace, affinity, norm_crop, unit
 from idc.rewards.watch import Sharpness
 
 PEOPLE = ("person", "face")  # kinds of subjects that faces tell apart
@@ -53,9 +53,10 @@ def yaw(landmarks_52: NDArray[np.floating]) -> float:
 def sharpness(picture_HWC: Pixels, face: DetectedFace) -> float:
     """Variance of the Laplacian of the luma in [0, 1] of the face at 112 x 112 pixels, upright; in [0, 16].
 
-    Sharp faces have about 0.01 and more, blurred ones and those enlarged from few pixels 0.001 and less.
+    Sharp faces have 0.002 to 0.01, blurred ones and those enlarged from 30 pixels less than 0.001.
     """
-    value = Sharpness().score(Clip("face", norm_crop(picture_HWC, face.landmarks)[None])).value
+    inner = norm_crop(picture_HWC, face.landmarks)[24:104, 20:92]  # without the edge of the picture, black beyond it
+    value = Sharpness().score(Clip("face", inner[None])).value
     return 0.0 if value is None else value
 
 
@@ -93,6 +94,23 @@ def face_at(box: Box, faces: Iterable[DetectedFace]) -> DetectedFace | None:
 
 
 LOOKS: dict[str, Any] = {"score": 1.0, "alone": True, "yaw": 0.0, "sharpness": 0.0}  # columns, and what none means
+
+
+def faces_at(
+    candidate: Candidate, faces: FaceBackend, sightings: Sequence[Sighting]
+) -> Iterator[tuple[int, Pixels, DetectedFace, list[DetectedFace]]]:
+    """(rank, frame, face, all faces of the frame) for each sighting where `faces` sees a face at that place, in pixels
+    of the frame, which is cropped as the candidate says. All frames are read at once."""
+    ranks = sorted({s.tick for s in sightings})
+    frames = dict(zip(ranks, look(candidate, ranks), strict=True)) if ranks else {}
+    for sighting in sightings:
+        frame = frames[sighting.tick]
+        place = clip_box(candidate, box_of(sighting.face))
+        wanted = sighting.face._replace(left=place.left, top=place.top)
+        seen = faces.detect(frame)
+        face = max(seen, key=lambda face: affinity(wanted, face.box), default=None)
+        if face is not None and affinity(wanted, face.box) > 0:
+            yield sighting.tick, frame, face, seen
 
 
 def sightings_of(subject: CuratedSubject) -> list[Sighting]:
@@ -260,9 +278,8 @@ class FaceTracks(Step):
         return max(runs) >= self.min_frames
 
     def _subject(self, candidate: Candidate, name: str, person: _Person, every: int) -> CuratedSubject:
-        x, y = (round(candidate.crop.left), round(candidate.crop.top)) if candidate.crop else (0, 0)
         sightings = sorted((s for track in person.tracks for s in track.sightings), key=lambda s: s.tick)
-        moved = [s._replace(face=s.face._replace(left=s.face.left + x, top=s.face.top + y)) for s in sightings]
+        moved = [s._replace(face=in_source(candidate, s.face)) for s in sightings]
         score = round(float(np.median([s.face.score for s in sightings])), 4)
         subject = CuratedSubject(
             name,
@@ -350,6 +367,12 @@ def window_of(candidate: Candidate) -> tuple[int, int]:
     return first, end - 1
 
 
+def in_source(candidate: Candidate, face: Face) -> Face:
+    """A face in pixels of the cropped picture, in pixels of the whole one: `clip_box` undone."""
+    x, y = (round(candidate.crop.left), round(candidate.crop.top)) if candidate.crop else (0, 0)
+    return face._replace(left=face.left + x, top=face.top + y)
+
+
 def free_names(wanted: Sequence[str], others: Iterable[CuratedSubject]) -> list[str]:
     """Names of a candidate's subjects are unique: those that others have are told apart by "again"."""
     taken, names = {subject.name for subject in others}, []
@@ -372,7 +395,7 @@ def face_scores(subjects: Sequence[CuratedSubject], first: int = 0, last: float 
     scores = {"people": float(len(subjects))}
     rows = [[s for s in sightings_of(subject) if first <= s.tick <= last] for subject in subjects]
     if all(rows) and rows:
-        scores["face_height"] = min(float(np.median([s.face.height for s in row])) for row in rows)
+        scores["face_height"] = round(min(float(np.median([s.face.height for s in row])) for row in rows), 2)
         scores["face_sharpness"] = min(float(np.median([s.sharpness for s in row])) for row in rows)
         scores["face_yaw"] = max(float(np.median([abs(s.yaw) for s in row])) for row in rows)
     return scores

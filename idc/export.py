@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idc.errors import UserError, make_folder
+from idc.models.saved import RECORD
 
 if TYPE_CHECKING:
-    from idc.models.checkpoints import Which
-
-RECORD = "training.json"
+    from idc.models.checkpoints import Checkpoint, Which
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +83,7 @@ def export(
     if dtype == "bfloat16":
         _round(pipeline.transformer)
     pipeline.save_pretrained(out)
-    record = {**training_record(checkpoint.state, checkpoint.config), "weights": weights, "dtype": dtype, "note": note}
+    record = {**training_record(checkpoint), "weights": weights, "dtype": dtype, "note": note}
     record["bytes"] = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -100,9 +99,11 @@ def _round(transformer: Any) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def training_record(state: Path, config: Any) -> dict[str, Any]:
+def training_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a checkpoint came about, as far as its run's folder tells; None for what it does not."""
     from idc.models.manifest import Manifest
+
+    state, config = checkpoint.state, checkpoint.config
 
     try:
         manifest: Manifest | None = Manifest.read(state.parent)
@@ -118,6 +119,7 @@ def training_record(state: Path, config: Any) -> dict[str, Any]:
         "strategy": manifest.strategy if manifest is not None else None,
         "world_size": manifest.world_size if manifest is not None else None,
         "versions": dict(manifest.versions) if manifest is not None else None,
+        "rewards": list(checkpoint.rewards),
         "recipe": {name: (config or {}).get(name) for name in ("model", "data")},
     }
 

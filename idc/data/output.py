@@ -181,6 +181,15 @@ def _digest(path: Path) -> str:
         return "missing"
 
 
+def rewards_of(folder: Path) -> tuple[str, ...]:
+    """Networks that the model of a folder's videos was rewarded by, as the manifest tells; () where it does not."""
+    try:
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]["model"]["rewards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     with storage.open_atomic(str(path)) as stream:
         stream.write((json.dumps(values, indent=1, sort_keys=True) + "\n").encode())

@@ -25,6 +25,7 @@ from idc.models.manifest import STATE, Manifest, hash_files, read_valid
 from idc.models.shipped import resolve_shipped, shipped_names
 
 CONFIG = "config.yaml"
+REWARDS = "rewards.json"  # beside it, of an aligned run: the networks that it was rewarded by
 STEP_DIRECTORY = re.compile(r"step-\d{8,}")
 _MODEL, _AVERAGES = "transformer.", "ema.transformer/"
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.\w+\.weight")
@@ -57,6 +58,24 @@ class Checkpoint:
     state: Path
     fingerprint: str
     config: Mapping[str, Any] | None
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Networks that its run, or the run that it went on from, was rewarded by."""
+        folder = self.state.parent
+        for run in (folder.parent, folder.parent.parent):
+            if (run / REWARDS).is_file():
+                return read_rewards(run / REWARDS)
+        return ()
+
+
+def read_rewards(path: Path) -> tuple[str, ...]:
+    """The names under "rewards" in a file of JSON; () where it has none."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["rewards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def find_checkpoint(value: str | Path) -> Checkpoint:

@@ -17,6 +17,7 @@ from idc.models.conditioning import Encoders
 from idc.models.frozen import Frozen
 
 MODEL_INDEX, ENCODER = "model_index.json", "encoder.json"
+RECORD = "training.json"  # how an exported model came about
 PARTS = ("codec", "text", "vlm")
 # The classes that a folder may name: nothing else is imported because a file says so.
 CLASSES = {

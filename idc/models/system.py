@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.checkpoints import Checkpoint, Which, find_checkpoint, load_weights, read_weights
+from idc.models.checkpoints import Checkpoint, Which, find_checkpoint, load_weights, read_rewards, read_weights
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
 from idc.models.conditioning import Encoders
 from idc.models.frozen import weights_config, weights_identity
 from idc.models.sampling import Sampling, SamplingChanges
-from idc.models.saved import MODEL_INDEX, read_pipeline_folder
+from idc.models.saved import MODEL_INDEX, RECORD, read_pipeline_folder
 from idc.models.shipped import resolve_shipped
 from idc.models.spec import IDBlocks, Lora, Trainable, TransformerSpec
 from idc.models.vlm import VLMConditioner
@@ -49,6 +49,7 @@ class System:
         checkpoint: where its weights are; None where `spec.pretrained` has them.
         which: "ema" or "raw".
         alpha: of the run's LoRA, None without.
+        rewards: networks that it was rewarded by in training: a metric on the same is flagged.
     """
 
     spec: TransformerSpec
@@ -58,6 +59,7 @@ class System:
     checkpoint: Checkpoint | None
     which: Which = "ema"
     alpha: float | None = None
+    rewards: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def open_system(value: str | Path | None, given: Parts | None = None, which: Whi
     if value is None and (given.transformer is None or given.transformer.pretrained is None):
         raise UserError("checkpoint=null: give a run of idc fit, a pipeline's folder, or transformer.pretrained")
     own, note, checkpoint = _described(value)
-    return _with(given, own, note, checkpoint, which)
+    return replace(_with(given, own, note, checkpoint, which), rewards=_rewards(value, checkpoint))
 
 
 def _described(value: str | Path | None) -> tuple[Parts, str, Checkpoint | None]:
@@ -129,6 +131,12 @@ def _described(value: str | Path | None) -> tuple[Parts, str, Checkpoint | None]
         return (*_from_pipeline(Path(value)), None)
     checkpoint = None if value is None else find_checkpoint(value)
     return (*_from_config(checkpoint.config if checkpoint is not None else None), checkpoint)
+
+
+def _rewards(value: str | Path | None, checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    if checkpoint is not None or value is None:
+        return checkpoint.rewards if checkpoint is not None else ()
+    return read_rewards(Path(resolve_shipped(value)) / RECORD)
 
 
 def _with(given: Parts, own: Parts, note: str, checkpoint: Checkpoint | None, which: Which) -> System:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
+from idc.data.storage import open_atomic
 from idc.errors import UserError
-from idc.models.checkpoints import Which
+from idc.models.checkpoints import REWARDS, Which
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
 from idc.models.sampling import SamplingChanges
@@ -95,6 +97,24 @@ class Aligned(Stage):
     def _built(self) -> torch.nn.Module:
         assert self.transformer is not None
         return self.transformer
+
+    @property
+    def rewards_used(self) -> list[str]:
+        """Networks that this run or its start was rewarded by: a report flags metrics that stand on the same."""
+        return list(dict.fromkeys((*self.system.rewards, *self.own_rewards)))
+
+    @property
+    def own_rewards(self) -> tuple[str, ...]:
+        """Those of this run."""
+        return ()
+
+    def on_fit_start(self) -> None:
+        """They go beside config.yaml, from where `idc generate` takes them, and `idc evaluate` from its videos."""
+        super().on_fit_start()
+        folder = self.trainer.log_dir  # the same call on all ranks
+        if folder and self.trainer.logger is not None and self.rewards_used and self.trainer.is_global_zero:
+            with open_atomic(str(Path(folder) / REWARDS)) as stream:
+                stream.write(json.dumps({"rewards": self.rewards_used}).encode())
 
     @property
     def needs_reference(self) -> bool:

@@ -89,6 +89,12 @@ class DPO(Aligned):
             for split, name in settings.items():
                 check_pairs((entry for kept, entry in datamodule.kept() if kept == split), name)
 
+    @property
+    def own_rewards(self) -> tuple[str, ...]:
+        """Of what chose between the clips of the pairs, where the data module had them chosen."""
+        sources = getattr(getattr(self.trainer, "datamodule", None), "sources", ())
+        return tuple(model for source in sources if hasattr(source, "reward") for model in source.reward.models)
+
     # The objective ----------------------------------------------------------------------------------------------
 
     def errors(self, features: Sequence[Features], noise: Tensor, t_B: Tensor, drops: list[Drop] | Drop) -> Tensor:

@@ -23,6 +23,7 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from idc.data.benchmark import ITEMS, Item, read_benchmark, read_items
+from idc.data.output import rewards_of
 from idc.data.videos import VideoFolder, find_videos
 from idc.errors import UserError, make_folder
 from idc.metrics.base import VideoMetric
@@ -62,7 +63,8 @@ class Evaluate(LightningModule):
         out: run folder; `runs/evaluate/<system>` by default.
         system: name of what made the videos, as tables print it; the folder's name by default.
         protocol: whose rules the metrics follow; results of different ones never stand in one column.
-        rewards: names of models that the system was rewarded by in training, so that a report can flag them.
+        rewards: names of models that the system was rewarded by in training, so that a report can flag them; what
+            `idc generate` wrote beside the videos where None.
         columns: free numbers and words for tables.
         cache_gb: how much of the disk each rank's decoded frames may take, in 1e9 bytes.
         retry_failures: whether a later run tries again what failed.
@@ -95,7 +97,7 @@ class Evaluate(LightningModule):
         self.out = Path(out) if out else Path("runs/evaluate") / self.system.replace("/", "_")
         self.videos = Path(videos) if videos else self.out / "videos"
         self.benchmark, self.benchmark_root = benchmark, benchmark_root
-        self.protocol, self.rewards, self.columns = protocol, tuple(rewards or ()), columns or {}
+        self.protocol, self.rewards, self.columns = protocol, rewards, columns or {}
         # A list, not modules of this one: their networks belong to no strategy and no checkpoint.
         self.metrics = list(metrics)
         self.cache_gb, self.retry_failures = cache_gb, retry_failures
@@ -174,7 +176,7 @@ class Evaluate(LightningModule):
             versions=versions(),
             config=self._config(),
             metrics={**before, **settings},
-            rewards=self.rewards,
+            rewards=rewards_of(self.videos) if self.rewards is None else tuple(self.rewards),
             columns=self.columns,
             videos=str(self.videos.resolve()),
             problems=tuple(Problem(name, reason) for name, reason in folder.extra.items()),

@@ -118,6 +118,8 @@ class Generate(LightningModule):
         else:
             assert self.system is not None
             model = {**self.system.identity, "compute_dtype": str(self.compute_dtype).removeprefix("torch.")}
+            if self.system.rewards:  # for whoever judges the videos
+                model["rewards"] = list(self.system.rewards)
         return {"model": model, "sampling": asdict(self.sampling), "encoding": asdict(self.encoding)}
 
     # Building -------------------------------------------------------------------------------------------------

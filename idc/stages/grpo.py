@@ -7,7 +7,6 @@ of forward and backward passes whatever the rewards are, as sharded training nee
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -108,9 +107,8 @@ class GRPO(Aligned):
         return any(objective.needs_reference for objective in self.objectives)
 
     @property
-    def rewards_used(self) -> list[str]:
-        """Networks that the reward stands on: a report flags metrics that stand on the same."""
-        return list(self.runner.composite.models)
+    def own_rewards(self) -> tuple[str, ...]:
+        return tuple(self.runner.composite.models)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -139,8 +137,7 @@ class GRPO(Aligned):
         )
         if self.rewards_used:
             rank_zero_info(
-                f"the reward stands on {', '.join(self.rewards_used)}: with --model.init_args.rewards "
-                f"'{json.dumps(self.rewards_used)}' idc evaluate knows, and a report flags the metrics that do, too"
+                f"the reward stands on {', '.join(self.rewards_used)}: a report flags the metrics that do, too"
             )
         if self.rollouts_a_step not in (None, step):
             rank_zero_warn(

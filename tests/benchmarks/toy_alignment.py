@@ -9,9 +9,10 @@ variant was trained on, the mean and the minimum of the subjects' identities, th
 nothing optimises. Videos of one seed start from the same noise for all variants, so that each is compared with SFT
 seed by seed: the table gives the mean over seeds and, for differences, the 95% interval by Student's t.
 
-Run it again to go on: finished runs are skipped, broken ones resume at their last checkpoint. `<out>/results.json` has
-every number. `--results` samples and judges each run by `idc generate` and `idc evaluate` too, for
-`idc report <out>/evaluate/*`, which fills the layout of tables 3 and S.7 by the toy world's exact scores, over seeds.
+Run it again to go on: finished runs are skipped, broken ones resume at their last checkpoint. Several may run at once
+on different `--variants`; the last one, on all of them, prints the table. `<out>/<run>/judged.json` has every number.
+`--results` samples and judges each run by `idc generate` and `idc evaluate` too, for `idc report <out>/evaluate/*`,
+which fills the layout of tables 3 and S.7 by the toy world's exact scores, over seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Variant:
     Attributes:
         system: as `idc report` knows its row.
         recipes: in the order of `--config`; none is the start itself.
-        steps: optimiser steps in units of the iterations that were asked for.
+        steps: optimiser steps in units of the iterations that were asked for; what a variant's cost allows.
         min_weight: the paper's lambda, where it belongs to the sweep of table S.7.
     """
 
@@ -53,8 +54,8 @@ SAMPLING: dict[str, Any] = {"steps": 10, "scale": 1.0, "shift": 3.0}  # of recip
 ONE = (GRPO, "alignment/one_step.yaml")
 VARIANTS = {
     "SFT": Variant("sft"),
-    "DPO": Variant("dpo", ("dpo.yaml",), 2.0),
-    "GRPO, all steps": Variant("grpo_all_steps", (GRPO,)),
+    "DPO": Variant("dpo", ("dpo.yaml",), 3.0),
+    "GRPO, all steps": Variant("grpo_all_steps", (GRPO,), 1.5),
     "GRPO": Variant("grpo", ONE, min_weight=0.5),
     "GRPO, sliding": Variant("grpo_sliding", (GRPO, "alignment/sliding.yaml")),
     "GRPO, group contrast": Variant("grpo_contrast", (GRPO, "alignment/contrast.yaml")),
@@ -69,6 +70,7 @@ VARIANTS = {
     "anti-leak": Variant("anti_leak", (*ONE, "rewards/anti_leak.yaml")),
     "normalised": Variant("normalised", (*ONE, "rewards/normalised.yaml")),
 }
+HELD_OUT = 192  # conditions: three times those of the recipe, for its standard error
 COLUMNS = (
     "reward", "face", "subject", "aesthetics", "natural", "identity", "identity_min", "toy",
     "motion", "sharpness", "saturation",
@@ -87,7 +89,8 @@ def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespa
     steps = max(1, round(variant.steps * arguments.iterations))
     runs = folder / "train" / "run"  # several versions where the first was killed before it saved anything
     if not any(runs.glob(f"version_*/checkpoints/step-{steps:08d}/manifest.json")):
-        paths = [value for name in variant.recipes for value in ("--config", str(ROOT / "recipes" / name))]
+        files = [pairs_of_seed(name, folder, seed) for name in variant.recipes]
+        paths = [value for file in files for value in ("--config", str(file))]
         settings = {
             "seed_everything": seed,
             "data.init_args.seed": seed,
@@ -103,6 +106,25 @@ def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespa
         if status:
             raise SystemExit(f"idc fit ended with status {status}: {folder}")
     return str(runs)
+
+
+def pairs_of_seed(recipe: str, folder: Path, seed: int) -> Path:
+    """The recipe; the one of DPO with pairs of the seed's own, other conditions and other candidates."""
+    path = ROOT / "recipes" / recipe
+    if recipe != "dpo.yaml":
+        return path
+    recipe_text = path.read_text()
+    for old, new in (
+        ("data_shards/toy/pairs/", f"data_shards/toy/pairs/seed{seed}/"),
+        ("seed: 500000000", f"seed: {500_000_000 + 100_000 * seed}"),
+        ("candidates: 6", f"candidates: 6\n          seed: {seed}"),
+    ):
+        if old not in recipe_text:
+            raise SystemExit(f"{path} has no {old!r}: mend {Path(__file__).name}")
+        recipe_text = recipe_text.replace(old, new)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / recipe).write_text(recipe_text)
+    return folder / recipe
 
 
 def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -137,8 +159,10 @@ def judge(checkpoint: str, seed: int, arguments: argparse.Namespace) -> dict[str
         reward=RewardRunner(composite, where="process"),
         sampling=SamplingChanges(**SAMPLING),
     )
-    held_out = ToyShards(str(ROOT / "data_shards/toy/held_out"), 64, 1_000_000_000)
-    data = VideoDataModule([held_out], [[9, 64, 64]], val_sources=[held_out], batch_size=32, seed=seed)
+    held_out = ToyShards(str(ROOT / "data_shards/toy/held_out_192"), HELD_OUT, 1_000_000_000)
+    data = VideoDataModule(
+        [held_out], [[9, 64, 64]], val_sources=[held_out], batch_size=32, val_batch_size=32, seed=seed
+    )
     trainer = Trainer(
         accelerator=arguments.accelerator,
         devices=1,
@@ -219,24 +243,23 @@ def main() -> None:
     os.chdir(ROOT)  # recipes name their data from there
     warnings.filterwarnings("ignore")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "results.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     settings = f"{arguments.iterations} iterations from {arguments.checkpoint}"
-    results: dict[str, dict[str, dict[str, float]]] = known.setdefault(settings, {})
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for seed in range(arguments.seeds):
         for name in arguments.variants:
-            row = results.setdefault(name, {})
             slug = "".join(c if c.isalnum() else "_" for c in f"{name}-{arguments.iterations}-seed{seed}")
             folder = arguments.out / slug
-            if str(seed) not in row:
-                checkpoint = train(VARIANTS[name], folder, seed, arguments)
-                row[str(seed)] = judge(checkpoint, seed, arguments)
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(known, indent=1))
-                temporary.replace(file)
+            judged = folder / "judged.json"
+            if not judged.is_file():
+                found = judge(train(VARIANTS[name], folder, seed, arguments), seed, arguments)
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary = judged.with_suffix(".tmp")
+                temporary.write_text(json.dumps({"settings": settings, **found}, indent=1))
+                temporary.replace(judged)
+            results.setdefault(name, {})[str(seed)] = json.loads(judged.read_text())
             if arguments.results and not (arguments.out / "evaluate" / slug).is_dir():
                 keep_results(slug, VARIANTS[name], folder, seed, arguments)
-    print(f"\n{settings}, 64 held-out conditions a seed\n{table({name: results[name] for name in arguments.variants})}")
+    print(f"\n{settings}, {HELD_OUT} held-out conditions a seed\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,293 @@
+"""Cutting videos into shots. How cuts are found is pluggable: PySceneDetect, TransNetV2, or a comparison of colours."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from idc.curate.candidate import Candidate, Dropped, Outcome, Pixels, Step
+from idc.curate.reading import inspect, span_of, stream
+from idc.curate.windows import part_key
+from idc.data.cuts import is_cut
+from idc.data.video import VideoError
+from idc.errors import UserError, nearest
+
+LOOK_WIDTH = 256  # pixels that PySceneDetect's detectors get at most; their thresholds are meant for about this
+RING = 256  # thumbnails kept; a detector must report a cut within fewer frames
+THUMBNAIL = 48, 27
+BLEND = 0.2  # share of the difference of its neighbours that a blend of them may leave unexplained
+
+
+class Transition(NamedTuple):
+    """Where one shot goes over into the next: frame `end` is the first no longer of the one, `start` the first of the
+    other. At a hard cut both are equal; what lies between, in a soft one, belongs to neither."""
+
+    end: int
+    start: int
+
+
+class ShotDetector(Protocol):
+    """Finds transitions in a stream of frames. It holds settings, and networks between `load` and `unload`; nothing of
+    one video is there for the next."""
+
+    @property
+    def models(self) -> tuple[str, ...]: ...
+
+    def load(self, device: torch.device | str = "cpu") -> None: ...
+
+    def unload(self) -> None: ...
+
+    def transitions(self, frames: Iterable[Pixels]) -> Iterator[Transition]:
+        """Transitions in rising order, by number of the frame from 0 and at most `RING` - 8 frames late, of RGB uint8
+        frames `[H, W, 3]`. The first frame begins no shot."""
+
+
+class Shots(Step):
+    """One candidate per shot, its `span` the shot's frames; shots tile the candidate's span but for soft edges.
+
+    Frame numbers are ours: the detector sees the frames that `idc.curate.reading` decodes, one after another. Videos
+    that were converted from another rate have blends of both shots at a cut; such frames are found by comparing small
+    pictures around it, whatever the detector, and belong to neither shot.
+
+    A candidate that came with a span (OpenS2V-5M's `cut`) is taken to be one shot. meta["shots"] has number and count
+    of the shot within the candidate, and which of its edges are soft.
+    """
+
+    def __init__(
+        self,
+        detector: ShotDetector | None = None,
+        min_seconds: float = 1.0,
+        trim: int = 2,
+        search_given: bool = False,
+    ) -> None:
+        """
+        Args:
+            detector: PySceneDetect's adaptive detector where None.
+            min_seconds: shorter shots are dropped.
+            trim: frames taken away besides at each soft edge.
+            search_given: look for cuts within spans that came with the material, too.
+
+        Raises:
+            UserError: for a number out of its range.
+        """
+        if min_seconds < 0:
+            raise UserError(f"min_seconds={min_seconds}: must be 0 or more")
+        if trim < 0:
+            raise UserError(f"trim={trim}: must be 0 or more")
+        self.detector: ShotDetector = SceneDetect() if detector is None else detector
+        self.min_seconds, self.trim, self.search_given = min_seconds, trim, search_given
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.detector.models
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        self.detector.load(device)
+
+    def unload(self) -> None:
+        self.detector.unload()
+
+    def apply(self, candidate: Candidate) -> Outcome | Sequence[Outcome]:
+        if candidate.clip is not None or inspect(candidate).is_image:
+            return candidate
+        first, end = span_of(candidate)
+        if candidate.span is not None and not self.search_given:
+            return self._shot(candidate.changed(span=(first, end)), {"given": True})
+        edges = [(first, first), *self._edges(candidate, first), (end, end)]
+        shots: list[Outcome] = []
+        for number, (before, after) in enumerate(pairwise(edges)):
+            start = before[1] + (self.trim if before[1] > before[0] else 0)
+            stop = after[0] - (self.trim if after[1] > after[0] else 0)
+            note = {
+                "number": number,
+                "count": len(edges) - 1,
+                "soft": [before[1] > before[0], after[1] > after[0]],
+            }
+            shot = candidate.changed(key=part_key(candidate.key, before[1]), span=(start, max(start, stop)))
+            shots.append(self._shot(shot, note))
+        return shots
+
+    def _shot(self, shot: Candidate, note: dict[str, Any]) -> Outcome:
+        assert shot.span is not None
+        frames, rate = shot.span[1] - shot.span[0], inspect(shot).video.fps
+        if not frames or frames < self.min_seconds * rate:
+            detail = f"{frames} frames, {frames / rate if rate else 0:.2f} s, min_seconds={self.min_seconds:g}"
+            return Dropped(shot.source, shot.video, shot.key, self.name, "shot too short", detail)
+        return shot.changed(meta={self.name: note})
+
+    def _edges(self, candidate: Candidate, first: int) -> list[Transition]:
+        """Transitions by rank in the source, widened by blended frames."""
+        thumbnails = _Thumbnails()
+
+        def frames() -> Iterator[Pixels]:
+            size = None
+            for rank, frame in stream(candidate):
+                if size not in (None, frame.shape):
+                    raise VideoError(f"the frame size changes at frame {rank}")
+                size = frame.shape
+                thumbnails.add(frame)
+                yield frame
+
+        found: list[Transition] = []
+        waiting: deque[Transition] = deque()
+        # Frames behind a cut are seen only after it was reported: it is looked at when the next one is, or at the end.
+        for transition in self.detector.transitions(frames()):
+            waiting.append(transition)
+            while waiting and thumbnails.count > waiting[0].start + 1:
+                found.append(thumbnails.widened(waiting.popleft()))
+        found += map(thumbnails.widened, waiting)
+        return [Transition(end + first, start + first) for end, start in _in_order(found, thumbnails.count)]
+
+
+def _in_order(transitions: Iterable[Transition], frames: int) -> Iterator[Transition]:
+    """Without those at the very beginning or end and those that overlap the one before."""
+    last = 0
+    for end, start in transitions:
+        if last < end <= start < frames:
+            yield Transition(end, start)
+            last = start
+
+
+class _Thumbnails:
+    """The last frames of a stream as small pictures, to look around cuts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last: deque[np.ndarray] = deque(maxlen=RING)
+
+    def add(self, frame: Pixels) -> None:
+        import cv2
+
+        self._last.append(np.asarray(cv2.resize(frame, THUMBNAIL, interpolation=cv2.INTER_AREA), np.float32))
+        self.count += 1
+
+    def widened(self, transition: Transition) -> Transition:
+        """The transition with the blended frames that lie at it."""
+        end, start = transition
+        if self._is_blend(end - 1, end - 2, start):
+            end -= 1
+        if self._is_blend(start, end - 1, start + 1):
+            start += 1
+        return Transition(end, start)
+
+    def _is_blend(self, number: int, before: int, after: int) -> bool:
+        """Whether frame `number` is a mixture of two others: neither of them, and nearly nothing else."""
+        pictures = [self._get(n) for n in (number, before, after)]
+        if any(picture is None for picture in pictures):
+            return False
+        mixed, one, other = (np.asarray(picture, np.float64) for picture in pictures)
+        across = other - one
+        length = float((across**2).sum())
+        if not length:
+            return False
+        share = float(((mixed - one) * across).sum()) / length
+        rest = float(((mixed - one - share * across) ** 2).sum()) / length
+        return 0.15 < share < 0.85 and rest < BLEND**2
+
+    def _get(self, number: int) -> np.ndarray | None:
+        oldest = self.count - len(self._last)
+        return self._last[number - oldest] if oldest <= number < self.count else None
+
+
+class ColourCuts:
+    """Hard cuts where the colours of successive frames hardly overlap (`idc.data.cuts.is_cut`); needs no package."""
+
+    models = ("colour overlap",)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Nothing to load."""
+
+    def unload(self) -> None:
+        """Nothing to free."""
+
+    def transitions(self, frames: Iterable[Pixels]) -> Iterator[Transition]:
+        before: Pixels | None = None
+        for number, frame in enumerate(frames):
+            if before is not None and is_cut(before, frame):
+                yield Transition(number, number)
+            before = frame
+
+
+SCENE_DETECTORS = ("adaptive", "content")
+
+
+class SceneDetect:
+    """PySceneDetect's detectors, fed frame by frame; extra `curate`.
+
+    "adaptive" compares each frame's change with that of the two frames before and behind it, so that fast motion is no
+    cut; "content" takes any change above the threshold.
+    """
+
+    def __init__(self, method: str = "adaptive", threshold: float | None = None) -> None:
+        """
+        Args:
+            method: "adaptive" or "content".
+            threshold: PySceneDetect's own for the method where None: 3 times the change around, or 27 of 255.
+
+        Raises:
+            UserError: for an unknown method or a threshold that is not above 0.
+        """
+        if method not in SCENE_DETECTORS:
+            raise UserError(f"method={method!r} is not known{nearest(method, SCENE_DETECTORS)}")
+        if threshold is not None and threshold <= 0:
+            raise UserError(f"threshold={threshold}: must be above 0")
+        self.method, self.threshold = method, threshold
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        for package in ("scenedetect-headless", "scenedetect-core", "scenedetect"):
+            try:
+                return (f"PySceneDetect {version(package)} ({self.method})",)
+            except PackageNotFoundError:
+                continue
+        return (f"PySceneDetect ({self.method})",)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Only checks that the package is there.
+
+        Raises:
+            UserError: if it is not.
+        """
+        self._detector()
+
+    def unload(self) -> None:
+        """Nothing to free."""
+
+    def transitions(self, frames: Iterable[Pixels]) -> Iterator[Transition]:
+        import cv2
+        from scenedetect.common import FrameTimecode
+
+        detector = self._detector()
+        at = FrameTimecode(0, 25.0)  # the rate is not looked at: what is asked for is in frames
+        for number, frame in enumerate(frames):
+            height, width = frame.shape[:2]
+            if width > LOOK_WIDTH:
+                size = LOOK_WIDTH, max(1, round(height * LOOK_WIDTH / width))
+                frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+            at = FrameTimecode(number, 25.0)
+            for cut in detector.process_frame(at, np.ascontiguousarray(frame[..., ::-1])):
+                yield Transition(cut.frame_num, cut.frame_num)
+        for cut in detector.post_process(at):
+            yield Transition(cut.frame_num, cut.frame_num)
+
+    def _detector(self) -> Any:
+        try:
+            from scenedetect.detectors import AdaptiveDetector, ContentDetector
+        except ImportError:
+            raise UserError(
+                "PySceneDetect is not installed: pip install 'idc[curate]', or give Shots another detector, such as "
+                "idc.curate.shots.ColourCuts"
+            ) from None
+        # Short shots are our own step's matter: merging them here would hide where they are.
+        settings: dict[str, Any] = {"min_scene_len": 1}
+        if self.method == "adaptive":
+            key, kind = "adaptive_threshold", AdaptiveDetector
+        else:
+            key, kind = "threshold", ContentDetector
+        return kind(**settings, **({} if self.threshold is None else {key: self.threshold}))

@@ -7,15 +7,17 @@ the shards themselves are made anew each time; that reads no video and runs no n
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from idc.curate.candidate import Candidate, Dropped, Source, Step
+from idc.curate.candidate import Source, Step
 from idc.curate.chunks import Encoding, Work
-from idc.curate.collection import CollectionStep, Decision, Survivors
+from idc.curate.collection import CollectionStep
+from idc.curate.decisions import decide
 from idc.curate.executors import Done, Executor
 from idc.curate.guard import check_settings, clean, locked
 from idc.curate.local import LocalExecutor
@@ -23,6 +25,8 @@ from idc.curate.parts import Count, Part, add_counts
 from idc.curate.plan import Plan, make_plan
 from idc.curate.showing import Shown
 from idc.curate.survivors import Parts
+from idc.curate.writing import STEP as WRITE
+from idc.curate.writing import ShardWriting, Written, write_collection
 from idc.data import storage
 from idc.errors import UserError, make_folder
 
@@ -39,16 +43,19 @@ class CurationReport:
         done_before: of these, how many earlier runs had done.
         counts: by step, collection steps included; seconds are this run's, the rest is all runs'.
         worked: by step, candidates that came to it in this run, which its seconds were spent on.
-        kept: samples.
-        written: what `idc.curate.writing.write_shards` reports.
+        written: what writing the shards reports.
     """
 
     units: int = 0
     done_before: int = 0
     counts: list[Count] = field(default_factory=list)
     worked: list[int] = field(default_factory=list)
-    kept: int = 0
-    written: Any = None
+    written: Written | None = None
+
+    @property
+    def kept(self) -> int:
+        """Samples in the shards."""
+        return self.counts[-1].kept if self.counts else 0
 
     @property
     def read(self) -> int:
@@ -69,7 +76,7 @@ class Curation:
         steps: in their order; each sees what the one before it let through.
         out: folder, or fsspec URL, of the shards; with `work/` inside it, unless that is elsewhere.
         collection: steps over all survivors, in their order.
-        writing: how shards are written, as `idc.curate.writing` has it.
+        writing: how shards are written.
         executor: where chunks are worked on.
         encoding: how clips are encoded.
         chunk: units in a chunk, on average: what a killed run does again for each worker.
@@ -87,7 +94,7 @@ class Curation:
         steps: Sequence[Step],
         out: str,
         collection: Sequence[CollectionStep] = (),
-        writing: Any = None,
+        writing: ShardWriting | None = None,
         executor: Executor | None = None,
         encoding: Encoding | None = None,
         chunk: int = 16,
@@ -110,7 +117,7 @@ class Curation:
             if names.count(name) > 1:
                 raise UserError(f"sources: two are named {name!r}; give each a name of its own")
         self.sources, self.steps, self.collection = tuple(sources), tuple(steps), tuple(collection)
-        self.out, self.writing = str(out), writing
+        self.out, self.writing = str(out), writing or ShardWriting()
         self.executor = executor or LocalExecutor()
         self.encoding = encoding or Encoding()
         self.chunk, self.limit, self.threads = chunk, limit, threads
@@ -136,9 +143,7 @@ class Curation:
             parts = Parts(self.folder, plan.parts)
             report.counts = parts.counts
             _take_times(report, this_run)
-            decisions = list(self._decide(parts, report.counts))
-            report.written = self._write(parts, decisions)
-            report.kept = report.counts[-1].kept
+            self._finish(parts, report)
         _check_balance(report)
         return report
 
@@ -159,7 +164,7 @@ class Curation:
     def _work(self, plan: Plan, work: Work) -> list[Count]:
         """Work on what is left. Returns this run's counts."""
         counts: list[Count] = []
-        with Shown(plan.left, self.progress) as shown:
+        with Shown("curating", self.progress, plan.left) as shown:
             for done in self.executor.run(work, plan.todo, self.folder):
                 add_counts(counts, done.counts)
                 shown.advance(done.units, counts)
@@ -177,43 +182,42 @@ class Curation:
                 f"the last: {done.fault}. Once that is mended, --retry_failed true does them again"
             )
 
-    def _decide(self, parts: Parts, counts: list[Count]) -> Iterator[Decision]:
-        gone: set[str] = set()
-        for step in self.collection:
-            count = Count(step_name(step), came=len(parts) - len(gone))
-            before = len(gone)
-            for decision in step.decide(_Left(parts, frozenset(gone))):
-                if isinstance(decision, Dropped):
-                    if decision.key in gone:
-                        continue
-                    gone.add(decision.key)
-                yield decision
-            count.dropped = len(gone) - before
-            count.kept = count.came - count.dropped
-            counts.append(count)
+    def _finish(self, parts: Parts, report: CurationReport) -> None:
+        """What is decided over the whole collection, and the shards."""
+        decisions = decide(parts, self.collection, self.writing.held_out)
+        by_step = Counter(drop.step for drop in decisions.drops.values())
+        for name in dict.fromkeys([*(step.name for step in self.collection), *by_step]):
+            _append(report.counts, name, by_step[name])
+        with Shown("writing shards", self.progress) as shown:
+            report.written = write_collection(
+                parts,
+                decisions,
+                self.out,
+                self.folder,
+                self.writing,
+                self.recipe(),
+                parts.drops(),
+                hashlib.sha256(" ".join(parts.names).encode()).hexdigest(),
+                shown.so_far,
+            )
+        kept = sum(report.written.samples.values())
+        _append(report.counts, WRITE, report.counts[-1].kept - kept)
 
-    def _write(self, parts: Parts, decisions: Sequence[Decision]) -> Any:
-        from idc.curate.writing import write_shards
-
-        return write_shards(parts, decisions, self.out, self.writing)
-
-
-class _Left:
-    """The survivors that no collection step has dropped so far."""
-
-    def __init__(self, parts: Survivors, gone: frozenset[str]) -> None:
-        self._parts, self._gone = parts, gone
-
-    def __len__(self) -> int:
-        return len(self._parts) - len(self._gone)
-
-    def __iter__(self) -> Iterator[Candidate]:
-        return (candidate for candidate in self._parts if candidate.key not in self._gone)
+    def recipe(self) -> dict[str, Any]:
+        """All settings that decide what is in the shards, plain JSON."""
+        return {
+            "chunk": self.chunk,
+            "encoding": asdict(self.encoding),
+            "writing": asdict(self.writing),
+            "sources": [dict(source.describe()) for source in self.sources],
+            "steps": [dict(step.describe()) for step in self.steps],
+            "collection": [dict(step.describe()) for step in self.collection],
+        }
 
 
-def step_name(step: CollectionStep) -> str:
-    """Its name, or its class's in words."""
-    return step.name or re.sub(r"(?<!^)(?=[A-Z])", " ", type(step).__name__).lower()
+def _append(counts: list[Count], name: str, dropped: int) -> None:
+    came = counts[-1].kept
+    counts.append(Count(name, came, kept=came - dropped, dropped=dropped))
 
 
 def _has_faults(path: str) -> bool:
@@ -233,5 +237,5 @@ def _check_balance(report: CurationReport) -> None:
         if count.came != came or count.came + count.made != count.kept + count.dropped:
             raise RuntimeError(f"counts do not add up at {count.step!r}: {count}; {came} came from before it")
         came = count.kept
-    if report.read != report.kept + report.dropped:
+    if report.written is None or not report.read == report.kept + report.dropped == report.written.read:
         raise RuntimeError(f"counts do not add up: {report.read} read, {report.kept} kept, {report.dropped} dropped")

@@ -16,7 +16,7 @@ import torch
 
 from idc.curate.chunks import Work, died, one_line
 from idc.curate.executors import Done, Executor, finish, work_on
-from idc.curate.plan import PlanGone, Task
+from idc.curate.plan import PlanGoneError, Task
 from idc.errors import UserError
 
 ATTEMPTS = 2
@@ -155,7 +155,7 @@ def _serve(connection: Connection, work: Work, folder: str, device: str) -> None
         work.load(work.steps, device)
         while True:
             connection.send(work_on(work, connection.recv(), folder))
-    except (EOFError, BrokenPipeError, ConnectionResetError, PlanGone):
+    except (EOFError, BrokenPipeError, ConnectionResetError, PlanGoneError):
         os._exit(0)  # the parent is gone
     except OSError as error:
         connection.send(UserError(f"{folder}: {one_line(error)}"))

@@ -90,7 +90,7 @@ def read_units(sources: Sequence[Source], folder: str, settings: str, task: Task
     """The units of a chunk.
 
     Raises:
-        PlanGone: where the plan is another by now: the run that this worker belonged to is gone.
+        PlanGoneError: where the plan is another by now: the run that this worker belonged to is gone.
     """
     try:
         line = storage.read_range(storage.join(folder, PLAN), task.offset, task.size)
@@ -99,10 +99,10 @@ def read_units(sources: Sequence[Source], folder: str, settings: str, task: Task
             return units
     except (FileNotFoundError, ValueError, IndexError, TypeError):
         pass
-    raise PlanGone(f"{folder}/{PLAN} is not the plan of this run any more; is another run at work in that folder?")
+    raise PlanGoneError(f"{folder}/{PLAN} is not the plan of this run any more; is another run at work in that folder?")
 
 
-class PlanGone(UserError):
+class PlanGoneError(UserError):
     """Another run has made its own plan in the folder."""
 
 

@@ -13,40 +13,49 @@ if TYPE_CHECKING:
 
 
 class Shown:
-    """Units done, rate and time left: a bar in a terminal, lines in a log. A context manager.
+    """How much is done, the rate and the time left: a bar in a terminal, lines in a log. A context manager.
 
     Args:
-        total: units to be done.
+        what: the work.
         shown: False shows nothing.
+        total: pieces that it has, where that is known before it begins.
     """
 
-    def __init__(self, total: int, shown: bool = True) -> None:
+    def __init__(self, what: str, shown: bool = True, total: int = 0) -> None:
         from rich.console import Console
 
-        self._total, self._done = total, 0
-        console = Console(stderr=True, soft_wrap=True)
-        self._bar: Any = None
-        self._lines: Lines | None = None
-        if shown and total and console.is_terminal:
-            self._bar = _bar(console)
-        elif shown and total:
-            self._lines = Lines("curating: units", total, console)
+        self._what, self._total, self._done = what, total, 0
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._bar: Any = _bar(self._console) if shown and self._console.is_terminal else None
+        self._lines = Lines(what, total or None, self._console) if shown and self._bar is None else None
 
     def __enter__(self) -> Shown:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("curating", total=self._total, made="")
+            self._task = self._bar.add_task(self._what, total=self._total or None, news="")
         return self
 
     def advance(self, units: int, counts: Sequence[Count]) -> None:
         """So many units more are done; `counts` are of all so far."""
-        self._done += units
+        kept = counts[-1].kept if counts else 0
+        self._update(self._done + units, f"{kept} kept, {sum(count.dropped for count in counts)} dropped")
+
+    def so_far(self, done: int, total: int) -> None:
+        """`done` of `total` pieces are done."""
+        if total != self._total:
+            self._total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=total)
+            if self._lines is not None:
+                self._lines.total = total
+        self._update(done, "")
+
+    def _update(self, done: int, news: str) -> None:
+        self._done = done
         if self._lines is not None:
-            self._lines.update(self._done)
+            self._lines.update(done)
         if self._bar is not None:
-            kept = counts[-1].kept if counts else 0
-            dropped = sum(count.dropped for count in counts)
-            self._bar.update(self._task, completed=self._done, made=f"{kept} kept, {dropped} dropped")
+            self._bar.update(self._task, completed=done, news=news)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -58,20 +67,20 @@ def _bar(console: Any) -> Any:
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """Units a second, or an hour where that is below one."""
+        """Pieces a second, or an hour where that is below one."""
 
         def render(self, task: Any) -> Text:
             speed = task.finished_speed or task.speed
             if speed is None:
                 return Text("")
-            return Text(f"{speed:.1f} units/s" if speed >= 1 else f"{3600 * speed:.0f} units/h")
+            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{3600 * speed:.0f}/h")
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
-        TextColumn("{task.fields[made]}"),
+        TextColumn("{task.fields[news]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )

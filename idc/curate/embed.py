@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Step, model_version
+from idc.curate.face_quality import frontal_and_sharp
 from idc.curate.faces import (
     PEOPLE,
     embedder_name,
     face_at,
     faces_at,
-    frontal_and_sharp,
     median_embedding,
     sightings_of,
     window_of,

@@ -27,20 +27,18 @@ from idc.curate.candidate import (
     Step,
     encode_png,
 )
+from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
 from idc.curate.faces import (
     PEOPLE,
     REJOIN_MARGIN,
     box_of,
     embedder_name,
     faces_at,
-    frontal_and_sharp,
     in_source,
     looks_every,
     median_embedding,
-    sharpness,
     sightings_of,
     window_of,
-    yaw,
 )
 from idc.curate.people import Sighting, by_quality, head_and_shoulders, whole_body
 from idc.curate.reading import frame_times, inspect, stream
@@ -278,7 +276,8 @@ class OtherMoment(Step):
         numbers = np.linspace(0, len(inside) - 1, min(COMPARED, len(inside))).astype(int)
         moments = []
         for moment in self._look(candidate, [inside[number] for number in numbers]):
-            left, top, right, bottom = head_and_shoulders(moment.face.box, *moment.frame.shape[:2], 4.0)
+            height, width = moment.frame.shape[:2]
+            left, top, right, bottom = head_and_shoulders(moment.face.box, height, width, 4.0)
             near = np.ascontiguousarray(moment.frame[top:bottom, left:right])
             moments.append(moment._replace(frame=near, face=moment.face.moved(-left, -top)))
         return moments

@@ -119,7 +119,7 @@ class Shots(Step):
         if not frames or frames < self.min_seconds * rate:
             detail = f"{frames} frames, {frames / rate if rate else 0:.2f} s, min_seconds={self.min_seconds:g}"
             return Dropped(shot.source, shot.video, shot.key, self.name, "shot too short", detail)
-        return shot.changed(meta={self.name: note})
+        return shot.changed(meta={self.name: {**note, "span": list(shot.span)}})  # windows narrow the candidate's own
 
     def _edges(self, candidate: Candidate, first: int) -> list[Transition]:
         """Transitions by rank in the source, widened by blended frames."""

@@ -172,7 +172,7 @@ class SubjectWords(_SubjectNames):
                 raise
             if self.otherwise == "drop":
                 return candidate.dropped(self.name, "no answer on subject words", str(error))
-            told = {"by": "plain", "failure": str(error)}
+            told: dict[str, Any] = {"by": "plain", "failure": str(error)}
             return self._named(candidate, find_phrases(candidate.caption), told)
         told = {"by": "judge", "model": model_version(self.judge), "refused": refused}
         return self._named(candidate, phrases, told)

@@ -11,12 +11,13 @@ import json
 import math
 import os
 import random
+import socket
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from idc.errors import UserError
@@ -39,11 +40,16 @@ class ServerError(RuntimeError):
 
 
 class PassingError(Exception):
-    """A fault that another try may not meet, with how long the server asks to wait."""
+    """A fault that another try may not meet.
 
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
+    Attributes:
+        wait: how long the server asks to wait, in seconds.
+        maybe_done: the server may have done the work (and bill it): the request went out and no whole answer came.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0, maybe_done: bool = False) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.maybe_done = wait, maybe_done
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -106,6 +112,7 @@ class HttpClient:
         kind: str = "application/json",
         url: str = "",
         sleep: Callable[[float], None] = time.sleep,
+        headers: Mapping[str, str] | None = None,
     ) -> T:
         """What `read` makes of the parsed JSON answer to a POST of `data`, or to a GET without data.
 
@@ -114,6 +121,7 @@ class HttpClient:
             kind: type of `data`.
             url: another address on the server.
             sleep: waits between tries.
+            headers: more of them, the same for each try.
 
         Raises:
             ServerError: for a refusal, or a fault that outlived all tries.
@@ -125,20 +133,20 @@ class HttpClient:
                 sleep(wait)
             try:
                 with self._slots:
-                    return read(self._request(url or self.url, data, kind))
+                    return read(self._request(url or self.url, data, kind, headers or {}))
             except PassingError as fault:
                 reason = self._redact(str(fault))
                 backoff = min(_LONGEST_PAUSE, self.pause * 2**attempt)
                 wait = max(min(_LONGEST_PAUSE, fault.wait), backoff * random.uniform(0.5, 1))
         raise ServerError(f"{self.server} did not answer in {self.tries} tries; the last: {reason}")
 
-    def _request(self, url: str, data: bytes | None, kind: str) -> Any:
+    def _request(self, url: str, data: bytes | None, kind: str, more: Mapping[str, str]) -> Any:
         """The parsed answer of one try."""
-        headers = {"Accept": "application/json", "User-Agent": "idc"}
+        headers = {"Accept": "application/json", "User-Agent": "idc", **more}
         if data is not None:
             headers["Content-Type"] = kind
         if key := self._key():
-            headers["Authorization"] = f"Bearer {key}"
+            headers |= self._credentials(key)
         handlers: list[Any] = [_NoRedirects()]
         if urllib.parse.urlsplit(url).hostname in _LOCAL:
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy of the environment cannot reach this machine
@@ -150,28 +158,39 @@ class HttpClient:
             with error:
                 self._judge_status(error)
         except TimeoutError:
-            raise PassingError(f"no answer within {self.timeout:g} s") from None
+            raise PassingError(f"no answer within {self.timeout:g} s", maybe_done=True) from None
         except (OSError, http.client.HTTPException) as error:
-            raise PassingError(
-                f"connection lost: {getattr(error, 'reason', None) or error or type(error).__name__}"
-            ) from None
+            fault = getattr(error, "reason", None) or error
+            never_sent = isinstance(fault, ConnectionRefusedError | socket.gaierror)
+            said = str(fault) or type(fault).__name__
+            raise PassingError(f"connection lost: {said}", maybe_done=not never_sent) from None
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise PassingError(f"not a whole JSON answer: {quote(text.decode(errors='replace'))}") from None
+            said = self._redact(text.decode(errors="replace"))  # before it is cut: half a key is a leak too
+            raise PassingError(f"not a whole JSON answer: {quote(said)}", maybe_done=True) from None
 
     def _judge_status(self, error: urllib.error.HTTPError) -> None:
         try:
             said = error.read(self.most_bytes).decode(errors="replace")
         except (OSError, http.client.HTTPException):
             said = ""
-        reason = self._redact(f"status {error.code}: {quote(_message(said))}")
+        reason = f"status {error.code}: {quote(self._redact(_message(said)))}"
+        self._judge_refusal(error.code, said, reason)
         if error.code in _PASSING or error.code >= 500:
             raise PassingError(reason, retry_after(error.headers.get("Retry-After")))
         if error.code in _HOPELESS:
             key = f"the key in {self.api_key_env}" if self._key() else f"no key, as {self.api_key_env} is not set"
             raise UserError(f"{self._named()} ({key}): {_HOPELESS[error.code]}; {reason}") from None
         raise ServerError(reason) from None
+
+    def _judge_refusal(self, status: int, said: str, reason: str) -> None:
+        """Raise what an answer with an error means where the server's own codes say more than the status; `said` is
+        its body, `reason` what a message may say of it."""
+
+    def _credentials(self, key: str) -> dict[str, str]:
+        """The headers that carry the API key."""
+        return {"Authorization": f"Bearer {key}"}
 
     def _named(self) -> str:
         """The settings that say who was asked."""

@@ -189,17 +189,21 @@ def image_text_processor(path: str) -> Any:
     """
     import transformers
     from transformers import AutoConfig, AutoProcessor
-
-    # The top level's own is a stand-in that refuses to work without torchvision in some releases.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(path).model_type) or "", None)
-    if cls is not None and "video_processor" in inspect.signature(cls.__init__).parameters:
-        processor = _without_video(cls).from_pretrained(path)
-    else:
-        processor = AutoProcessor.from_pretrained(path)
-    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(path).model_type)
+    return picture_processor(getattr(transformers, name or "", AutoProcessor), path)
+
+
+def picture_processor(cls: Any, path: str, **where: Any) -> Any:
+    """The processor of class `cls` saved in `path`, as `image_text_processor`; `where`: its subfolder, its revision."""
+    # The top level's own is a stand-in that refuses to work without torchvision in some releases.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    if "video_processor" in inspect.signature(cls.__init__).parameters:
+        cls = _without_video(cls)
+    processor = cls.from_pretrained(path, **where)
+    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
     return processor
 
 

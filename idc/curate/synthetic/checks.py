@@ -1,0 +1,236 @@
+"""What of the made pictures is kept: the same subject, yet not the same picture; one subject, whole and to be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from idc.curate.candidate import Pixels
+from idc.curate.synthetic.masks import subject_mask
+from idc.errors import UserError
+from idc.metrics.copy_paste import View, compare, face_view, masked_view
+from idc.metrics.facesim import find_faces
+from idc.models.embedders import ImageTextEmbedder
+from idc.models.faces import Embedding, FaceBackend, YuNetSFace
+
+PEOPLE = ("person", "face")
+_HASH_SIDE, _HASH_BITS = 32, 8  # of the perceptual hash: its picture's side, and the lowest frequencies a side
+FACE_SHARE = 0.25  # of the largest face's area, from which another one is somebody and not a face on a poster
+
+
+class Bounds(NamedTuple):
+    """What a similarity must be: `low` at least, for the same subject, and `cap` at most, for another picture of it."""
+
+    low: float
+    cap: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks found.
+
+    Attributes:
+        reason: "" where the picture is kept; else one of a few phrases without numbers.
+        similarity: to the most similar given picture, cosine in [-1, 1]; None where nothing could be compared.
+        model: what compared.
+        numbers: all that was measured, by name.
+    """
+
+    reason: str = ""
+    similarity: float | None = None
+    model: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> bool:
+        return not self.reason
+
+
+class Known(NamedTuple):
+    """A picture, looked at once.
+
+    Attributes:
+        by: what it is compared by: "face", "image", or "" where nothing could look at it.
+        embedding: unit vector `[D]`; None for `by` "".
+        view: the subject in the common crop of `idc.metrics.copy_paste`; None where it has none.
+        code: perceptual hash, bool `[64]`.
+        people: faces that are somebody's; those on posters are left out. None where nobody counted.
+    """
+
+    by: str
+    embedding: Embedding | None
+    view: View | None
+    code: NDArray[np.bool_]
+    people: int | None = None
+
+
+class ReferenceCheck:
+    """Compares made pictures with those they were made from.
+
+    People are compared by their largest face, everything else by an image embedder; so are people none of whose
+    pictures shows a face. What nothing can compare is not kept.
+
+    Args:
+        faces: finds and tells apart faces.
+        embedder: CLIP, SigLIP or the like; None leaves all but faces without a comparison.
+        face: bounds for faces. SFace: one person mostly 0.5 to 0.9, other people below 0.35; nearly one picture 0.95.
+        image: bounds for the embedder. They are CLIP's; other embedders need others.
+        copy_cap: most that fine structure may agree after alignment (`idc.metrics.copy_paste`), in [0, 1]: copies,
+            also turned or compressed, reach 0.87 and more, the same person in another clip about 0.2.
+        hash_bits: fewer differing bits of 64 (perceptual hash, also of the mirrored picture) are a copy.
+        min_side: of the made picture, in pixels.
+        min_contrast: least standard deviation of its luma, in levels of 255: less is blank.
+
+    Raises:
+        UserError: for bounds out of range.
+    """
+
+    def __init__(
+        self,
+        faces: FaceBackend | None = None,
+        embedder: ImageTextEmbedder | None = None,
+        face: tuple[float, float] = (0.45, 0.95),
+        image: tuple[float, float] = (0.75, 0.97),
+        copy_cap: float = 0.7,
+        hash_bits: int = 6,
+        min_side: int = 128,
+        min_contrast: float = 6.0,
+    ) -> None:
+        for name, bounds in {"face": face, "image": image}.items():
+            if len(bounds) != 2 or not -1 <= bounds[0] < bounds[1] <= 1:
+                raise UserError(f"{name}={bounds}: must be (low, cap) with -1 <= low < cap <= 1")
+        if not 0 < copy_cap <= 1:
+            raise UserError(f"copy_cap={copy_cap}: must be above 0 and at most 1; 1 lets every copy through")
+        if not 0 <= hash_bits <= 64 or min_side < 1 or min_contrast < 0:
+            raise UserError(
+                f"hash_bits={hash_bits}, min_side={min_side}, min_contrast={min_contrast}: must be from 0 to 64, at "
+                "least 1, and 0 or more"
+            )
+        self.faces = YuNetSFace() if faces is None else faces
+        self.embedder = embedder
+        self.face, self.image = Bounds(*face), Bounds(*image)
+        self.copy_cap, self.hash_bits, self.min_side, self.min_contrast = copy_cap, hash_bits, min_side, min_contrast
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.faces.models + (self.embedder.models if self.embedder else ())
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load the networks; idempotent."""
+        self.faces.load(device)
+        if self.embedder is not None:
+            self.embedder.load(device)
+
+    def unload(self) -> None:
+        """Free them."""
+        self.faces.unload()
+        if self.embedder is not None:
+            self.embedder.unload()
+
+    def describe(self) -> Mapping[str, Any]:
+        """Settings that decide what is kept, plain JSON."""
+        settings = {key: value for key, value in vars(self).items() if key not in ("faces", "embedder")}
+        settings |= {"face": list(self.face), "image": list(self.image), "faces": list(self.faces.models)}
+        embedder = self.embedder
+        return settings | {"embedder": embedder and [embedder.name, embedder.fingerprint]}
+
+    def look(self, pictures_HWC: Sequence[Pixels], kind: str) -> list[Known]:
+        """The pictures of a subject of this kind, ready to be compared.
+
+        Those of a person by face where any shows one; then a picture that shows none is compared with by its pixels
+        alone. Else all by the embedder, where there is one.
+        """
+        if kind in PEOPLE:
+            looked = [self._face(picture) for picture in pictures_HWC]
+            if any(known.by for known in looked):
+                return looked
+        return [self._image(picture) for picture in pictures_HWC]
+
+    def judge(
+        self, made_HWC: Pixels, known: Sequence[Known], kind: str, rivals: Sequence[Known] = (), copies: bool = False
+    ) -> Verdict:
+        """Whether a made picture is kept.
+
+        Args:
+            known: the subject's own pictures, by `look`.
+            rivals: those of other subjects: what is more like one of them shows the wrong one.
+            copies: it comes from an editor that only moves pixels: no cap is asked for.
+        """
+        numbers = {"side": float(min(made_HWC.shape[:2])), "contrast": float(made_HWC.mean(-1).std())}
+        if numbers["side"] < self.min_side:
+            return Verdict("too small", numbers=numbers)
+        if numbers["contrast"] < self.min_contrast:
+            return Verdict("blank", numbers=numbers)
+        by = next((one.by for one in known if one.by), "")
+        if not by:
+            return Verdict("nothing compares it", numbers=numbers)
+        made = self._face(made_HWC) if by == "face" else self._image(made_HWC)
+        people = made.people if kind not in PEOPLE or by == "face" else self._face(made_HWC).people
+        if people is not None:
+            numbers["people"] = float(people)
+            if people > 1 or (by == "face" and not people):
+                return Verdict("several people" if people else "no face", numbers=numbers)
+        return self._compare(made, known, rivals, copies, numbers)
+
+    def _compare(
+        self, made: Known, known: Sequence[Known], rivals: Sequence[Known], copies: bool, numbers: dict[str, float]
+    ) -> Verdict:
+        similarity = _most_like(made, known)
+        rival = _most_like(made, rivals) if any(one.by == made.by for one in rivals) else -1.0
+        numbers |= {"similarity": similarity, "rival": rival}
+        numbers["bits"] = float(min(int((one.code != made.code).sum()) for one in known))
+        views = [one.view for one in known if one.view is not None]
+        if made.view is not None and views:
+            # Of the subject alone: one that is cut out and put before another background is a copy as well.
+            numbers["copy"] = max(compare(view, made.view).subject for view in views)
+        bounds = self.face if made.by == "face" else self.image
+        copied = numbers.get("copy", 0.0) > self.copy_cap or numbers["bits"] < self.hash_bits
+        if similarity < bounds.low or rival > similarity:
+            reason = "another subject"
+        elif not copies and (copied or similarity > bounds.cap):
+            reason = "copy"
+        else:
+            reason = ""
+        return Verdict(reason, similarity, self._model(made.by), numbers)
+
+    def _model(self, by: str) -> str:
+        return self.faces.models[-1] if by == "face" or self.embedder is None else self.embedder.name
+
+    def _face(self, picture_HWC: Pixels) -> Known:
+        """By its largest face."""
+        code = perceptual_hash(picture_HWC)
+        found = find_faces(picture_HWC, self.faces)
+        if found is None:
+            return Known("", None, None, code, 0)
+        picture, faces = found
+        largest = max(faces, key=lambda face: face.box.area)
+        people = sum(face.box.area >= FACE_SHARE * largest.box.area for face in faces)
+        return Known("face", self.faces.embed(picture, largest), face_view(picture, largest.landmarks), code, people)
+
+    def _image(self, picture_HWC: Pixels) -> Known:
+        view, code = masked_view(picture_HWC, subject_mask(picture_HWC)), perceptual_hash(picture_HWC)
+        if self.embedder is None:
+            return Known("", None, view, code)
+        return Known("image", self.embedder.embed_images([picture_HWC])[0].numpy(), view, code)
+
+
+def perceptual_hash(picture_HWC: Pixels) -> NDArray[np.bool_]:
+    """64 bits: which of the 8 x 8 lowest frequencies of the shrunken luma exceed their median (Zauner 2010, pHash)."""
+    import cv2
+
+    luma = cv2.cvtColor(np.ascontiguousarray(picture_HWC), cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(luma, (_HASH_SIDE, _HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = np.asarray(cv2.dct(small))[:_HASH_BITS, :_HASH_BITS].ravel()
+    return low > np.median(low[1:])  # without the mean, which is no structure
+
+
+def _most_like(made: Known, known: Sequence[Known]) -> float:
+    """Highest cosine with those that are compared by the same."""
+    assert made.embedding is not None
+    alike = [one.embedding for one in known if one.by == made.by and one.embedding is not None]
+    return max((float(embedding @ made.embedding) for embedding in alike), default=-1.0)

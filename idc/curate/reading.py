@@ -93,6 +93,11 @@ def span_of(candidate: Candidate) -> tuple[int, int]:
     return first, end
 
 
+def window_ranks(candidate: Candidate) -> Sequence[int]:
+    """Rank of the source's frame for each frame of the clip; before its rate is decided, for each of the span."""
+    return candidate.ranks or range(*span_of(candidate))
+
+
 def crop_of(candidate: Candidate, height: int, width: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the candidate's crop in whole pixels of the source's `height` x `width` picture.
 
@@ -155,7 +160,7 @@ def clip_frames(candidate: Candidate, n: int | None) -> tuple[NDArray[np.int64],
     if candidate.clip is not None:
         numbers = sample_frames(len(candidate.clip), n)
         return numbers, candidate.clip[numbers]
-    ranks = candidate.ranks or range(*span_of(candidate))
+    ranks = window_ranks(candidate)
     numbers = sample_frames(len(ranks), n)
     return numbers, look(candidate, [ranks[number] for number in numbers])
 

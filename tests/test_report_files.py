@@ -14,9 +14,10 @@ from idc.errors import UserError
 from idc.metrics.results import Result, read_run
 from idc.report.layout import LAYOUTS, TABLE_1, TABLE_2
 from idc.report.measure import Measured
-from idc.report.media import Media, file_name, find_items
-from idc.report.page import name_systems, script_json, write_page
+from idc.report.media import Media, find_items
+from idc.report.page import name_systems, write_page
 from idc.report.tables import fill
+from idc.webpage import file_name, script_json
 
 
 def test_the_page_is_written_again_without_copying_again(tmp_path):

@@ -240,9 +240,9 @@ def without_observer(browser):
 
 def test_a_tall_screenshot_shows_the_videos_and_a_print_all_of_them(without_observer, page, tmp_path):
     driver = without_observer
-    posters = "return [...document.querySelectorAll('.item video')].filter(v => v.poster).length"
+    posters = "[...document.querySelectorAll('.item video')].filter(v => v.poster).length"
     driver.get(page.as_uri())
-    assert driver.execute_script(posters) == 4  # two systems, two items that decode
+    wait(driver, f"{posters} === 4")  # two systems, two items that decode
     results = [Result(f"item_{n}", "gmescore", 0.5) for n in range(60)]
     run = Measured(read_run(write_run(tmp_path / "run", "sft", results)), resamples=20)
     driver.get(write_page(tmp_path / "out", [run], []).as_uri())

@@ -18,9 +18,10 @@ _KINDS = {
     "animal": NATURE,
 }
 # Landscapes and plants, which the lists of nouns count as places and objects.
-_GROWN = """beach blossom bush canyon cliff cloud clouds coast coral creek desert field fire flower flowers forest glacier
-    grass hill iceberg island jungle lake leaf leaves meadow moon mountain mountains ocean plant rain river rock rocks
-    rose sand sea sky snow star stars sun sunflower sunset swamp tree trees valley volcano water waterfall wave waves"""
+_GROWN = """beach blossom bush canyon cliff cloud clouds coast coral creek desert field fire flower flowers forest
+    glacier grass hill iceberg island jungle lake leaf leaves meadow moon mountain mountains ocean plant rain river rock
+    rocks rose sand sea sky snow star stars sun sunflower sunset swamp tree trees valley volcano water waterfall wave
+    waves"""
 _SCENARIO = {word: _KINDS[kind] for word, kind in KIND.items()} | dict.fromkeys(_GROWN.split(), NATURE)
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 # What may follow the word that says what a subject is: "a man with a hat", "the dog on the left".

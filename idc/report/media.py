@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import quote
 from idc.data.benchmark import ITEMS, Item, read_benchmark, read_items
 from idc.errors import UserError
 from idc.metrics.results import Run
+from idc.webpage import file_name, save_jpeg
 
 POSTER_SIDE = 480  # pixels, the longer one
 REFERENCE_SIDE = 240
@@ -100,14 +100,6 @@ def _items_of(run: Run) -> list[Item]:
     return read_benchmark(benchmark, settings.get("benchmark_root"))
 
 
-def file_name(text: str) -> str:
-    """A file's name that no file system and no address misreads; texts that differ get names that differ."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:80].strip(" ")
-    if safe == text and safe.strip("."):
-        return safe
-    return f"{safe.strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def _stale(target: Path, source: Path) -> bool:
     return not target.is_file() or target.stat().st_mtime < source.stat().st_mtime
 
@@ -132,7 +124,7 @@ def _write_poster(video: Path, target: Path) -> bool:
         frame = decode_video(video, frames=1)[0]
     except VideoError:
         return False
-    _save(Image.fromarray(frame), target, POSTER_SIDE)
+    save_jpeg(Image.fromarray(frame), target, POSTER_SIDE)
     return True
 
 
@@ -141,18 +133,7 @@ def _write_thumbnail(path: Path, target: Path) -> bool:
 
     try:
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            save_jpeg(ImageOps.exif_transpose(picture), target, REFERENCE_SIDE)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
-    flat = Image.new("RGB", upright.size, "white")
-    flat.paste(upright, mask=upright.getchannel("A"))
-    _save(flat, target, REFERENCE_SIDE)
     return True
-
-
-def _save(picture: Any, target: Path, side: int) -> None:
-    picture.thumbnail((side, side))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    picture.save(part, format="JPEG", quality=85)
-    os.replace(part, target)

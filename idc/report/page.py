@@ -6,7 +6,6 @@ as escaped text or as JSON whose strings are only ever set as text.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from idc.report.measure import Measured
 from idc.report.media import Media, find_items
 from idc.report.tables import Table, short_commit
 from idc.report.tracks import identity
+from idc.webpage import script_json, write_base
 
-FILES = ("page.css", "page.js")
 NO_TABLE = '<p class="empty">No table of the paper has figures of these runs; they stand under All measures.</p>'
 
 
@@ -68,8 +67,7 @@ def write_page(
     data = collect(systems, media, items)
     out.mkdir(parents=True, exist_ok=True)
     templates = resources.files("idc.report") / "templates"
-    for name in FILES:
-        (out / name).write_text((templates / name).read_text(encoding="utf-8"), encoding="utf-8")
+    write_base(out, templates)
     (out / "data.js").write_text(f"window.IDC_DATA = {script_json(data)};\n", encoding="utf-8")
     # Without any run all tables stand at the top: they are then asked for because of the printed figures.
     filled = [table for table in tables if table.filled or not runs]
@@ -143,12 +141,6 @@ def collect(systems: Sequence[System], media: Media, items_file: Path | None = N
         "metrics": [{"key": name, "title": metric_title(name)} for name in metrics],
         "items": shown,
     }
-
-
-def script_json(data: Any) -> str:
-    """JSON that is harmless inside a script: no "<", no line separators, nothing but ASCII."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _by_id(measured: Measured) -> dict[str, dict[str, Result]]:

@@ -1,45 +1,16 @@
-"use strict";
-// Everything from the data is set as text or as an attribute of a known element, never as HTML.
 (() => {
+  const { $, make, draw } = page;
   const data = window.IDC_DATA || { systems: [], metrics: [], items: [] };
-  const SVG = "http://www.w3.org/2000/svg";
   const COLOURS = 6;
   const FIRST = 6; // cards that are filled at once, wherever they are
   const MARGIN = 700; // cards are filled when they are this close to being seen, in pixels
-  const $ = (id) => document.getElementById(id);
   const shownSystems = new Set(data.systems.keys());
 
-  function make(tag, options = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(options)) {
-      if (name === "text") node.textContent = value;
-      else if (name === "class") node.className = value;
-      else node.setAttribute(name, value);
-    }
-    node.append(...children);
-    return node;
-  }
-  function draw(tag, attributes = {}, text = "") {
-    const node = document.createElementNS(SVG, tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    if (text) node.textContent = text;
-    return node;
-  }
   const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)}%`;
   const colour = (n) => `var(--s${n % COLOURS})`;
   const value = (item, system, metric) => item.videos[system]?.scores?.[metric]?.value;
   const failed = (item) =>
     item.videos.some((v) => v.missing || Object.values(v.scores || {}).some((s) => s.value === undefined));
-
-  // Theme -------------------------------------------------------------------------------------------------------
-  const stored = (() => { try { return localStorage.getItem("idc-theme"); } catch { return null; } })();
-  if (stored) document.documentElement.dataset.theme = stored;
-  $("theme").addEventListener("click", () => {
-    const root = document.documentElement;
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-    try { localStorage.setItem("idc-theme", root.dataset.theme); } catch { /* a page without storage forgets it */ }
-  });
 
   // Sorting -----------------------------------------------------------------------------------------------------
   function sortValue(row, column, words) {

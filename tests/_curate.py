@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from idc.curate.candidate import (
     Candidate,
@@ -63,3 +67,100 @@ class Cut(Step):
         if self.encoded:
             return changed.changed(encoded=EncodedClip(clip.tobytes(), 1, self.size, self.size))
         return changed.changed(clip=clip)
+
+
+@dataclass
+class Split(Step):
+    """Every third becomes two, every seventh is dropped."""
+
+    def apply(self, candidate: Candidate) -> Outcome | Sequence[Outcome]:
+        number = candidate.meta["number"]
+        if number % 7 == 3:
+            return candidate.dropped(self.name, "seventh", f"{number} % 7 is 3")
+        if number % 3:
+            return candidate
+        return [candidate.changed(key=f"{candidate.key}-{half}", meta={"half": half}) for half in "ab"]
+
+
+class Weigh(Step):
+    """A network, as far as the engine sees: the score depends on the candidate alone, the batch is noted in a log."""
+
+    heavy = True
+
+    def __init__(self, batch: int = 4, log: str = "") -> None:
+        self.batch, self._log = batch, log
+        self._net: torch.nn.Linear | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("linear 1.0",)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        if self._net is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self._net = torch.nn.Linear(16, 1).to(device)
+            self._note(f"load {os.getpid()}")
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
+        assert self._net is not None
+        self._note("batch " + " ".join(candidate.key for candidate in candidates))
+        with torch.no_grad():
+            vectors = [candidate.subjects[0].embedding for candidate in candidates]
+            weights = [self._net(torch.from_numpy(vector)) for vector in vectors]
+        # As NumPy has it, on purpose: what the next step sees must be a plain number wherever it runs.
+        return [[c.scored(weight=w.numpy()[0])] for c, w in zip(candidates, weights, strict=True)]
+
+    def _note(self, line: str) -> None:
+        if self._log:
+            with open(self._log, "a") as log:
+                log.write(line + "\n")
+
+
+@dataclass
+class Heavy(Step):
+    """Drops what weighs too much; looks at how plain the data is on the way."""
+
+    limit: float = 50.0
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        weight = candidate.scores["weight"]
+        assert type(weight) is float
+        assert isinstance(candidate.subjects[0].embedding, np.ndarray)
+        if weight > self.limit:
+            return candidate.dropped(self.name, "too heavy", f"{weight:.3f} > {self.limit}")
+        return candidate.changed(meta={"pair": (1, weight)})
+
+
+@dataclass
+class Fails(Step):
+    """Raises for some numbers."""
+
+    numbers: tuple[int, ...] = ()
+    batch: int = 4
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        if candidate.meta["number"] in self.numbers:
+            raise RuntimeError(f"number {candidate.meta['number']}\nis not liked")
+        return candidate
+
+
+@dataclass
+class Dies(Step):
+    """Kills its process at some numbers; once only, where a folder is given to remember it in."""
+
+    numbers: tuple[int, ...] = ()
+    once: str = ""
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"class": "Dies"}  # what comes out is the same, once it has come out
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        number = candidate.meta["number"]
+        if number in self.numbers:
+            mark = Path(self.once, str(number))
+            if not self.once or not mark.exists():
+                if self.once:
+                    mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return candidate

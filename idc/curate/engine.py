@@ -19,10 +19,10 @@ from idc.curate.chunks import Encoding, Work
 from idc.curate.collection import CollectionStep
 from idc.curate.decisions import decide
 from idc.curate.executors import Done, Executor
-from idc.curate.guard import check_settings, clean, locked
+from idc.curate.guard import Settings, clean, locked
 from idc.curate.local import LocalExecutor
 from idc.curate.parts import Count, Part, add_counts
-from idc.curate.plan import Plan, make_plan
+from idc.curate.plan import PLAN, Plan, make_plan
 from idc.curate.showing import Shown
 from idc.curate.survivors import Parts
 from idc.curate.writing import STEP as WRITE
@@ -137,7 +137,9 @@ class Curation:
                 make_folder(Path(root), "out")
         with locked(self.folder):
             clean(self.folder)
-            plan, settings = self._plan()
+            settings = self._settings().keep()
+            with storage.open_atomic(storage.join(self.folder, PLAN)) as stream:
+                plan = make_plan(self.sources, settings, self.chunk, self.limit, self._done(), stream)
             report = CurationReport(plan.units, plan.units - plan.left)
             this_run = self._work(plan, Work(self.sources, self.steps, self.encoding, settings, self.threads))
             parts = Parts(self.folder, plan.parts)
@@ -148,18 +150,19 @@ class Curation:
         return report
 
     def plan(self) -> Plan:
-        """What there is to do, which `run` starts with; nothing is opened. Makes the folder."""
-        if not storage.is_url(self.folder):
-            make_folder(Path(self.folder), "out")
-        with locked(self.folder):
-            return self._plan()[0]
+        """What a run would have to do. Writes nothing and opens no unit.
 
-    def _plan(self) -> tuple[Plan, str]:
-        settings = check_settings(self.folder, self.sources, self.steps, self.encoding, self.chunk)
+        Raises:
+            UserError: as `run`.
+        """
+        return make_plan(self.sources, self._settings().compare(), self.chunk, self.limit, self._done())
+
+    def _settings(self) -> Settings:
+        return Settings(self.folder, self.sources, self.steps, self.encoding, self.chunk)
+
+    def _done(self) -> set[str]:
         done = {name for name in storage.list_tars(self.folder) if name.startswith("part-")}
-        if self.retry_failed:
-            done = {name for name in done if not _has_faults(storage.join(self.folder, name))}
-        return make_plan(self.sources, self.folder, settings, self.chunk, self.limit, done), settings
+        return {name for name in done if not (self.retry_failed and _has_faults(storage.join(self.folder, name)))}
 
     def _work(self, plan: Plan, work: Work) -> list[Count]:
         """Work on what is left. Returns this run's counts."""

@@ -11,6 +11,8 @@ from idc.curate.parts import Count, Outcomes, write_part
 from idc.curate.plan import Task
 from idc.data import storage
 
+BEGUN = ".begun"  # ends the names of what executors leave among the parts while they are at work
+
 
 @dataclass(frozen=True)
 class Done:

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from idc.curate.candidate import Source, Step
 from idc.curate.chunks import Encoding
+from idc.curate.executors import BEGUN
 from idc.curate.parts import VERSION
 from idc.curate.records import dumps
 from idc.data import storage
@@ -49,45 +50,50 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def clean(folder: str) -> None:
-    """Remove the temporary files that a killed run left in a local folder, which is locked."""
-    if not storage.is_url(folder):
-        for path in Path(folder).glob("*.tmp"):
-            path.unlink(missing_ok=True)
+    """Remove what a killed run left in a folder, which is locked: temporary files, and notes of what it was at."""
+    for name in storage.list_names(folder):
+        if name.endswith((BEGUN, ".tmp")):
+            storage.remove(storage.join(folder, name))
 
 
-def check_settings(
-    folder: str, sources: Sequence[Source], steps: Sequence[Step], encoding: Encoding, chunk: int
-) -> str:
-    """Compare the settings with those that the folder was begun with, or write them down.
+class Settings:
+    """The settings that a folder's parts depend on, as they are now and as the folder was begun with.
 
     Sources may come and go; one that stays must stay as it was.
-
-    Returns:
-        a digest of the steps' and the encoding's settings.
-
-    Raises:
-        UserError: naming what has changed.
     """
-    now = json.loads(
-        dumps(
-            {
-                "version": VERSION,
-                "chunk": chunk,
-                "encoding": vars(encoding),
-                "steps": [dict(step.describe()) for step in steps],
-                "sources": {source.name: dict(source.describe()) for source in sources},
-            }
-        )
-    )
-    path = storage.join(folder, SETTINGS)
-    before = _load(path)
-    if before:
-        now["sources"] = {**before["sources"], **now["sources"]}
-        _compare(folder, before, now)
-    if now != before:
-        with storage.open_atomic(path) as stream:
-            stream.write(json.dumps(now, indent=1, sort_keys=True).encode() + b"\n")
-    return hashlib.sha256(dumps({key: now[key] for key in ("version", "encoding", "steps")}).encode()).hexdigest()
+
+    def __init__(
+        self, folder: str, sources: Sequence[Source], steps: Sequence[Step], encoding: Encoding, chunk: int
+    ) -> None:
+        self._folder, self._path = folder, storage.join(folder, SETTINGS)
+        settings = {
+            "version": VERSION,
+            "chunk": chunk,
+            "encoding": vars(encoding),
+            "steps": [dict(step.describe()) for step in steps],
+            "sources": {source.name: dict(source.describe()) for source in sources},
+        }
+        self._now = json.loads(dumps(settings))
+        self._before = _load(self._path)
+
+    def compare(self) -> str:
+        """A digest of the steps' and the encoding's settings.
+
+        Raises:
+            UserError: naming what has changed since the folder was begun.
+        """
+        if self._before:
+            _compare(self._folder, self._before, self._now)
+        return hashlib.sha256(dumps([self._now[key] for key in ("version", "encoding", "steps")]).encode()).hexdigest()
+
+    def keep(self) -> str:
+        """Compare, and write down what is new."""
+        digest = self.compare()
+        known = {**self._now, "sources": {**self._before.get("sources", {}), **self._now["sources"]}}
+        if known != self._before:
+            with storage.open_atomic(self._path) as stream:
+                stream.write(json.dumps(known, indent=1, sort_keys=True).encode() + b"\n")
+        return digest
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -107,8 +113,8 @@ def _compare(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     else:
         old, new = dict(_flat(before)), dict(_flat(now))
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        # A source that is new is no change of what was there.
-        names = [name for name in names if not name.startswith("sources.") or _known(name, before["sources"])]
+        both = before["sources"].keys() & now["sources"].keys()
+        names = [name for name in names if not name.startswith("sources.") or _of(name, both)]
         changed = [f"{name} is {_shown(new.get(name))} (was {_shown(old.get(name))})" for name in names]
     if changed:
         more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
@@ -122,7 +128,7 @@ def _classes(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(step.get("class", "?")).rpartition(".")[2] for step in steps]
 
 
-def _known(name: str, sources: Mapping[str, Any]) -> bool:
+def _of(name: str, sources: Collection[str]) -> bool:
     return any(name.startswith(f"sources.{source}.") for source in sources)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from idc.curate.candidate import Source, Unit
 from idc.curate.records import dumps
@@ -38,12 +38,17 @@ class Plan:
     Attributes:
         parts: names of all parts in the order of the units.
         todo: those that are not there yet.
-        units: how many units there are.
+        by_source: how many units each source has.
     """
 
     parts: Sequence[str]
     todo: Sequence[Task]
-    units: int
+    by_source: Mapping[str, int]
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return sum(self.by_source.values())
 
     @property
     def left(self) -> int:
@@ -52,35 +57,42 @@ class Plan:
 
 
 def make_plan(
-    sources: Sequence[Source], folder: str, settings: str, chunk: int, limit: int | None, done: Collection[str] = ()
+    sources: Sequence[Source],
+    settings: str,
+    chunk: int,
+    limit: int | None = None,
+    done: Collection[str] = (),
+    stream: IO[bytes] | None = None,
 ) -> Plan:
-    """Read the sources' units and write the plan's file.
+    """Read the sources' units and write those of the chunks that are still to be done.
 
     Args:
         sources: in the order of the recipe.
-        folder: of the parts, or a URL.
         settings: digest of all that decides what comes out of a unit, but for the source's own settings.
         chunk: units in a chunk, on average.
         limit: at most this many units of each source; None for all.
         done: names of the parts that are there.
+        stream: the plan's file; None where nobody will work on it.
 
     Raises:
-        UserError: from a source, or for a unit that comes twice in a chunk.
+        UserError: from a source, or where it gives a unit twice.
     """
     parts: list[str] = []
     todo: list[Task] = []
     known = frozenset(done)
-    units = offset = 0
-    with storage.open_atomic(storage.join(folder, PLAN)) as stream:
-        for found in chunks(sources, chunk, limit):
-            line = dumps([list(unit) for unit in found]).encode() + b"\n"
-            name = part_name(settings, sources, found)
-            parts.append(name)
-            units += len(found)
-            if name not in known:
-                stream.write(line)
-                todo.append(Task(name, offset, len(line), len(found)))
-                offset += len(line)
+    units = dict.fromkeys((source.name for source in sources), 0)
+    offset = 0
+    for found in chunks(sources, chunk, limit):
+        line = dumps([list(unit) for unit in found]).encode() + b"\n"
+        name = part_name(settings, sources, found)
+        parts.append(name)
+        units[sources[found[0].source].name] += len(found)
+        if name in known:
+            continue
+        if stream is not None:
+            stream.write(line)
+        todo.append(Task(name, offset, len(line), len(found)))
+        offset += len(line)
     if len(set(parts)) < len(parts):
         raise UserError("a source gives the same units twice; each must come once, under an id of its own")
     return Plan(parts, todo, units)

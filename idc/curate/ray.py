@@ -1,0 +1,304 @@
+"""Working on a Ray cluster: the same steps by Ray Data, light ones in tasks, heavy ones in actors that hold networks.
+
+A row is a chunk. Runs of light and of heavy steps take turns; between two of them a chunk travels through Ray's object
+store in the form in which parts are written, so that it comes out as it does on one machine. The last of them encodes
+the clips and writes the part itself: nothing large comes back to where the run was started. Steps that cut pixels
+are best put behind the last heavy one, since pixels travel as they are.
+
+The folder of the parts must be reached by all machines: a shared file system, or a URL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from idc.curate.candidate import Step
+from idc.curate.chunks import Work, died, one_line, torch_threads
+from idc.curate.executors import BEGUN, Done, Executor, finish
+from idc.curate.parts import Count, Outcomes, Part, write_part
+from idc.curate.plan import Task
+from idc.data import storage
+from idc.errors import UserError
+
+GONE = "ray: the worker process died, or its machine was lost"
+
+
+@dataclass
+class RayExecutor(Executor):
+    """On a Ray cluster, or on this machine by a cluster of its own.
+
+    Attributes:
+        address: of the cluster: "auto" is the one that this machine belongs to; null starts one here and ends it.
+        actors: how many hold each run of heavy steps; null is one a GPU of the cluster, one without GPUs.
+        gpus_per_actor: share of a GPU that a heavy actor asks for; 0 runs networks on CPUs.
+        cpus_per_actor, cpus_per_task: CPUs that heavy actors and light tasks ask for.
+        attempts: how often a chunk is begun whose worker dies; then its units are dropped.
+        num_cpus: of a cluster that is started here; null is all of the machine's.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    gpus_per_actor: float = 1.0
+    cpus_per_actor: float = 1.0
+    cpus_per_task: float = 1.0
+    attempts: int = 2
+    num_cpus: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("actors", "attempts", "num_cpus"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        for name in ("gpus_per_actor", "cpus_per_actor", "cpus_per_task"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
+
+    def check(self) -> None:
+        """Raise `UserError` where Ray Data is not installed."""
+        if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
+            raise UserError("RayExecutor: Ray Data is not installed; pip install 'idc[ray]'")
+
+    def run(self, work: Work, tasks: Sequence[Task], folder: str) -> Iterator[Done]:
+        if not tasks:
+            return
+        with _Cluster(self):
+            yield from self._run(work, tasks, folder)
+
+    def _run(self, work: Work, tasks: Sequence[Task], folder: str) -> Iterator[Done]:
+        import ray
+
+        rows = [{"task": json.dumps(task), "counts": "[]", "state": b"", "fault": "", "kept": 0} for task in tasks]
+        data = ray.data.from_arrow([_table(row) for row in rows])
+        for number, (steps, heavy) in enumerate(groups := grouped(work.steps)):
+            stage = {
+                "work": work,
+                "folder": folder,
+                "steps": steps,
+                "number": number,
+                "last": number == len(groups) - 1,
+                "attempts": self.attempts,
+            }
+            data = self._heavy(data, stage) if heavy else self._light(data, stage)
+        batch: Any
+        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                if row["fault"].startswith(_STOPS):
+                    raise UserError(row["fault"].removeprefix(_STOPS))
+                if row["fault"].startswith(_FAILS):
+                    raise RuntimeError(row["fault"].removeprefix(_FAILS))
+                counts = [Count(**count) for count in json.loads(row["counts"])]
+                task = Task(*json.loads(row["task"]))
+                yield Done(task.part, task.units, counts, row["kept"], row["fault"])
+
+    def _light(self, data: Any, stage: Mapping[str, Any]) -> Any:
+        return data.map_batches(
+            _light_stage,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            fn_kwargs={"stage": stage},
+            num_cpus=self.cpus_per_task,
+        )
+
+    def _heavy(self, data: Any, stage: Mapping[str, Any]) -> Any:
+        import ray
+
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if self.gpus_per_actor and gpus < self.gpus_per_actor:
+            raise UserError(
+                f"gpus_per_actor={self.gpus_per_actor:g}: the cluster has {gpus:g} GPUs; 0 runs networks on CPUs"
+            )
+        actors = self.actors or (max(1, int(gpus / self.gpus_per_actor)) if self.gpus_per_actor else 1)
+        return data.map_batches(
+            _HeavyStage,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            fn_constructor_kwargs={"stage": stage, "device": "cuda" if self.gpus_per_actor else "cpu"},
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=self.cpus_per_actor,
+            num_gpus=self.gpus_per_actor or None,
+        )
+
+
+_STOPS, _FAILS = "stops: ", "fails: "
+
+
+def grouped(steps: Sequence[Step]) -> list[tuple[tuple[Step, ...], bool]]:
+    """The steps in runs of light and heavy ones, (steps, heavy): a light run first, which opens the units, and last,
+    which writes the part; both may be without a step."""
+    groups: list[tuple[list[Step], bool]] = [([], False)]
+    for step in steps:
+        if step.heavy != groups[-1][1]:
+            groups.append(([], step.heavy))
+        groups[-1][0].append(step)
+    if groups[-1][1]:
+        groups.append(([], False))
+    return [(tuple(group), heavy) for group, heavy in groups]
+
+
+class _Cluster:
+    """Ray started or joined, quietly, and ended or left alone."""
+
+    def __init__(self, executor: RayExecutor) -> None:
+        self._executor, self._started = executor, False
+
+    def __enter__(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        if not ray.is_initialized():
+            own = self._executor.address is None
+            try:
+                ray.init(
+                    self._executor.address,
+                    num_cpus=self._executor.num_cpus if own else None,
+                    include_dashboard=False if own else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            except ConnectionError as error:
+                raise UserError(
+                    f"address={self._executor.address!r}: no Ray cluster there ({one_line(error)})"
+                ) from None
+            self._started = True
+        logger, context = logging.getLogger("ray.data"), ray.data.DataContext.get_current()
+        self._before = logger.level, context.enable_progress_bars, context.print_on_execution_start
+        logger.setLevel(logging.ERROR)
+        context.enable_progress_bars = context.print_on_execution_start = False
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        level, context.enable_progress_bars, context.print_on_execution_start = self._before
+        logging.getLogger("ray.data").setLevel(level)
+        if self._started:
+            ray.shutdown()
+
+
+def _table(row: Mapping[str, Any]) -> Any:
+    import pyarrow as pa
+
+    # Said here, since numpy would take the bytes for text and cut what ends in zeros.
+    kinds = {"state": pa.large_binary(), "kept": pa.int64()}
+    return pa.table({name: pa.array([value], kinds.get(name, pa.string())) for name, value in row.items()})
+
+
+def _run(table: Any, stage: Mapping[str, Any]) -> Any:
+    """Take a row through a stage. Whatever goes wrong is told in the row: what Ray sees fail, and begins again as often
+    as it fails, is a worker that dies."""
+    (row,) = table.to_pylist()
+    if row["fault"]:
+        return table
+    try:
+        with _begun(row, stage) as before, torch_threads(stage["work"].threads):
+            if before >= stage["attempts"]:
+                return _table({**row, **_died(row, stage)})
+            return _table({**row, **_through(row, stage)})
+    except UserError as error:
+        return _table({**row, "state": b"", "fault": f"{_STOPS}{error}"})
+    except OSError as error:
+        return _table({**row, "state": b"", "fault": f"{_STOPS}{stage['folder']}: {one_line(error)}"})
+    except Exception:  # a fault of the kit's own: the driver shows it
+        return _table({**row, "state": b"", "fault": _FAILS + traceback.format_exc()})
+
+
+@contextmanager
+def _begun(row: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[int]:
+    """Leave word among the parts that a chunk is begun, until it is done. Yields how often it was before, each time by
+    a worker that has died of it: those that only waited for such a worker have not begun."""
+    part = Task(*json.loads(row["task"])).part
+    marks = [
+        storage.join(stage["folder"], f"{part}.{stage['number']}-{attempt}{BEGUN}")
+        for attempt in range(stage["attempts"])
+    ]
+    before = next((number for number, mark in enumerate(marks) if not _is_there(mark)), len(marks))
+    if before < len(marks):
+        with storage.open_atomic(marks[before]):
+            pass
+    yield before
+    for mark in marks:
+        storage.remove(mark)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        storage.size_and_time(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _died(row: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    detail = f"{GONE} ({stage['attempts']} times); a lack of memory is the usual reason"
+    task, folder = Task(*json.loads(row["task"])), stage["folder"]
+    done = finish(task, died(stage["work"], task, folder, detail), folder)
+    return {"counts": _counts(done.counts), "state": b"", "fault": done.fault}
+
+
+def _through(row: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    work: Work = stage["work"]
+    task, folder = Task(*json.loads(row["task"])), stage["folder"]
+    outcomes = work.opened(task, folder) if stage["number"] == 0 else _unpacked(row)
+    outcomes = work.through(stage["steps"], outcomes)
+    if stage["last"]:
+        done = finish(task, work.encoded(outcomes), folder)
+        return {"counts": _counts(done.counts), "state": b"", "kept": done.kept, "fault": done.fault}
+    buffer = io.BytesIO()
+    write_part(buffer, outcomes)
+    return {"counts": _counts(outcomes.counts), "state": buffer.getvalue()}
+
+
+def _unpacked(row: Mapping[str, Any]) -> Outcomes:
+    outcomes = Part(row["state"]).outcomes()
+    outcomes.counts = [Count(**count) for count in json.loads(row["counts"])]  # with their seconds
+    return outcomes
+
+
+def _counts(counts: Sequence[Count]) -> str:
+    return json.dumps([asdict(count) for count in counts])
+
+
+_loaded: dict[str, Mapping[str, Any]] = {}  # of this worker process: stages whose steps are loaded
+
+
+def _light_stage(table: Any, stage: Mapping[str, Any]) -> Any:
+    name = f"{stage['work'].settings} {[step.name for step in stage['steps']]}"
+    if name not in _loaded:
+        try:
+            stage["work"].load(stage["steps"], "cpu")
+        except UserError as error:
+            return _refused(table, error)
+        _loaded[name] = stage
+    return _run(table, _loaded[name])
+
+
+class _HeavyStage:
+    """An actor: its networks are loaded once."""
+
+    def __init__(self, stage: Mapping[str, Any], device: str) -> None:
+        self._stage = stage
+        self._error: UserError | None = None
+        try:
+            stage["work"].load(stage["steps"], device if torch.cuda.is_available() else "cpu")
+        except UserError as error:  # told with the first row: an actor that cannot be made is made again and again
+            self._error = error
+
+    def __call__(self, table: Any) -> Any:
+        return _run(table, self._stage) if self._error is None else _refused(table, self._error)
+
+
+def _refused(table: Any, error: UserError) -> Any:
+    (row,) = table.to_pylist()
+    return _table({**row, "state": b"", "fault": f"{_STOPS}{error}"})

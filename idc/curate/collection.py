@@ -41,7 +41,7 @@ class Adopt:
     Attributes:
         key, subject: who takes it: candidate, and number of its subject.
         other, other_subject, reference: whose reference, by number.
-        similarity: cosine of the two subjects' embeddings.
+        similarity: cosine of the two subjects' embeddings, by `model`.
         first: it becomes the subject's first choice.
     """
 
@@ -52,6 +52,7 @@ class Adopt:
     reference: int
     similarity: float
     first: bool = True
+    model: str = ""
 
 
 Decision = Dropped | Adopt

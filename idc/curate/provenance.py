@@ -54,7 +54,7 @@ def choose_references(candidate: Candidate, adopted: Sequence[Adopt]) -> list[Ch
     return choices
 
 
-def adopted_reference(adopt: Adopt, taker: CuratedSubject, giver: Candidate) -> Reference:
+def adopted_reference(adopt: Adopt, giver: Candidate) -> Reference:
     """The reference that a subject takes over, as its own provenance tells it."""
     taken = giver.subjects[adopt.other_subject].references[adopt.reference]
     return Reference(
@@ -64,7 +64,7 @@ def adopted_reference(adopt: Adopt, taker: CuratedSubject, giver: Candidate) -> 
         video=taken.video or giver.video,
         seconds=taken.seconds,
         similarity=adopt.similarity,
-        model=taker.embedder,
+        model=adopt.model,
         meta={**taken.meta, "taken_from": {"key": giver.key, "source": giver.source, "origin": taken.origin}},
     )
 

@@ -248,10 +248,9 @@ def _write_shard(
 
 
 def _picture(candidate: Candidate, choice: Choice, plan: _Plan, collected: Collected) -> Reference:
-    subject = candidate.subjects[choice.subject]
     if choice.adopt is None:
-        return subject.references[choice.reference]
-    return adopted_reference(choice.adopt, subject, collected.load(plan.givers[choice.adopt.other], clip=False))
+        return candidate.subjects[choice.subject].references[choice.reference]
+    return adopted_reference(choice.adopt, collected.load(plan.givers[choice.adopt.other], clip=False))
 
 
 class _Ledger:

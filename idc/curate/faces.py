@@ -1,7 +1,8 @@
 """People by their faces: who is in a shot, where, how well seen, and which of them are in a window of it.
 
-Within a shot people are followed by place (`idc.curate.people`). Who leaves and comes back begins a new track; tracks
-that look alike and are never seen at the same time are then joined into one person.
+Within a shot people are followed by place (`idc.curate.people`), and by looks where the picture changes much. Who
+leaves and comes back begins a new track; tracks that look alike and are never seen at the same time are then joined
+into one person.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class _Person:
 
     @property
     def embedding(self) -> Embedding:
-        return median_embedding([vector for _, _, vector in self.best])
+        return _median(self.best)
 
     def meets(self, other: _Person) -> bool:
         """Whether both are seen at one time, so that they are two."""
@@ -198,22 +199,30 @@ class FaceTracks(Step):
         tracker: Tracker | None = None
         best: dict[int, list[tuple[float, int, Embedding]]] = {}
         before: Pixels | None = None
+        changed = -1  # the last rank by which the picture has changed much: a cut that went unnoticed, or only light
         enough = 1 if inspect(candidate).is_image else MIN_SIGHTINGS
         for rank, frame in stream(candidate, every):
             tracker = tracker or Tracker(2 * every, (frame.shape[0], frame.shape[1]), self.median_score, enough)
             if before is not None and is_cut(before, frame):
-                tracker.cut()
+                changed = rank
             before = frame
             tall = self.min_face * frame.shape[0]
             detected = [f for f in self.faces.detect(frame) if f.score > self.least_score and f.box.height >= tall]
             qualities = [(yaw(face.landmarks), sharpness(frame, face)) for face in detected]
             tracks = tracker.look(rank, [face.box for face in detected], qualities)
             for face, track in zip(detected, tracks, strict=True):
+                vector: Embedding | None = None
+                if len(track.sightings) > 1 and track.sightings[-2].tick < changed:
+                    vector = self.faces.embed(frame, face)
+                    if vector @ _median(best[id(track)]) < self.faces.threshold:
+                        track = tracker.split(track)
                 quality = frontal_and_sharp(track.sightings[-1])
                 looks = best.setdefault(id(track), [])  # the tracker holds all its tracks, so that none shares an id
                 if len(looks) < BEST_LOOKS or quality > looks[0][0]:
-                    heapq.heappush(looks, (quality, rank, self.faces.embed(frame, face)))
-                    del looks[: len(looks) - BEST_LOOKS]
+                    vector = self.faces.embed(frame, face) if vector is None else vector
+                    heapq.heappush(looks, (quality, rank, vector))
+                    if len(looks) > BEST_LOOKS:
+                        heapq.heappop(looks)
         return [_Person([track], best[id(track)]) for track in (tracker.finish() if tracker else ())]
 
     def _join(self, people: list[_Person]) -> list[_Person]:
@@ -252,6 +261,10 @@ class FaceTracks(Step):
             meta={"looks": {"every": every}},
         )
         return with_sightings(subject, moved)
+
+
+def _median(looks: Sequence[tuple[float, int, Embedding]]) -> Embedding:
+    return median_embedding([vector for _, _, vector in looks])
 
 
 class PeopleInWindow(Step):

@@ -89,6 +89,13 @@ class Tracker:
             joined[j].sightings.append(Sighting(tick, face, alone, *(quality[j] if quality else ())))
         return [joined[j] for j in range(len(faces))]
 
+    def split(self, track: Track) -> Track:
+        """The last sighting of a track is somebody else's: the track ends before it, and a new one begins with it."""
+        self._close([track])
+        new = Track([track.sightings.pop()])
+        self._open.append(new)
+        return new
+
     def cut(self) -> None:
         """A new shot begins: nobody is followed across."""
         self._close(list(self._open))

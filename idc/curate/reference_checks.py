@@ -23,7 +23,7 @@ class CheckReferences(Step):
     """Takes from each subject the references that are too small, blurred, unlike it, or near copies of the clip.
 
     A subject that is left with none goes, or its candidate does, or it stays without, as `lacking` says. The counted
-    reason is that of the reference which failed last, or why none was found in the first place.
+    reason is that of its first reference, or why none was found in the first place.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CheckReferences(Step):
 
 
 def picture_sharpness(picture_HWC: Pixels) -> float:
-    """Variance of the Laplacian of the luma in [0, 1], the picture scaled to a longer side of 224 pixels; in [0, 16]."""
+    """Variance of the Laplacian of the luma in [0, 1] at a longer side of 224 pixels; in [0, 16]."""
     import cv2
 
     height, width = picture_HWC.shape[:2]

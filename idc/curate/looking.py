@@ -210,7 +210,7 @@ def _read(root: str, name: str) -> bytes:
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=lambda _: None)  # NaN and the infinities are no JSON
     except ValueError:
         return None
 

@@ -14,8 +14,8 @@ from idc.models.embedders import ImageTextEmbedder
 
 Rows = NDArray[np.int64]
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
-_SAYING_NOTHING = """a an the this that his her its their my our your some one of in on at with and or to from by wearing
-    left right"""
+_SAYING_NOTHING = """a an the this that his her its their my our your some one of in on at with and or to from by
+    wearing left right"""
 _EMPTY = frozenset(_SAYING_NOTHING.split())
 
 

@@ -45,7 +45,7 @@ _NOUNS = {
         rope rose rug sail sailboat sandwich saw saxophone scooter screen shell shelf shield ship skateboard sled
         smartphone snowboard snowman sofa spatula spear spoon statue stool stove stroller suitcase sunflower surfboard
         sword table tablet tank teacup teapot teddy-bear telescope television tent tomato toy tractor train tram tray
-        tree trophy truck trumpet tuba turntable typewriter umbrella van vase vehicle violin wagon watch wheelbarrow
+        tree trophy truck trumpet tuba turntable typewriter umbrella van vase vehicle violin wagon wheelbarrow
         wheelchair yacht""",
     "place": """airport alley arena auditorium backyard balcony bar bathroom beach bedroom bridge cafe canyon castle
         cathedral cave church city classroom cliff corridor courtyard desert factory farm field forest garage garden
@@ -91,6 +91,7 @@ _NO_THINGS = _words(
     shadow shot side silhouette sky slice smile soft sort sound space spot stack stretch style surface team texture
     time tone touch trail variety video view voice wall way while wide-angle wind"""
 )
+_DOERS = _words("people they we you i who to men women children")  # behind them, "park" and "fish" are no things
 _BEHIND = frozenset(("in", "with", "wearing"))
 _LOOKS = _words("hair beard mustache moustache ponytail braids tattoo freckles")
 _TOKEN = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]")
@@ -135,7 +136,7 @@ def _spans(tokens: Sequence[_Token]) -> Iterator[tuple[int, int, str]]:
     for place, (word, *_) in enumerate(tokens):
         if (kind := KIND.get(word)) and not _goes_on(tokens, place):
             first = _first_modifier(tokens, place)
-            if first > 0 and tokens[first - 1].word in _SEVERAL:
+            if first > 0 and tokens[first - 1].word in _SEVERAL | _DOERS:
                 continue
             yield first, _last_of(tokens, place) if kind == "person" else place, kind
         elif word in ("a", "an") and (last := _unknown_noun(tokens, place)):
@@ -155,7 +156,7 @@ def _first_modifier(tokens: Sequence[_Token], place: int) -> int:
     first = place
     while first > 0 and place - first + 1 < _LONGEST:
         word = tokens[first - 1].word
-        if word in _ONE or word in _STOP or word in _VERBS or not word[0].isalnum():
+        if word in _ONE | _STOP | _VERBS | _DOERS or not word[0].isalnum():
             break
         if KIND.get(word) == "person" or (singular(word) in KIND and word not in KIND):
             break

@@ -96,7 +96,7 @@ class SubjectWords(_SubjectNames):
 
     Each phrase becomes a `CuratedSubject` without a box: its `name` is the phrase as the caption spells it, without
     article; `kind` is "person", "clothing", "object" (animals too; `meta["word"]` is "animal") or "place". Phrases for
-    the same thing are one. Subjects that the candidate has already stay, with their names where the caption has these;
+    the same thing are one. Subjects that the candidate has already stay, under the caption's words for the same thing;
     a person who is followed by the face and the only one takes the words of the only person in the caption. Who is who
     among several is decided by the boxes (`idc.curate.grounding.MergeLabels`).
 
@@ -276,7 +276,7 @@ def _same_thing(phrase: NounPhrase, other: NounPhrase, caption: str) -> bool:
 
 
 def matched(given: Sequence[CuratedSubject], phrases: Sequence[NounPhrase], caption: str) -> list[CuratedSubject]:
-    """The given subjects, those that the caption names under these words, and then the other phrases as subjects.
+    """The given subjects, under the caption's words where it has some for them, then the other phrases as subjects.
 
     One followed person whom the caption does not name and one person of the caption who is nobody of the given are
     one.
@@ -286,8 +286,7 @@ def matched(given: Sequence[CuratedSubject], phrases: Sequence[NounPhrase], capt
         same = next((p for p in left if _names(p, subject)), None)
         if same:
             left.remove(same)
-            if not locate(subject.name, caption):
-                subjects[place] = replace(subject, name=same.text)
+            subjects[place] = replace(subject, name=same.text)
     unnamed = [i for i, s in enumerate(subjects) if s.kind == "person" and s.track and not locate(s.name, caption)]
     people = [p for p in left if p.kind == "person"]
     if len(unnamed) == 1 and len(people) == 1:

@@ -79,6 +79,8 @@ class DecodeCheck(Step):
         return (decoder_version(),)
 
     def apply(self, candidate: Candidate) -> Outcome:
+        if candidate.clip is not None:
+            return candidate  # of a shard: decoded by its source
         try:
             source = inspect(candidate)
             wrong = self._wrong(source.video, source.is_image) or _outside(candidate, source.video)

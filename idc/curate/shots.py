@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from idc.curate.candidate import Candidate, Dropped, Outcome, Pixels, Step
-from idc.curate.reading import inspect, span_of, stream
+from idc.curate.reading import frame_times, inspect, span_of, stream
 from idc.curate.windows import part_key
 from idc.data.cuts import is_cut
 from idc.data.video import VideoError
@@ -115,9 +115,11 @@ class Shots(Step):
 
     def _shot(self, shot: Candidate, note: dict[str, Any]) -> Outcome:
         assert shot.span is not None
-        frames, rate = shot.span[1] - shot.span[0], inspect(shot).video.fps
-        if not frames or frames < self.min_seconds * rate:
-            detail = f"{frames} frames, {frames / rate if rate else 0:.2f} s, min_seconds={self.min_seconds:g}"
+        info, (start, end) = inspect(shot).video, shot.span
+        times = frame_times(info)[start:end]
+        seconds = times[-1] - times[0] + 1 / (info.fps or 25) if len(times) else 0.0
+        if not len(times) or seconds < self.min_seconds - 1e-6:
+            detail = f"{len(times)} frames, {seconds:.2f} s, min_seconds={self.min_seconds:g}"
             return Dropped(shot.source, shot.video, shot.key, self.name, "shot too short", detail)
         return shot.changed(meta={self.name: {**note, "span": list(shot.span)}})  # windows narrow the candidate's own
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from idc.curate.candidate import Candidate, CuratedSubject, Dropped, Outcome, Step
 from idc.curate.geometry import RESIZE, View, plain_view, viewed
-from idc.curate.reading import frame_times, inspect, pick, size_of, span_of
+from idc.curate.reading import frame_times, inspect, pick, size_of, span_of, window_ranks
 from idc.data.buckets import BucketRule
 from idc.data.video import resample_ranks
 from idc.errors import UserError, nearest
@@ -21,7 +21,7 @@ MAX_REPEATED = 0.25  # share of a window's frames that may repeat the one before
 
 
 def part_key(key: str, start: int) -> str:
-    """The key of a part of a candidate that begins at rank `start`; at most 80 characters.
+    """The key of the part of a candidate that begins at number `start`; at most 80 characters.
 
     >>> part_key("film-2b6d9e25", 81)
     'film-2b6d9e25-000081'
@@ -75,6 +75,8 @@ class Windows(Step):
         self.min_frames = min_frames
 
     def apply(self, candidate: Candidate) -> Outcome | Sequence[Outcome]:
+        if candidate.clip is not None:
+            return candidate  # of a shard: its window was chosen when that was made
         source = inspect(candidate)
         if source.is_image:
             return candidate.changed(ranks=(0,), span=(0, 1), fps=self.fps)
@@ -89,21 +91,20 @@ class Windows(Step):
         if self.max_per_shot and len(starts) > self.max_per_shot:
             chosen = np.linspace(0, len(starts) - 1, self.max_per_shot).round().astype(int)
             starts = [starts[number] for number in chosen]
-        return [self._window(candidate, ticks[start : start + length], first) for start in starts]
+        return [self._window(candidate, start, ticks[start : start + length]) for start in starts]
 
-    def _window(self, candidate: Candidate, ranks: list[int], first: int) -> Outcome:
-        key = part_key(candidate.key, ranks[0])
+    def _window(self, candidate: Candidate, start: int, ranks: list[int]) -> Outcome:
+        key = part_key(candidate.key, start)
         repeated = len(ranks) - len(set(ranks))
         if repeated > MAX_REPEATED * len(ranks):
             detail = f"{repeated} of {len(ranks)} frames would repeat the one before at {self.fps:g} fps"
             return Dropped(candidate.source, candidate.video, key, self.name, "frame rate too low", detail)
-        placed = [
-            _place(subject, ranks, candidate.ranks or range(first, ranks[-1] + 1)) for subject in candidate.subjects
-        ]
+        before = window_ranks(candidate)
+        placed = [_place(subject, ranks, before) for subject in candidate.subjects]
         unplaced = [
             new.name
             for old, new in zip(candidate.subjects, placed, strict=True)
-            if old.box != new.box or _lost(old, new)
+            if new is not old and new.box is None and new.mask is None
         ]
         return candidate.changed(
             key=key,
@@ -113,10 +114,6 @@ class Windows(Step):
             subjects=tuple(placed),
             meta={self.name: {"unplaced": unplaced}} if unplaced else {},
         )
-
-
-def _lost(old: CuratedSubject, new: CuratedSubject) -> bool:
-    return old.mask is not None and new.mask is None
 
 
 def _place(subject: CuratedSubject, ranks: Sequence[int], before: Sequence[int]) -> CuratedSubject:
@@ -182,6 +179,8 @@ class Cut(Step):
             self._rule(1, image)
 
     def apply(self, candidate: Candidate) -> Outcome:
+        if candidate.clip is not None:
+            return candidate
         if not candidate.ranks:
             raise UserError(f"step {self.name!r}: {candidate.key} has no frames chosen yet; put Windows before it")
         height, width = size_of(candidate)

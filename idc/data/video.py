@@ -281,15 +281,28 @@ class _Reader:
                     shown.append((packet.pts, packet.is_keyframe))
         except self._errors as error:
             raise VideoError(f"broken packet: {_short(error)}") from error
-        promised, found = self.stream.frames, len(shown) + hidden
-        truncated = f"{found} of {promised} frames" if found < promised else ""
-        self.rewind()
         pts = [time for time, _ in shown if time is not None]
+        truncated = self._truncated(len(shown) + hidden, max(pts, default=0))
+        self.rewind()
         if len(set(pts)) < len(shown):
             return len(shown), [], truncated
         keys = {time for time, is_key in shown if is_key}
         pts.sort()
         return pts, [rank for rank, time in enumerate(pts) if time in keys], truncated
+
+    def _truncated(self, packets: int, last: int) -> str:
+        """What MP4's count of frames or Matroska's duration promise beyond the packets and the last timestamp. Other
+        formats promise nothing, or, as AVI, what they do not mean to keep."""
+        if "mp4" in self.container.format.name:
+            promised = self.stream.frames
+            return f"{packets} of {promised} frames" if packets < promised else ""
+        hours, minutes, seconds = ([*self.stream.metadata.get("DURATION", "").split(":"), "", ""])[:3]
+        try:
+            promised = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        except ValueError:
+            return ""
+        found = float(last * self.stream.time_base)
+        return f"{found:.2f} of {promised:.2f} s" if found < 0.95 * promised - 1 else ""
 
     def frames(self, start: int = 0, info: VideoInfo | None = None) -> Iterator[Any]:
         """Decoded frames from rank `start` on, by a seek to the keyframe before it where timestamps allow one. `info`

@@ -92,6 +92,8 @@ _NO_THINGS = _words(
     time tone touch trail variety video view voice wall way while wide-angle wind"""
 )
 _DOERS = _words("people they we you i who to men women children")  # behind them, "park" and "fish" are no things
+_NOT_BEFORE = _SEVERAL | _DOERS
+_BARRIER = _ONE | _STOP | _VERBS | _DOERS
 _BEHIND = frozenset(("in", "with", "wearing"))
 _LOOKS = _words("hair beard mustache moustache ponytail braids tattoo freckles")
 _TOKEN = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]")
@@ -136,7 +138,7 @@ def _spans(tokens: Sequence[_Token]) -> Iterator[tuple[int, int, str]]:
     for place, (word, *_) in enumerate(tokens):
         if (kind := KIND.get(word)) and not _goes_on(tokens, place):
             first = _first_modifier(tokens, place)
-            if first > 0 and tokens[first - 1].word in _SEVERAL | _DOERS:
+            if first > 0 and tokens[first - 1].word in _NOT_BEFORE:
                 continue
             yield first, _last_of(tokens, place) if kind == "person" else place, kind
         elif word in ("a", "an") and (last := _unknown_noun(tokens, place)):
@@ -156,7 +158,7 @@ def _first_modifier(tokens: Sequence[_Token], place: int) -> int:
     first = place
     while first > 0 and place - first + 1 < _LONGEST:
         word = tokens[first - 1].word
-        if word in _ONE | _STOP | _VERBS | _DOERS or not word[0].isalnum():
+        if word in _BARRIER or not word[0].isalnum():
             break
         if KIND.get(word) == "person" or (singular(word) in KIND and word not in KIND):
             break

@@ -17,6 +17,7 @@ from _tiny_embedders import save_clip
 from _tiny_grounding import save_sam
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Dropped, Reference, encode_png
+from idc.curate.crops import CropRules
 from idc.curate.embed import EmbedFaces, EmbedSubjects, crop_of_subject
 from idc.curate.faces import FaceTracks, PeopleInWindow, embedder_name, sightings_of
 from idc.curate.people import whole_body
@@ -220,7 +221,7 @@ def test_several_references_their_size_and_those_given_come_behind(driver):
 
 def test_a_white_background_is_white_outside_of_the_mask(pair):
     clip = window(pair, 0, 40)
-    white = OtherMoment(**PHOTOS, background="white", segmenter=Ellipse())
+    white = OtherMoment(**PHOTOS, segmenter=Ellipse(), rules=CropRules(margin=0))
     for subject, kept in zip(referred(clip, white), referred(clip, OtherMoment(**PHOTOS)), strict=True):
         (reference,), (plain,) = subject.references, kept.references
         assert reference.meta["rank"] == plain.meta["rank"]
@@ -232,14 +233,15 @@ def test_a_white_background_is_white_outside_of_the_mask(pair):
         assert np.array_equal(reference.pixels(), expected)
         assert (reference.pixels()[0, 0] == 255).all()
         assert mask[top:bottom, left:right].sum() == mask.sum()
-    nothing = OtherMoment(**PHOTOS, background="white", segmenter=Nothing())
-    assert {s.meta["no_reference"] for s in referred(clip, nothing)} == {"nothing could be cut out"}
+    nothing = OtherMoment(**PHOTOS, segmenter=Nothing(), same_frame=True)
+    for subject in referred(clip, nothing):
+        assert (subject.references, subject.meta["no_reference"]) == ((), "empty mask")
 
 
 def test_sam_cuts_people_out(driver, tmp_path):
-    step = OtherMoment(faces=FACES, background="white", segmenter=Sam(save_sam(tmp_path / "sam")), crop="whole")
+    step = OtherMoment(faces=FACES, segmenter=Sam(save_sam(tmp_path / "sam")), crop="whole")
     (subject,) = referred(window(driver, 0, 30), step)
-    assert subject.references or subject.meta["no_reference"] == "nothing could be cut out"
+    assert subject.references or subject.meta["no_reference"] in ("empty mask", "too few pixels")
     assert "sam" in step.models
     assert pickle.loads(pickle.dumps(step)).describe() == step.describe()
     step.unload()
@@ -321,6 +323,10 @@ def test_why_there_was_none_is_the_reason_that_is_counted():
     dropped = checked(CheckReferences(), subject_with(no_reference="a near copy of the clip"))
     assert isinstance(dropped, Dropped)
     assert (dropped.reason, dropped.detail) == ("a near copy of the clip", "man")
+    frame = subject_with(reference(origin="same_frame"), no_reference="no other moment")
+    dropped = checked(CheckReferences(origins=["other_moment"]), frame)
+    assert isinstance(dropped, Dropped)
+    assert (dropped.reason, dropped.detail) == ("no other moment", "man: same_frame")
     empty = checked(CheckReferences())
     assert isinstance(empty, Dropped)
     assert empty.reason == "no subject"
@@ -424,7 +430,6 @@ def test_things_are_embedded_alike_whoever_comes_with_them(tmp_path):
         (lambda: OtherMoment(gap=-1), "gap=-1"),
         (lambda: OtherMoment(count=0), "count=0"),
         (lambda: OtherMoment(crop="heads"), "did you mean 'head'"),
-        (lambda: OtherMoment(background="white"), "needs a segmenter"),
         (lambda: OtherMoment(threshold=0.9, max_similarity=0.8), "the first below the second"),
         (lambda: OtherMoment(max_copied=0), "max_copied=0"),
         (lambda: CheckReferences(min_side=-1), "min_side=-1"),

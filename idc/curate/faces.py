@@ -344,8 +344,14 @@ def window_of(candidate: Candidate) -> tuple[int, int]:
 
 def in_source(candidate: Candidate, face: Face) -> Face:
     """A face in pixels of the cropped picture, in pixels of the whole one: `clip_box` undone."""
+    corners = source_corners(candidate, box_of(face))
+    return face._replace(left=corners.left, top=corners.top)
+
+
+def source_corners(candidate: Candidate, box: Box) -> Box:
+    """As `in_source`, of any box."""
     x, y = (round(candidate.crop.left), round(candidate.crop.top)) if candidate.crop else (0, 0)
-    return face._replace(left=face.left + x, top=face.top + y)
+    return Box(box.left + x, box.top + y, box.right + x, box.bottom + y)
 
 
 def free_names(wanted: Sequence[str], others: Iterable[CuratedSubject]) -> list[str]:

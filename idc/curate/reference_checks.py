@@ -16,6 +16,7 @@ from idc.rewards.watch import Sharpness
 
 LACKING = ("drop subject", "drop candidate", "keep")
 ORIGINS = ("same_frame", "other_moment", "other_video", "given", "augmented", "generated")
+FOREIGN = "reference of another origin"
 SHARP_SIDE = 224  # pixels of the longer side at which sharpness is measured
 
 
@@ -79,7 +80,9 @@ class CheckReferences(Step):
             if good or self.lacking == "keep":
                 kept.append(replace(subject, references=good))
                 continue
-            reason, detail = faults[0] if faults else (str(subject.meta.get(REASON, "no reference")), "")
+            reason, detail = faults[0] if faults else ("no reference", "")
+            if reason in ("no reference", FOREIGN) and REASON in subject.meta:
+                reason = str(subject.meta[REASON])
             detail = f"{subject.name}: {detail}" if detail else subject.name
             if self.lacking == "drop candidate":
                 return candidate.dropped(self.name, reason, detail)
@@ -100,7 +103,7 @@ class CheckReferences(Step):
 
     def _fault(self, reference: Reference) -> tuple[str, str] | None:
         if reference.origin.partition(":")[0] not in self.origins:
-            return "reference of another origin", reference.origin
+            return FOREIGN, reference.origin
         if reference.similarity is not None:
             if reference.similarity < self.min_similarity:
                 return "reference unlike the subject", f"{reference.similarity:.3f} below {self.min_similarity:g}"

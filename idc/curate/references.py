@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -20,13 +21,12 @@ from idc.curate.candidate import (
     Box,
     Candidate,
     CuratedSubject,
-    Mask,
     Outcome,
     Pixels,
     Reference,
     Step,
-    encode_png,
 )
+from idc.curate.crops import CropError, CropRules, reference_of
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
 from idc.curate.faces import (
     PEOPLE,
@@ -38,8 +38,10 @@ from idc.curate.faces import (
     looks_every,
     median_embedding,
     sightings_of,
+    source_corners,
     window_of,
 )
+from idc.curate.grounding import mask_within
 from idc.curate.people import Sighting, by_quality, head_and_shoulders, whole_body
 from idc.curate.reading import frame_times, inspect, stream
 from idc.errors import UserError, nearest
@@ -48,7 +50,6 @@ from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSF
 from idc.models.grounding import Detection
 
 CROPS = ("head", "whole")
-BACKGROUNDS = ("kept", "white")
 COMPARED = 4  # moments of the window that a reference must not be a copy of
 SURVEYS = 2  # videos whose faces are remembered
 REASON = "no_reference"  # in a subject's meta: why it has none from another moment
@@ -114,8 +115,8 @@ class OtherMoment(Step):
         min_turn: float = 0.0,
         other_shots: float = 0.0,
         same_frame: bool = False,
-        background: str = "kept",
         segmenter: Segmenter | None = None,
+        rules: CropRules | None = None,
     ) -> None:
         """
         Args:
@@ -133,11 +134,11 @@ class OtherMoment(Step):
             other_shots: looks a second into the rest of the video, where the shot has no moment; 0 for never. The face
                 must then be alike to `threshold` and 0.1.
             same_frame: where all else fails take the best moment of the window itself, whose origin is "same_frame".
-            background: "kept", or "white" around the person.
-            segmenter: cuts people out for a white background.
+            segmenter: cuts the person in the crop out, such as `idc.models.grounding.Sam`; None keeps the background.
+            rules: what is around him then, white by default, and which pictures do not do.
 
         Raises:
-            UserError: for a value out of its range, or white without a segmenter.
+            UserError: for a value out of its range.
         """
         for name, value in (("gap", gap), ("size", size), ("min_turn", min_turn), ("other_shots", other_shots)):
             if value < 0:
@@ -145,11 +146,8 @@ class OtherMoment(Step):
         for name, value in (("count", count), ("tries", tries)):
             if value < 1:
                 raise UserError(f"{name}={value}: must be 1 or more")
-        for name, word, choices in (("crop", crop, CROPS), ("background", background, BACKGROUNDS)):
-            if word not in choices:
-                raise UserError(f"{name}={word!r}{nearest(word, choices)}")
-        if background == "white" and segmenter is None:
-            raise UserError("background='white': needs a segmenter, such as idc.models.grounding.Sam")
+        if crop not in CROPS:
+            raise UserError(f"crop={crop!r}{nearest(crop, CROPS)}")
         self.faces = YuNetSFace() if faces is None else faces
         self.threshold = self.faces.threshold if threshold is None else threshold
         if not -1 <= self.threshold < max_similarity <= 1:
@@ -161,12 +159,12 @@ class OtherMoment(Step):
         self.gap, self.crop, self.size, self.count, self.tries = gap, crop, size, count, tries
         self.max_similarity, self.max_copied, self.min_turn = max_similarity, max_copied, min_turn
         self.other_shots, self.same_frame = other_shots, same_frame
-        self.background, self.segmenter = background, segmenter
+        self.segmenter, self.rules = segmenter, CropRules() if rules is None else rules
         self._surveys: OrderedDict[Any, list[Found]] = OrderedDict()
 
     @property
     def models(self) -> tuple[str, ...]:
-        return self.faces.models + (() if self.segmenter is None else (self.segmenter.name,))
+        return self.faces.models + (() if self.segmenter is None else (model_version(self.segmenter),))
 
     def load(self, device: torch.device | str = "cpu") -> None:
         self.faces.load(device)
@@ -204,18 +202,19 @@ class OtherMoment(Step):
         reasons: list[str] = []
         for moment in self._moments(candidate, subject, own):
             reason = self._refuse(moment, window, own, others)
-            reference = None if reason else self._cut(candidate, moment, own, "other_moment")
-            if reference is None:
-                reasons.append(reason or "nothing could be cut out")
-                continue
-            found.append(reference)
+            try:
+                if not reason:
+                    found.append(self._cut(candidate, moment, own, "other_moment"))
+            except CropError as error:
+                reason = str(error)
+            reasons += [reason] if reason else []
             if len(found) == self.count:
                 break
         if not found and self.same_frame:
             inside = [x for x in sightings_of(subject) if in_window(candidate, x)]
             best = by_quality(inside, f"{candidate.key}/{subject.name}", frontal_and_sharp)[:1]
-            cuts = [self._cut(candidate, moment, own, "same_frame") for moment in self._look(candidate, best)]
-            found += [reference for reference in cuts if reference is not None]
+            with suppress(CropError):  # why there is no other one is what counts
+                found += [self._cut(candidate, moment, own, "same_frame") for moment in self._look(candidate, best)]
         why = reasons[0] if reasons else "no other moment"
         subject = subject if found and found[0].origin != "same_frame" else _without(subject, why)
         return replace(subject, references=(*found, *subject.references))
@@ -317,34 +316,30 @@ class OtherMoment(Step):
             return "a near copy of the clip"
         return ""
 
-    def _cut(self, candidate: Candidate, moment: Moment, own: Embedding, origin: str) -> Reference | None:
-        """The reference of a moment, or None where the segmenter finds nobody in it."""
-        box = self._box(moment.face.box, moment.frame)
-        picture = moment.frame
-        if self.background == "white":
-            assert self.segmenter is not None
-            mask = self.segmenter.masks(picture, [Detection(*box, moment.face.score)])[0]
-            box = _within(mask, box)
-            if box.area < 1:
-                return None
-            picture = np.where(mask[..., None], picture, np.uint8(255))
+    def _cut(self, candidate: Candidate, moment: Moment, own: Embedding, origin: str) -> Reference:
+        """The reference of a moment.
+
+        Raises:
+            CropError: where the segmenter finds nobody in it who is fit to be cut out.
+        """
+        frame, face = moment.frame, moment.face
+        box = self._box(face.box, frame)
         left, top, right, bottom = map(round, box)
-        source = in_source(candidate, Face(left, top, right - left, bottom - top, moment.face.score))
-        return Reference(
-            encode_png(_scaled(picture[top:bottom, left:right], self.size)),
-            origin=origin,
-            video=candidate.video,
-            seconds=round(float(frame_times(inspect(candidate).video)[moment.rank]), 4),
-            similarity=round(float(moment.embedding @ own), 4),
-            model=embedder_name(self.faces),
-            meta={
-                "rank": moment.rank,
-                "box": [round(value) for value in box_of(source)],
-                "face_height": round(moment.face.box.height, 1),
-                "yaw": round(yaw(moment.face.landmarks), 1),
-                "sharpness": round(sharpness(moment.frame, moment.face), 6),
-            },
-        )
+        picture = frame[top:bottom, left:right]
+        if self.segmenter is not None:
+            mask = mask_within(self.segmenter.masks(frame, [Detection(*box, face.score)])[0], box)
+            if mask is None:
+                raise CropError("empty mask")
+            picture, box, _ = self.rules.cut(frame, mask)
+        facts = {
+            "box": [round(side) for side in source_corners(candidate, box)],
+            "face_height": round(face.box.height, 1),
+            "yaw": round(yaw(face.landmarks), 1),
+            "sharpness": round(sharpness(frame, face), 6),
+        }
+        reference = reference_of(candidate, _scaled(picture, self.size), moment.rank, origin, facts)
+        similarity = round(float(moment.embedding @ own), 4)
+        return replace(reference, similarity=similarity, model=embedder_name(self.faces))
 
 
 def in_window(candidate: Candidate, sighting: Sighting) -> bool:
@@ -372,15 +367,6 @@ def _copied(moment: Moment, window: Sequence[Moment]) -> float:
     """How far a moment's face repeats any of the window's, in [0, 1]."""
     view = face_view(moment.frame, moment.face.landmarks)
     return max((compare(view, face_view(seen.frame, seen.face.landmarks)).subject for seen in window), default=0.0)
-
-
-def _within(mask_HW: Mask, box: Box) -> Box:
-    """The bounds of a mask inside a box; an empty box where nothing is."""
-    left, top, right, bottom = map(round, box)
-    inside = np.zeros_like(mask_HW)
-    inside[top:bottom, left:right] = mask_HW[top:bottom, left:right]
-    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    return Box(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else Box(left, top, left, top)
 
 
 def _scaled(picture_HWC: Pixels, side: int) -> Pixels:

@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "export": "a trained run as one folder to load and share: idc export RUN --out DIR",
+    "curate": "from raw videos and data sets to shards: idc curate --config recipes/curate.yaml",
     "shards": "build, index, lint or show WebDataset shards: idc shards --help",
     "pairs": "preference pairs for DPO, from generated videos or real clips: idc pairs --help",
     "rewards": "serve a reward to runs on other machines: idc rewards serve --help",
@@ -78,6 +79,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.lightning_cli import run
 
         return run(command, rest, args[0])
+    if command == "curate":
+        from idc.curate.command import main as curate
+
+        return curate(rest)
     if command == "shards":
         from idc.curate.cli import main as shards
 

@@ -26,6 +26,7 @@ RECIPES = {
     "edit": "recipes/edit.yaml",
     "test": "recipes/evaluate.yaml",
     "evaluate": "recipes/evaluate.yaml",
+    "curate": "recipes/curate.yaml",
 }
 
 # The commands that run a stage, the one to name first; every other class of idc.stages is trained.
@@ -53,8 +54,8 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_command_line(args: Sequence[str]) -> None:
-    """Check the names of settings and every `--config` of a command line.
+def check_command_line(args: Sequence[str], command: str = "fit") -> None:
+    """Check the names of settings and every `--config` of a command line; `command` is the word that was typed.
 
     Raises:
         UserError: for a list's item as a setting, a setting of a class without a value, a missing file, broken YAML, or
@@ -77,7 +78,7 @@ def check_command_line(args: Sequence[str]) -> None:
     if paths and all(layer not in (None, "stage") for _, layer in layers):
         raise UserError(
             f"--config {paths[0]}: an overlay changes a stage recipe and does not run alone; "
-            f"write --config recipes/sft.yaml --config {paths[0]}"
+            f"write --config {RECIPES[command]} --config {paths[0]}"
         )
 
 

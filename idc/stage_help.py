@@ -57,15 +57,16 @@ def stage_settings(tree: Mapping[str, Any]) -> list[Setting]:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
             continue
-        found += _class_settings(cls, f"{top}.init_args")
+        found += class_settings(cls, f"{top}.init_args")
     return found
 
 
-def _class_settings(cls: type, prefix: str) -> Iterator[Setting]:
+def class_settings(cls: type, prefix: str = "") -> Iterator[Setting]:
+    """Settings of a class, named from `prefix` on, and of the dataclasses that it takes."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(add_help=False)
-    parser.add_class_arguments(cls, prefix)
+    parser.add_class_arguments(cls, prefix or None)
     for action in parser._actions:
         hint = getattr(action, "_typehint", None)
         if hint is None or action.dest.endswith(".help"):
@@ -120,13 +121,14 @@ def show(command: str, args: Sequence[str], typed: str) -> int:
     for top in ("model", "data"):
         if lines := [setting for setting in settings if setting.name.startswith(f"{top}.")]:
             print(f"{top}: {tree[top]['class_path']}")
-            print("\n".join(map(_line, lines)) + "\n")
+            print("\n".join(map(setting_line, lines)) + "\n")
     print(f"A setting's value is YAML; --config takes a file of them, of which the last wins. The recipe {recipe}")
     print(f"says more. Trainer, callbacks and logger: idc {typed} --help.trainer. All as it stands: --print_config.")
     return 0
 
 
-def _line(setting: Setting) -> str:
+def setting_line(setting: Setting) -> str:
+    """A setting as help shows it."""
     head = f"  --{setting.name}  {setting.type}"
     text = " ".join(setting.text.split())
     body = textwrap.fill(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)

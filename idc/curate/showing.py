@@ -102,6 +102,24 @@ def step_table(report: CurationReport) -> Any:
     return table
 
 
+def reason_table(report: CurationReport, most: int) -> Any:
+    """Why things were dropped, by step and reason; beyond `most` rows only their number."""
+    from rich.table import Table
+
+    table = Table("step", "dropped because")
+    table.add_column("times", justify="right")
+    rows = [
+        (step, reason, times)
+        for step, reasons in (report.written.dropped if report.written else {}).items()
+        for reason, times in sorted(reasons.items(), key=lambda item: -item[1])
+    ]
+    for step, reason, times in rows[:most]:
+        table.add_row(step, reason, str(times))
+    if len(rows) > most:
+        table.add_row("", f"and {len(rows) - most} reasons more", str(sum(times for _, _, times in rows[most:])))
+    return table
+
+
 def limit_of(report: CurationReport) -> str:
     """What limits the rate: the step that most of this run's time went into."""
     total = sum(count.seconds for count in report.counts)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-import subprocess
-import sys
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +22,7 @@ from idc.curate.reading import clip_box, clip_frames, inspect, look, open_source
 from idc.curate.shots import ColourCuts, Shots
 from idc.curate.windows import Cut, Windows, part_key
 from idc.data import storage
-from idc.data.video import VideoError, decode_video, encode_video, pick_frames, probe
+from idc.data.video import VideoError, encode_video, pick_frames, probe
 from idc.errors import UserError
 
 CHECK = DecodeCheck(min_side=16, max_aspect=8)
@@ -124,7 +122,9 @@ def test_a_crop_is_of_the_upright_picture(tmp_path, film):
     assert clip_box(part, Box(40, 10, 50, 20)) == Box(8, 2, 18, 12)
     lying = candidate(saved(tmp_path, turned(film.read_bytes())))
     assert size_of(lying) == (16 * BITS, 32)
-    bottom = lying.changed(crop=Box(0, 64, 32, 128))  # clockwise: the right half, with the high bits, comes to lie below
+    bottom = lying.changed(
+        crop=Box(0, 64, 32, 128)
+    )  # clockwise: the right half, with the high bits, comes to lie below
     np.testing.assert_array_equal(look(bottom, [70]), np.rot90(look(whole, [70]), -1, axes=(1, 2))[:, 64:])
     with pytest.raises(VideoError, match="outside"):
         look(whole.changed(crop=Box(200, 0, 300, 20)), [0])
@@ -323,3 +323,327 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(name, tmp_path):
     assert isinstance(outcome, Dropped)
     assert (outcome.reason, outcome.step, outcome.key) == (wanted, "decode check", "film-1"), outcome.detail
     assert outcome.detail
+
+
+def test_what_a_file_is_stands_in_its_note(tmp_path):
+    film = saved(tmp_path, write("mp4", "libx264", numbered(50)), "film.mp4")
+    irregular = np.cumsum(np.random.default_rng(0).integers(7, 120, size=60)).tolist()
+    variable = saved(tmp_path, write("mp4", "libx264", numbered(60), irregular), "variable.mp4")
+    dropping = saved(
+        tmp_path, write("mp4", "libx264", numbered(120), [40 * n for n in range(121) if n != 60]), "one.mp4"
+    )
+    phone = saved(tmp_path, turned(film.read_bytes()), "phone.mp4")
+    notes = {}
+    for path in (film, variable, dropping, phone):
+        (kept,) = CHECK([candidate(path)])[0]
+        assert isinstance(kept, Candidate)
+        notes[path.stem] = kept.meta["decode check"]
+    size = {"frames": 50, "fps": 25.0, "seconds": 2.0, "height": 32, "width": 128}
+    assert notes["film"].items() >= {**size, "vfr": False, "grey": True, "image": False}.items()
+    assert [notes[name]["vfr"] for name in ("variable", "one")] == [True, False]  # a lost frame is no variable rate
+    assert (notes["phone"]["height"], notes["phone"]["width"]) == (128, 32)
+    assert notes["film"]["decoder"].startswith("PyAV ")
+    (image,) = CHECK([candidate(saved(tmp_path, png(64, 64, alpha=True), "picture.png"))])[0]
+    assert image.meta["decode check"].items() >= {"frames": 1, "image": True, "grey": False, "vfr": False}.items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "wanted"),
+    [
+        ({"min_frames": 101}, {}, "too few frames"),
+        ({"min_seconds": 4.1}, {}, "video too short"),
+        ({"max_seconds": 3.9}, {}, "video too long"),
+        ({"min_seconds": 4, "max_seconds": 4}, {}, "kept"),
+        ({}, {"span": (100, 120)}, "span outside of the video"),
+        ({}, {"span": (50, 50)}, "span outside of the video"),
+        ({}, {"span": (90, 120)}, "kept"),
+        ({}, {"crop": Box(128, 0, 140, 20)}, "crop outside of the picture"),
+        ({}, {"crop": Box(0, 0, 130, 40)}, "kept"),
+    ],
+)
+def test_limits_of_the_check(settings, changes, wanted, film):
+    (outcome,) = DecodeCheck(**{"min_side": 16, "max_aspect": 8, **settings})([candidate(film, **changes)])[0]
+    assert reason(outcome) == wanted
+
+
+def test_a_thorough_check_finds_what_breaks_between_the_looks(film, tmp_path):
+    data = bytearray(film.read_bytes())
+    import av
+
+    with av.open(str(film)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for place, size in places[60:64]:
+        data[place + 4 : place + size] = bytes(size - 4)
+    broken = candidate(saved(tmp_path, bytes(data)))
+    (outcome,) = DecodeCheck(min_side=16, max_aspect=8, thorough=True)([broken])[0]
+    assert reason(outcome) == "broken video"
+    (quick,) = DecodeCheck(min_side=16, max_aspect=8, looks=2)([broken])[0]
+    assert reason(quick) == "kept"
+
+
+# Windows
+
+
+def windows_of(path: Path, step: Windows, **changes) -> list:
+    return list(step([candidate(path, **changes)])[0])
+
+
+def test_windows_show_the_nearest_frames_in_time_of_any_rate(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, pts in (("constant", [40 * n for n in range(100)]), ("variable", np.cumsum(rng.integers(7, 70, 100)))):
+        times = np.array(pts) / 1000
+        film = saved(tmp_path, write("mp4", "libx264", numbered(100), list(map(int, pts))), f"{name}.mp4")
+        found = windows_of(film, Windows(9, 16), span=(10, 95))
+        assert len(found) == (int((times[94] - times[10]) * 16 + 1e-3) + 1) // 9
+        for number, window in enumerate(found):
+            wanted = times[10] + (9 * number + np.arange(9)) / 16
+            distance = np.abs(times[10:95, None] - wanted)
+            np.testing.assert_allclose(distance[np.array(window.ranks) - 10, range(9)], distance.min(0), atol=2e-3)
+            assert (window.fps, window.span) == (16, (window.ranks[0], window.ranks[-1] + 1))
+            assert numbers(clip_frames(window, None)[1]) == list(window.ranks)
+        assert len({window.key for window in found}) == len(found)
+
+
+def test_windows_count_overlap_and_length(film, tmp_path):
+    assert [w.ranks[0] for w in windows_of(film, Windows(17, 25))] == [0, 17, 34, 51, 68]
+    assert [w.ranks[0] for w in windows_of(film, Windows(17, 25, stride=40))] == [0, 40, 80]
+    assert [w.ranks[0] for w in windows_of(film, Windows(17, 25, max_per_shot=2))] == [0, 68]
+    assert [w.ranks[0] for w in windows_of(film, Windows(17, 25, max_per_shot=1))] == [0]
+    assert [len(w.ranks) for w in windows_of(film, Windows(81, 25, min_frames=9), span=(0, 30))] == [29]
+    (dropped,) = windows_of(film, Windows(17, 25), span=(0, 16))
+    assert (dropped.reason, dropped.detail) == ("too short", "16 frames at 25 fps, 17 wanted")
+    slow = saved(tmp_path, write("mp4", "libx264", numbered(40), [150 * n for n in range(40)]), "slow.mp4")
+    outcomes = windows_of(slow, Windows(9, 16))
+    assert {reason(outcome) for outcome in outcomes} == {"frame rate too low"}
+    assert len({outcome.key for outcome in outcomes}) == len(outcomes) == 10
+    assert {reason(outcome) for outcome in windows_of(slow, Windows(9, 7))} == {"kept"}
+
+
+def test_keys_of_parts_are_unique_and_never_too_long():
+    keys = {part_key(part_key("x" * length, a), b) for length in (3, 64, 70, 80) for a in (0, 10**6) for b in (0, 81)}
+    assert len(keys) == 16
+    assert max(map(len, keys)) <= 80
+
+
+def test_boxes_keep_their_frame_through_windows(film):
+    box, mask = Box(0, 0, 9, 9), np.ones((32, 128), np.bool_)
+    subjects = tuple(CuratedSubject(f"s{frame}", box=box, mask=mask, frame=frame) for frame in (0, 20, 37, 70))
+    subjects += (CuratedSubject("nowhere"), CuratedSubject("followed", track=((3, box),)))
+    first, second = windows_of(film, Windows(17, 12.5), span=(10, 80), subjects=subjects)
+    # Every second frame is shown: ranks 10, 12, ... 42 and 44, ..., 76; frame 20 of the span is the source's 30.
+    assert [(s.frame, s.box is not None, s.mask is not None) for s in first.subjects] == [
+        (0, True, True), (10, True, True), (0, False, False), (0, False, False), (0, False, False), (0, False, False),
+    ]  # fmt: skip
+    assert first.meta["windows"] == {"unplaced": ["s37", "s70"]}
+    assert [(s.frame, s.box is not None) for s in second.subjects[2:4]] == [(1, True), (0, False)]
+    assert first.subjects[5].track == ((3, box),)
+
+
+# Cut
+
+
+def test_the_cut_clip_shows_the_windows_frames(film):
+    (window, *_) = windows_of(film, Windows(9, 5))
+    (cut,) = Cut(height=16, width=64, max_upscale=1, resize="crop")([window])[0]
+    assert (cut.clip.shape, cut.clip.dtype) == ((9, 16, 64, 3), np.uint8)
+    assert numbers(np.repeat(cut.clip, 2, axis=2)) == list(window.ranks) == list(range(0, 45, 5))
+    view = view_of(cut)
+    assert view == View(32, 128, 16, 64, 0.5)
+    np.testing.assert_array_equal(cut.clip[3], view(look(window, [15])[0]))
+    (again,) = Cut(height=32, width=64)([cut])[0]
+    assert again is cut
+
+
+def test_the_size_is_that_of_the_bucket_that_training_chooses(film):
+    (window, *_) = windows_of(film, Windows(17, 25))
+    for buckets, shape in (
+        ([[17, 32, 32], [17, 32, 64], [17, 16, 64]], (17, 16, 64)),
+        ([[17, 32, 32], [9, 32, 128]], (9, 32, 128)),
+        ([[33, 16, 64], [5, 16, 64]], (5, 16, 64)),
+    ):
+        (cut,) = Cut(buckets, max_crop=0.8)([window])[0]
+        assert cut.clip.shape[:3] == shape
+        assert len(cut.ranks) == shape[0]
+        assert cut.span == (0, cut.ranks[-1] + 1)
+    for settings, wanted in (
+        ({"buckets": [[33, 16, 64]]}, "too short"),
+        ({"buckets": [[17, 64, 64]]}, "too small"),
+        ({"buckets": [[17, 32, 32]]}, "shape too far from every bucket"),
+        ({"height": 480, "width": 832}, "too small"),
+        ({"height": 64, "width": 64, "resize": "short-side"}, "too small"),
+    ):
+        (dropped,) = Cut(**settings)([window])[0]
+        assert (reason(dropped), dropped.step) == (wanted, "cut")
+        assert dropped.detail
+    (short,) = Cut(height=16, width=16, resize="short-side")([window])[0]
+    assert short.clip.shape == (17, 16, 64, 3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_box_and_a_mask_drawn_on_the_source_lie_where_the_mapped_ones_say(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    height, width = (int(2 * n) for n in rng.integers(60, 160, 2))
+    crop = None
+    if seed % 3:
+        crop = Box(*(float(side) for side in (rng.integers(0, 20), rng.integers(0, 20), width - 7, height - 9)))
+    left, top = (int(crop.left), int(crop.top)) if crop else (0, 0)
+    picture = np.zeros((height, width, 3), np.uint8)
+    inner = (int(crop.bottom) - top, int(crop.right) - left) if crop else (height, width)
+    x, y = int(rng.integers(0, inner[1] - 30)), int(rng.integers(0, inner[0] - 30))
+    w, h = (int(n) for n in rng.integers(16, 30, 2))
+    picture[top + y : top + y + h, left + x : left + x + w] = 255
+    path = tmp_path / "drawn.png"
+    Image.fromarray(picture).save(path)
+    mask = np.zeros(inner, np.bool_)
+    mask[y : y + h, x : x + w] = True
+    subject = CuratedSubject("square", box=Box(x, y, x + w, y + h), mask=mask)
+    drawn = candidate(path, crop=crop, subjects=(subject,), ranks=(0,), fps=16.0)
+    sides = 16 * rng.integers(3, 9, 2)
+    (cut,) = Cut(height=int(sides[0]), width=int(sides[1]), max_upscale=4, max_crop=0.8, min_visible=0.0)([drawn])[0]
+    seen = cut.clip[0, ..., 0] > 127
+    if not cut.subjects:
+        assert cut.meta["cut"]["cropped out"] == ["square"]
+        assert seen.sum() == 0
+        return
+    (found,) = cut.subjects
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    edges = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    np.testing.assert_allclose(found.box, edges, atol=1)
+    union = found.mask | seen
+    assert found.mask.shape == seen.shape
+    assert (found.mask ^ seen).sum() <= 0.1 * union.sum()
+    view = view_of(cut)
+    np.testing.assert_allclose(view.back(view.box(subject.box)), subject.box, atol=1e-6)
+
+
+def test_subjects_that_the_cut_leaves_out_are_removed_with_a_note(tmp_path):
+    path = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((64, 256, 3), np.uint8)).save(path)
+    empty = np.zeros((64, 256), np.bool_)
+    subjects = (
+        CuratedSubject("left", box=Box(0, 0, 60, 64)),
+        CuratedSubject("middle", box=Box(100, 0, 150, 64), mask=np.ones((3, 3), np.bool_)),
+        CuratedSubject("masked out", mask=empty),
+        CuratedSubject("half", box=Box(76, 0, 116, 64)),
+        CuratedSubject("late", box=Box(0, 0, 9, 9), frame=3),
+        CuratedSubject("unplaced"),
+    )
+    wide = candidate(path, subjects=subjects, ranks=(0,), fps=16.0)
+    (cut,) = Cut(height=64, width=64, max_crop=0.8, min_visible=0.4)([wide])[0]
+    assert [subject.name for subject in cut.subjects] == ["middle", "half", "late", "unplaced"]
+    assert cut.meta["cut"]["cropped out"] == ["left", "masked out"]
+    assert cut.subjects[0].box == Box(4, 0, 54, 64)
+    assert cut.subjects[0].mask is None  # of another picture
+    assert cut.subjects[1].box == Box(0, 0, 20, 64)
+    assert cut.subjects[2].box is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Windows(10), "nearest valid counts are 9 and 13"),
+        (lambda: Windows(9, 0), "fps=0"),
+        (lambda: Windows(9, min_frames=13), "min_frames=13: must be at most frames=9"),
+        (lambda: Windows(9, stride=-1), "stride=-1"),
+        (lambda: Cut(height=100), "nearest valid sizes are 96 and 112"),
+        (lambda: Cut(resize="crops"), "did you mean 'crop'"),
+        (lambda: Cut([[10, 64, 64]]), "nearest valid counts are 9 and 13"),
+        (lambda: Cut(max_crop=1), "max_crop=1"),
+        (lambda: Cut(min_visible=2), "min_visible=2"),
+        (lambda: DecodeCheck(min_side=0), "min_side=0"),
+        (lambda: DecodeCheck(max_seconds=1, min_seconds=2), "max_seconds=1: must be 2 or more"),
+        (lambda: Cut()([candidate(__file__)]), "put Windows before it"),
+    ],
+)
+def test_bad_settings_name_the_value_and_the_rule(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# All of it
+
+
+def through(steps, first: Candidate) -> tuple[list[Candidate], list[Dropped]]:
+    """What becomes of a candidate, and of all that comes of it."""
+    alive, drops = [first], []
+    for step in steps:
+        outcomes = list(itertools.chain.from_iterable(step(alive)))
+        drops += [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
+        alive = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
+    return alive, drops
+
+
+CHAIN = (
+    CHECK,
+    Shots(ColourCuts(), min_seconds=0.5),
+    Windows(9, 16, min_frames=5),
+    Cut([[9, 16, 64], [5, 16, 64], [9, 32, 16], [9, 32, 32]], max_upscale=2, max_crop=0.8),
+)
+
+
+def one_frame(_: Path) -> bytes:
+    return write("mp4", "libx264", numbered(1))
+
+
+GOOD = {
+    "film.mp4": (lambda _: good(), 6),
+    "second.mp4": (lambda _: write("mp4", "libx264", numbered(25)), 1),
+    "variable.mp4": (lambda _: write("mp4", "libx264", numbered(50), np.cumsum([20, 60] * 25).tolist()), 3),
+    "phone.mp4": (lambda _: turned(good()), 6),
+    "scan.mkv": (lambda _: write("matroska", "libx264", numbered(100)), 6),
+    "grey.png": (lambda _: png(64, 128), 1),
+    "alpha.png": (lambda _: png(64, 128, alpha=True), 1),
+    "frame.mp4": (one_frame, 0),
+    "slow.mp4": (lambda _: write("mp4", "libx264", numbered(20), [300 * n for n in range(20)]), 0),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, *GOOD])
+def test_every_kind_of_file_ends_as_clips_or_drops_with_reasons(name, tmp_path):
+    make, wanted = {**BAD, **GOOD}[name]
+    kept, drops = through(CHAIN, candidate(saved(tmp_path, make(tmp_path), name)))
+    assert len(kept) == (wanted if name in GOOD else 0)
+    assert len(kept) + len(drops) >= 1
+    assert all(drop.reason and drop.detail and drop.step for drop in drops)
+    assert len({outcome.key for outcome in [*kept, *drops]}) == len(kept) + len(drops)
+    for clip in kept:
+        assert clip.clip.shape[0] == len(clip.ranks)
+        assert clip.clip.shape[:3] in {(1, 16, 64), (1, 32, 32), (9, 16, 64), (9, 32, 16)}
+
+
+def test_two_hours_are_cut_without_being_decoded(tmp_path):
+    """36,000 frames at 5 per second, by repeating the packets of one group of pictures."""
+    import av
+
+    from idc.data import video
+
+    path = tmp_path / "long.mp4"
+    group = encode_video(numbered(50), 5)
+    with av.open(BytesIO(group)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(source.streams.video[0]) if packet.size]
+        span = 50 * round(1 / 5 / packets[0].time_base)
+        for repeat in range(720):
+            for packet in packets:
+                copy = av.Packet(bytes(packet))
+                copy.pts, copy.dts = packet.pts + repeat * span, packet.dts + repeat * span
+                copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, stream
+                target.mux(copy)
+    decoded = Counted(None)
+    real = video._Reader.rewind
+
+    def counting(self):
+        real(self)
+        decoded.container = self.container
+        self.container = decoded
+
+    long = candidate(path, span=(18000, 27000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video._Reader, "rewind", counting)
+        patch.setattr(Counted, "close", lambda self: self.container.close(), raising=False)
+        kept, drops = through([CHECK, Windows(9, 5, max_per_shot=3), Cut([[9, 32, 128]])], long)
+    assert not drops
+    assert kept[0].meta["decode check"].items() >= {"frames": 36000, "seconds": 7200.0}.items()
+    assert [numbers(clip.clip) for clip in kept] == [[rank % 50 for rank in clip.ranks] for clip in kept]
+    assert kept[-1].span[1] > 26980
+    assert decoded.decoded < 1000

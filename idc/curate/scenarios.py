@@ -55,11 +55,16 @@ def scenario(name: str, kind: str = "") -> str:
     ('Nature', 'Human', 'Nature')
     """
     by_kind = _KINDS.get(kind.lower())
-    by_word = _SCENARIO.get(head_noun(name), OBJECTS)
+    by_word = scenario_of_word(head_noun(name)) or OBJECTS
     if by_kind is None:
         return by_word
     # Beyond telling nature, words do not outdo what was seen: a known object called "a toy man" is no person.
     return NATURE if by_word == NATURE and by_kind != HUMAN and kind.lower() != "clothing" else by_kind
+
+
+def scenario_of_word(word: str) -> str | None:
+    """The scenario of a noun in lower case; None for a word that the lists lack, such as "young"."""
+    return _SCENARIO.get(word)
 
 
 def content_words(text: str) -> list[str]:

@@ -224,7 +224,7 @@ class Statistics:
             "licences": dict(self.licences.top(1000)),
             "scores": {name: spread.to_json() for name, spread in sorted(self.scores.items())},
             "models": {step: dict(tally.top(100)) for step, tally in sorted(self.models.items())},
-            "splits": {name or "all": self._split(part) for name, part in sorted(self.parts.items())},
+            "splits": {name or "all": self.split(part) for name, part in sorted(self.parts.items())},
             "shared_videos": {" and ".join(pair): count for pair, count in self.shared_videos().items()},
             "sizes": [
                 {**size._asdict(), "samples": n} for size, n in sorted(sum(self.sizes.values(), Counter()).items())
@@ -249,7 +249,8 @@ class Statistics:
         ]
 
     @staticmethod
-    def _split(part: Part) -> dict[str, Any]:
+    def split(part: Part) -> dict[str, Any]:
+        """Samples, hours and number of source videos (0 where samples do not name them) of a split."""
         videos = len(np.unique(np.frombuffer(part.videos, np.uint64)))
         return {"samples": part.samples, "hours": part.seconds / 3600, "videos": videos}
 

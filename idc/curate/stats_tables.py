@@ -45,10 +45,10 @@ def _table(title: str, *columns: str, rows: Iterable[Sequence[Any]] = ()) -> Tab
 
 def _folders(statistics: Statistics) -> Table:
     rows = [
-        (folder["root"], folder["split"] or "–", folder["samples"], folder["shards"], f"{folder['bytes'] / 1e9:.2f}")
+        (folder["root"], folder["split"] or "–", folder["samples"], folder["shards"], _size(folder["bytes"]))
         for folder in statistics.folders
     ]
-    return _table("Shards", "folder", "split", ">samples", ">shards", ">GB", rows=rows)
+    return _table("Shards", "folder", "split", ">samples", ">shards", ">size", rows=rows)
 
 
 def _table_s8(statistics: Statistics) -> Table:
@@ -81,14 +81,14 @@ def _contents(statistics: Statistics) -> Iterator[Table]:
     ):
         if set(tally.counts) - {UNSAID} or noun == "licence":
             yield _table(title, noun, ">count", ">share", rows=_top(tally))
-    rows = [
+    numbers = [
         (counted(n, "subject"), count, _share(count, statistics.samples))
         for n, count in sorted(statistics.subjects.items())
     ]
-    yield _table("Pictured subjects of a clip", "subjects", ">samples", ">share", rows=rows)
-    parts = [(name or "all", *statistics._split(part).values()) for name, part in sorted(statistics.parts.items())]
-    rows = [(name, samples, f"{hours:.2f}", videos or "–") for name, samples, hours, videos in parts]
-    yield _table("Splits", "split", ">samples", ">hours", ">source videos", rows=rows)
+    yield _table("Pictured subjects of a clip", "subjects", ">samples", ">share", rows=numbers)
+    parts = [(name or "all", *statistics.split(part).values()) for name, part in sorted(statistics.parts.items())]
+    lengths = [(name, samples, f"{hours:.2f}", videos or "–") for name, samples, hours, videos in parts]
+    yield _table("Splits", "split", ">samples", ">hours", ">source videos", rows=lengths)
 
 
 def _numbers(statistics: Statistics) -> Iterator[Table]:
@@ -151,8 +151,10 @@ def _warnings(statistics: Statistics) -> Iterator[str]:
             yield f"LEAK  {one} and {two} have {counted(shared, 'source video')} in common"
     for told in statistics.told:
         read, kept, dropped = told.get("read"), told.get("kept"), told.get("dropped")
-        lost = sum(sum(reasons.values()) for reasons in dropped.values()) if isinstance(dropped, dict) else None
-        if lost is not None and (kept, lost) != (statistics.samples, statistics.dropped):
+        if not isinstance(dropped, dict):
+            continue
+        lost = sum(sum(reasons.values()) for reasons in dropped.values() if isinstance(reasons, dict))
+        if (kept, lost) != (statistics.samples, statistics.dropped):
             yield f"counts.json says: read {read} = kept {kept} + dropped {lost}; not all of it lies in these folders"
 
 
@@ -162,6 +164,16 @@ def _top(tally: Tally) -> list[Sequence[Any]]:
     if rest := tally.total - sum(count for _, count in top):
         rows.append(("others", rest, _share(rest, tally.total)))
     return rows
+
+
+def _size(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size /= 1000
+    else:
+        unit = "TB"
+    return f"{size:.3g} {unit}"
 
 
 def _share(count: int, total: int) -> str:

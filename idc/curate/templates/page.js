@@ -67,6 +67,8 @@
     const values = kept.map((row) => row.scores[name]).filter((value) => value !== undefined);
     return [name, [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))]];
   }));
+  const by = (a, b) => (a === b ? 0 : a === undefined ? 1 : b === undefined ? -1 : a - b); // undefined comes last
+  const negative = (value) => (value === undefined ? undefined : -value);
   const orders = {
     "": ["as they lie", () => 0],
     key: ["key", (a, b) => a.id.localeCompare(b.id, "en", { numeric: true })],
@@ -75,12 +77,10 @@
     many: ["most subjects first", (a, b) => b.subjects.length - a.subjects.length],
     words: ["longest caption first", (a, b) => by(b.words, a.words)],
   };
-  function by(a, b) { return a === b ? 0 : a === undefined ? 1 : b === undefined ? -1 : a - b; }
-  for (const name of scores) { // what has no such score comes last, either way
+  for (const name of scores) {
     orders[`low ${name}`] = [`${name}: lowest first`, (a, b) => by(a.scores[name], b.scores[name])];
     orders[`high ${name}`] = [`${name}: highest first`, (a, b) => by(negative(a.scores[name]), negative(b.scores[name]))];
   }
-  function negative(value) { return value === undefined ? undefined : -value; }
   $("order").append(...Object.entries(orders).map(([value, [text]]) => option(value, text)));
 
   let visible = rows;
@@ -113,17 +113,15 @@
   const address = (row) => `#${encodeURIComponent(row.anchor)}`;
   function card(row) {
     const picture = make("div", { class: "picture" });
-    if (row.dropped) picture.append(row.reason || "dropped");
+    if (row.dropped) picture.append(make("span", { text: row.reason || "dropped" }));
     else if (row.frame) picture.append(make("img", { src: row.frame, alt: `Frame of ${row.key}`, loading: "lazy", decoding: "async" }));
-    else picture.append(row.missing || "no picture");
+    else picture.append(make("span", { text: row.missing || "no picture" }));
     const tags = make("div", { class: "tags" });
     const tag = (text, kind = "") => text && tags.append(make("span", { class: `tag ${kind}`, text }));
-    if (row.dropped) { tag(`dropped by ${row.step || "?"}`, "bad"); tag(row.source); }
-    else {
-      tag(row.source); tag(row.category);
-      tag(row.frames === 1 ? "still" : `${shown(row.seconds)} s`); tag(counted(row.subjects.length, "subject"));
-      if (row.missing) tag("unreadable", "bad");
-    }
+    tag(row.source);
+    if (row.dropped) tag(`dropped by ${row.step || "?"}`, "bad");
+    else for (const text of [row.category, row.frames === 1 ? "still" : `${row.seconds.toFixed(1)} s`, counted(row.subjects.length, "subject")]) tag(text);
+    if (row.missing) tag("unreadable", "bad");
     const text = make("div", { class: "text" },
       make("div", { class: "caption", text: row.dropped ? row.detail || row.reason : row.caption || "no caption" }),
       make("div", { class: "key", text: row.id || "–" }), tags);
@@ -149,15 +147,14 @@
     list();
     scrollTo(0, 0);
   }
-  $("first").addEventListener("click", () => turn(0));
-  $("back").addEventListener("click", () => turn(first - PAGE));
-  $("next").addEventListener("click", () => turn(first + PAGE));
-  $("last").addEventListener("click", () => turn(lastPage()));
+  const turns = { first: () => 0, back: () => first - PAGE, next: () => first + PAGE, last: lastPage };
+  for (const [id, to] of Object.entries(turns)) $(id).addEventListener("click", () => turn(to()));
 
   // One sample ----------------------------------------------------------------------------------------------------
-  function mask(canvas, runs, rgb) {
+  function mask({ name, mask: { width, height, runs } }, rgb) {
+    const canvas = make("canvas", { class: "over mask", width, height, role: "img", "aria-label": `Mask of ${name}` });
     const context = canvas.getContext("2d");
-    const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
+    const pixels = context.getImageData(0, 0, width, height);
     let place = 0, inside = false;
     for (const run of runs) {
       if (inside) for (let n = place; n < place + run; n += 1) pixels.data.set([...rgb, 255], 4 * n);
@@ -165,6 +162,7 @@
       inside = !inside;
     }
     context.putImageData(pixels, 0, 0);
+    return canvas;
   }
   const rgb = (hex) => [1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16));
   function stage(row, told) {
@@ -183,9 +181,7 @@
     told.subjects.forEach((subject, n) => {
       if (subject.frame !== told.shown) return;
       if (subject.mask) {
-        const canvas = make("canvas", { class: "over mask", width: subject.mask.width, height: subject.mask.height, role: "img", "aria-label": `Mask of ${subject.name}` });
-        mask(canvas, subject.mask.runs, rgb(colour(n)));
-        box.append(canvas);
+        box.append(mask(subject, rgb(colour(n))));
       }
       if (subject.box) {
         const [left, top, right, bottom] = subject.box;

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from idc.curate.clips import Clip, ClipSettings, Drop, cut_video
+from idc.curate.sources.listing import may_be_video, walk
 from idc.data import storage
 from idc.data.index import ShardIndex, build_index
 from idc.data.shards import ShardWriter
@@ -27,22 +28,6 @@ from idc.models.faces import FaceDetector, yunet_path
 JOURNAL = "build.jsonl"
 DROPS = "drops.jsonl"
 PREFIX = "clips"
-NOT_VIDEOS = {".txt", ".json", ".jsonl", ".csv", ".md", ".srt", ".vtt", ".npy", ".tar", ".zip", ".wav", ".mp3", ".flac"}
-NOT_VIDEOS |= {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tiff",
-    ".py",
-    ".log",
-    ".tmp",
-    ".part",
-    ".aac",
-    ".m4a",
-    ".ogg",
-}
 
 
 @dataclass
@@ -134,15 +119,11 @@ def find_videos(folder: Path, out: Path) -> list[str]:
     """Paths relative to `folder` of all files that may be videos, sorted; hidden files and `out` are left out."""
     if not folder.is_dir():
         raise UserError(f"--videos {folder}: no such folder")
-    names = []
-    for base, folders, files in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and Path(base, name).resolve() != out.resolve()
-        ]
-        names += [Path(base, name).relative_to(folder).as_posix() for name in files if _may_be_video(name)]
+    files = (file.path for files in walk(str(folder), str(out), "--videos") for file in files)
+    names = sorted(name for name in files if may_be_video(name))
     if not names:
         raise UserError(f"--videos {folder}: no video files in it")
-    return sorted(names)
+    return names
 
 
 def _size(path: Path) -> int:
@@ -151,10 +132,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _may_be_video(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() not in NOT_VIDEOS
 
 
 def _cut_all(

@@ -350,15 +350,29 @@ def decode_image(data: bytes) -> Pixels:
     Raises:
         VideoError: for bytes that are no picture.
     """
+    return decode_cutout(data)[0]
+
+
+def decode_cutout(data: bytes) -> tuple[Pixels, Mask | None]:
+    """As `decode_image`, with the mask `[H, W]` of what is opaque, at least by half; None without transparency.
+
+    Raises:
+        VideoError: for bytes that are no picture.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened)
-            if "A" in image.getbands() or "transparency" in image.info:
+            mask = None
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would not scale
+                image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
+                opaque = np.asarray(image.getchannel("A")) >= 128
+                mask = None if opaque.all() else opaque
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image.convert("RGB")), mask
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"no picture: {error}") from None

@@ -59,6 +59,15 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and PurePosixPath(name).suffix.lower() in IMAGES
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name is Unicode, and so can be written down."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def walk(root: str, leave_out: str = "", setting: str = "path") -> Iterator[list[File]]:
     """The files of each folder below `root`, it included, sorted; a folder's own files come before its folders'.
 

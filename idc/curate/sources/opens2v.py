@@ -16,7 +16,7 @@ from typing import Any
 from idc.curate.candidate import Candidate, Dropped, Outcome, Source, key_of, plain_settings
 from idc.curate.sources.opens2v_pairs import Pairs, PairSettings, pair_files
 from idc.curate.sources.opens2v_record import CAPTIONS, META, SPANS, RecordError, from_record, picture_size
-from idc.curate.sources.streaming import Record, is_packed, stream_records
+from idc.curate.sources.streaming import Record, is_packed, plain_json, stream_records
 from idc.data import storage
 from idc.errors import UserError
 
@@ -124,7 +124,10 @@ class OpenS2V5M(Source):
             return id, {"problem": record.problem, "detail": detail, "id": key}
         payload: dict[str, Any] = {"file": self._files[number], "id": key}
         if is_packed(path):  # its bytes cannot be addressed
-            payload["record"] = record.value
+            try:
+                payload["record"] = plain_json(record.value)
+            except ValueError as error:
+                return id, {"problem": "malformed record", "detail": str(error), "id": key}
         else:
             payload |= {"at": record.at, "size": record.size}
         return id, {**payload, "pairs": known}
@@ -151,13 +154,13 @@ class OpenS2V5M(Source):
 
     def _read(self, payload: Mapping[str, Any]) -> Any:
         if "record" in payload:
-            return _plain(payload["record"])
+            return payload["record"]
         path = self._paths[self._files.index(payload["file"])]
         try:
             data = storage.read_range(path, payload["at"], payload["size"])
-            return _plain(json.loads(data))
+            return plain_json(json.loads(data))
         except (OSError, ValueError, RecursionError) as error:
-            raise RecordError("unreadable record", f"{payload['file']}: {error}") from None
+            raise RecordError("malformed record", f"{payload['file']}: {error}") from None
 
     def _video(self, record: Any, root: str) -> tuple[str, str]:
         """(id of the source video, path of the file) of a record."""
@@ -209,20 +212,6 @@ def _own_id(value: Any) -> str:
     metadata = value.get("metadata") if isinstance(value, Mapping) else None
     path = metadata.get("path") if isinstance(metadata, Mapping) else None
     return PurePosixPath(path).stem if isinstance(path, str) else ""
-
-
-def _plain(value: Any) -> Any:
-    """A record with NaN and infinities, which are no JSON, as None.
-
-    Raises:
-        RecordError: for text that is no Unicode (halves of a surrogate pair), and what is nested too deeply.
-    """
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-        text.encode("utf-8")
-    except (UnicodeEncodeError, RecursionError) as error:
-        raise RecordError("malformed record", f"{type(error).__name__}: {error}") from None
-    return json.loads(text, parse_constant=lambda _: None) if "NaN" in text or "Infinity" in text else value
 
 
 def _short_names(paths: Sequence[str]) -> tuple[str, ...]:

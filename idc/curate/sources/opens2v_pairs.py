@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from idc.curate.sources.listing import walk
-from idc.curate.sources.streaming import Record, stream_records
+from idc.curate.sources.streaming import Record, plain_json, stream_records
 from idc.data import storage
 
 FIRST_FIELDS = ("cur_id", "aft_id")
@@ -113,6 +113,10 @@ class Pairs:
 
 def _sides(item: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
     """What a pair says of its first record, of its second, and of both; None where it is malformed."""
+    try:
+        item = plain_json(item)
+    except ValueError:
+        return None
     if not isinstance(item, Mapping):
         return None
     own = {key.removeprefix(_OWN): value for key, value in item.items() if key.startswith(_OWN)}

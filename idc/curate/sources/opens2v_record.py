@@ -35,10 +35,9 @@ def from_record(
     """What a record says, on top of `base` (key, source, video and path).
 
     The crop's order in the record is [x0, x1, y0, y1]. Boxes and masks are in pixels of the cropped picture, and of the
-    annotated frame: `frame` counts from the span's first frame, and `track` has the frame's rank in the source and the
-    box in the source's picture. A subject whose annotated frame is outside of the span has no box and no mask (the mask
-    stays in its meta). A subject's score says how well its name fits its picture (`gme_score`), so that the best of
-    several names of one person can be told.
+    annotated frame, whose number `frame` counts from the span's first one. Where that frame is outside of the span, the
+    subjects have neither (both stay in their meta). A subject's score says how well its name fits its picture
+    (`gme_score`), so that the best of several names of one person can be told.
 
     Args:
         record: {"metadata", "word_tags", "annotation"}.
@@ -65,7 +64,7 @@ def from_record(
     frame_data = dict(_mapping(annotation, "ann_frame_data"))
     scores |= {f"{META}_{name}": frame_data.pop(name) for name in FRAME_SCORES if _is_number(frame_data.get(name))}
     tags = _mapping(record, "word_tags")
-    reader = _Subjects(annotation, frame_data, tags, span, crop, picture_size(metadata, crop))
+    reader = _Subjects(annotation, frame_data, tags, span, picture_size(metadata, crop))
     subjects = reader.subjects()
     known = {
         "metadata": rest,
@@ -142,10 +141,9 @@ class _Subjects:
         frame_data: dict[str, Any],
         tags: Mapping[str, Any],
         span: tuple[int, int] | None,
-        crop: Box | None,
         size: tuple[int, int] | None,
     ) -> None:
-        self._annotation, self._tags, self._span, self._crop, self._size = annotation, tags, span, crop, size
+        self._annotation, self._tags, self._span, self._size = annotation, tags, span, size
         self._frame_data = frame_data
         self._items = frame_data.pop("annotations", [])
         self.faults: list[str] = []
@@ -193,13 +191,14 @@ class _Subjects:
         inside = self._span is None or self._span[0] <= self.rank < self._span[1]  # type: ignore[operator]
         mask = None if code is None else self._mask(code)
         names[class_name] = names.get(class_name, 0) + 1
-        left, top = (self._crop.left, self._crop.top) if self._crop else (0, 0)
         own = {"class_name": class_name, "number": number}
         own |= {"item": {key: value for key, value in item.items() if key not in ("class_name", "bbox")}}
         own |= {"mapped": {key: value for key, value in mapped.items() if key != "class_name"}}
         if code is not None:
             own["mask"] = dict(code) if not inside else {k: v for k, v in code.items() if k not in ("size", "counts")}
             own["compressed"] = not isinstance(code["counts"], list)
+        if not inside:
+            own["bbox"] = list(box)
         gme = item.get("gme_score")
         score = min(max(gme, 0.0), 1.0) if isinstance(gme, int | float) and _is_number(gme) else 0.0
         return CuratedSubject(
@@ -209,7 +208,6 @@ class _Subjects:
             mask=mask if inside else None,
             frame=self.rank - (self._span[0] if self._span else 0) if inside else 0,  # type: ignore[operator]
             score=score,
-            track=((self.rank, Box(box.left + left, box.top + top, box.right + left, box.bottom + top)),),  # type: ignore[arg-type]
             meta={META: own},
         )
 
@@ -262,13 +260,10 @@ def _rank(candidate: Candidate, subject: CuratedSubject) -> int:
 
 def _box_at(candidate: Candidate, subject: CuratedSubject, rank: int | None) -> Box | None:
     """A subject's box in the cropped picture of the source's frame `rank`; None where it was not seen there."""
-    if subject.box is not None and _rank(candidate, subject) == rank:
-        return subject.box
-    left, top = (candidate.crop.left, candidate.crop.top) if candidate.crop else (0, 0)
-    for at, box in subject.track:
-        if at == rank:
-            return Box(box.left - left, box.top - top, box.right - left, box.bottom - top)
-    return None
+    if subject.box is not None:
+        return subject.box if _rank(candidate, subject) == rank else None
+    noted = subject.meta.get(META, {}).get("bbox")
+    return Box(*noted) if noted and rank == candidate.meta[META]["annotation"]["frame"] else None
 
 
 def _scores(candidate: Candidate, names: Sequence[str]) -> dict[str, float]:

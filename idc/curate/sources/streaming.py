@@ -130,6 +130,20 @@ def _skip_space(text: str, place: int) -> int:
     return match.end() if match else place
 
 
+def plain_json(value: Any) -> Any:
+    """What was read, with NaN and infinities, which are no JSON, as None.
+
+    Raises:
+        ValueError: for what cannot be written again: text that is no Unicode, and what is nested too deeply.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode("utf-8")
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return json.loads(text, parse_constant=lambda _: None) if "NaN" in text or "Infinity" in text else value
+
+
 def _lines(reader: _Reader, largest: int) -> Iterator[Record]:
     number = 0
     while reader.left or reader.more():

@@ -229,9 +229,9 @@ def talkative(folder: Path) -> str:
 
 
 def test_a_real_model_writes_the_same_captions_in_any_company_and_travels_light(tmp_path: Path) -> None:
-    judge = ImageTextJudge(talkative(tmp_path), dtype="float32", max_tokens=12)
+    judge = ImageTextJudge(talkative(tmp_path), dtype="float32", max_tokens=20)
     # Its words are random: whatever has words and is no loop is a caption here.
-    step = Caption(judge, frames=2, min_words=1, max_words=12, language="any", side=48)
+    step = Caption(judge, frames=2, prompt="Describe", min_words=1, max_words=20, language="any", side=48)
     clips = np.random.default_rng(0).integers(0, 256, (6, 5, 32, 48, 3), dtype=np.uint8)
     some = [replace(candidate(number), clip=clip) for number, clip in enumerate(clips)]
 

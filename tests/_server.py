@@ -11,9 +11,11 @@ from typing import Any
 
 # One server serves all tests of a session, and what it has imported is decided before its first process.
 PRELOAD = (
+    "_collection",
     "_survival_worker",
     "_sft_worker",
     "_grpo_worker",
+    "_curate",
     "idc.lightning_cli",
     "idc.stages.sft",
     "idc.stages.features",
@@ -36,6 +38,7 @@ PRELOAD = (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
+    "webdataset.writer",
 )
 
 context = multiprocessing.get_context("forkserver")

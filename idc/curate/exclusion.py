@@ -102,13 +102,13 @@ class Exclude(CollectionStep):
     def decide(self, survivors: Survivors) -> Iterable[Dropped]:
         wanted = self.make_list()
         found: dict[str, Match] = {}
-        videos: dict[tuple[str, str], str] = {}
+        videos: dict[str, str] = {}
         fingerprinted = not len(survivors) or not len(wanted.hashes)
         for candidate in survivors:
             fingerprinted |= FINGERPRINT in candidate.meta
             if match := self.match(candidate, wanted):
                 found[candidate.key] = match
-                videos.setdefault((candidate.source, candidate.video), candidate.key)
+                videos.setdefault(candidate.video, candidate.key)
         if not fingerprinted:
             raise UserError(
                 "exclude: no clip has a fingerprint to compare pictures by; add the step "
@@ -117,7 +117,7 @@ class Exclude(CollectionStep):
         for candidate in survivors:
             if candidate.key in found:
                 yield candidate.dropped(self.name, *found[candidate.key])
-            elif self.whole_videos and (other := videos.get((candidate.source, candidate.video))):
+            elif self.whole_videos and (other := videos.get(candidate.video)):
                 yield candidate.dropped(self.name, SAME_VIDEO, f"{other}: {found[other].reason}, {found[other].detail}")
 
     def make_list(self) -> ExclusionList:

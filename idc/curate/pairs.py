@@ -102,10 +102,14 @@ class CrossVideoPairs(CollectionStep):
                     groups[subject.embedder, subject.kind].add(candidate, number, subject, video)
         known = given_pairs(survivors, self.near_duplicate, self.first) if self.given else {}
         found: dict[str, list[Adopt]] = defaultdict(list)
+        if self.text is not None:
+            self.text.load(self._device)
         for (embedder, kind), group in groups.items():
             with group:
                 for adopt in self._within(group, embedder, kind):
                     found[adopt.key].append(adopt)
+        if self.text is not None:
+            self.text.unload()
         for candidate in survivors:
             offers = sorted(found.get(candidate.key, ()), key=lambda adopt: (-adopt.similarity, adopt.subject))
             yield from _one_each([*known.get(candidate.key, ()), *offers])

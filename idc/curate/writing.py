@@ -256,6 +256,8 @@ def _picture(candidate: Candidate, choice: Choice, plan: _Plan, collected: Colle
 class _Ledger:
     """Which shards are written: a note a shard among the work files, made when the shard is whole."""
 
+    _own = (MANIFEST, COUNTS, DROPS, INDEX_NAME)
+
     def __init__(self, out: str, work: str, prefix: str) -> None:
         self._out, self._prefix = out, prefix
         self._notes = storage.join(work, "written")
@@ -291,16 +293,19 @@ class _Ledger:
         """Remove what a killed run and another plan have left; the indexes and the manifest first, as long as they do
         not tell of what is there."""
         planned = {shard.name(self._prefix) for shard in shards}
-        strange = []
-        for part in PARTS:
-            for name in storage.list_names(storage.join(self._out, part)):
-                if name.startswith(f"{self._prefix}-") and f"{part}/{name}" not in planned:
-                    strange.append(f"{part}/{name}")
+        strange, unfinished = [], []
+        for folder in (self._out, self._notes, *(storage.join(self._out, part) for part in PARTS)):
+            for name in storage.list_names(folder):
+                path = storage.join(folder, name)
+                if name.endswith(".tmp") and name.startswith((*self._own, f"{self._prefix}-", *PARTS)):
+                    unfinished.append(path)
+                elif name.endswith(".tar") and f"{folder.rsplit('/', 1)[-1]}/{name}" not in planned:
+                    strange.append(path)
         if strange or not whole:
             for name in (MANIFEST, COUNTS, DROPS, *(f"{part}/{INDEX_NAME}" for part in PARTS)):
                 storage.remove(storage.join(self._out, name))
-        for name in strange:
-            storage.remove(storage.join(self._out, name))
+        for path in (*strange, *unfinished):
+            storage.remove(path)
 
     def _path(self, shard: _Shard) -> str:
         return storage.join(self._notes, shard.name(self._prefix).replace("/", "-") + ".json")

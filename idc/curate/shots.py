@@ -19,7 +19,8 @@ from idc.data.video import VideoError
 from idc.errors import UserError, nearest
 
 LOOK_WIDTH = 256  # pixels that PySceneDetect's detectors get at most; their thresholds are meant for about this
-RING = 256  # thumbnails kept; a detector must report a cut within fewer frames
+RING = 256  # thumbnails kept, around cuts that a detector reports late
+MAX_BLENDS = 12  # frames that a dissolve may take on either side of where it was found
 THUMBNAIL = 48, 27
 BLEND = 0.2  # share of the difference of its neighbours that a blend of them may leave unexplained
 
@@ -44,7 +45,7 @@ class ShotDetector(Protocol):
     def unload(self) -> None: ...
 
     def transitions(self, frames: Iterable[Pixels]) -> Iterator[Transition]:
-        """Transitions in rising order, by number of the frame from 0 and at most `RING` - 8 frames late, of RGB uint8
+        """Transitions in rising order, by number of the frame from 0 and at most 200 frames late, of RGB uint8
         frames `[H, W, 3]`. The first frame begins no shot."""
 
 
@@ -53,7 +54,7 @@ class Shots(Step):
 
     Frame numbers are ours: the detector sees the frames that `idc.curate.reading` decodes, one after another. Videos
     that were converted from another rate have blends of both shots at a cut; such frames are found by comparing small
-    pictures around it, whatever the detector, and belong to neither shot.
+    pictures around it, whatever the detector, and belong to neither shot, as do short dissolves where one is found.
 
     A candidate that came with a span (OpenS2V-5M's `cut`) is taken to be one shot. meta["shots"] has number and count
     of the shot within the candidate, and which of its edges are soft.
@@ -126,6 +127,8 @@ class Shots(Step):
     def _edges(self, candidate: Candidate, first: int) -> list[Transition]:
         """Transitions by rank in the source, widened by blended frames."""
         thumbnails = _Thumbnails()
+        found: list[Transition] = []
+        waiting: deque[Transition] = deque()  # until the frames behind it have been seen
 
         def frames() -> Iterator[Pixels]:
             size = None
@@ -134,15 +137,12 @@ class Shots(Step):
                     raise VideoError(f"the frame size changes at frame {rank}")
                 size = frame.shape
                 thumbnails.add(frame)
+                while waiting and thumbnails.count > waiting[0].start + MAX_BLENDS:
+                    found.append(thumbnails.widened(waiting.popleft()))
                 yield frame
 
-        found: list[Transition] = []
-        waiting: deque[Transition] = deque()
-        # Frames behind a cut are seen only after it was reported: it is looked at when the next one is, or at the end.
         for transition in self.detector.transitions(frames()):
             waiting.append(transition)
-            while waiting and thumbnails.count > waiting[0].start + 1:
-                found.append(thumbnails.widened(waiting.popleft()))
         found += map(thumbnails.widened, waiting)
         return [Transition(end + first, start + first) for end, start in _in_order(found, thumbnails.count)]
 
@@ -170,12 +170,13 @@ class _Thumbnails:
         self.count += 1
 
     def widened(self, transition: Transition) -> Transition:
-        """The transition with the blended frames that lie at it."""
+        """The transition with the blended frames that lie at it, at most `MAX_BLENDS` on either side."""
         end, start = transition
-        if self._is_blend(end - 1, end - 2, start):
-            end -= 1
-        if self._is_blend(start, end - 1, start + 1):
-            start += 1
+        for _ in range(MAX_BLENDS):
+            before, behind = self._is_blend(end - 1, end - 2, start), self._is_blend(start, end - 1, start + 1)
+            if not before and not behind:
+                break
+            end, start = end - before, start + behind
         return Transition(end, start)
 
     def _is_blend(self, number: int, before: int, after: int) -> bool:
@@ -222,24 +223,28 @@ SCENE_DETECTORS = ("adaptive", "content")
 class SceneDetect:
     """PySceneDetect's detectors, fed frame by frame; extra `curate`.
 
-    "adaptive" compares each frame's change with that of the two frames before and behind it, so that fast motion is no
-    cut; "content" takes any change above the threshold.
+    "adaptive" compares each frame's change with that of the frames before and behind it, so that fast motion is no cut;
+    "content" takes any change above the threshold.
     """
 
-    def __init__(self, method: str = "adaptive", threshold: float | None = None) -> None:
+    def __init__(self, method: str = "adaptive", threshold: float | None = None, window: int = 4) -> None:
         """
         Args:
             method: "adaptive" or "content".
             threshold: PySceneDetect's own for the method where None: 3 times the change around, or 27 of 255.
+            window: how many frames on either side "adaptive" compares with. PySceneDetect's own 2 misses cuts with a
+                blended frame between the shots: the change into it and the change out of it hide each other.
 
         Raises:
-            UserError: for an unknown method or a threshold that is not above 0.
+            UserError: for an unknown method, or a number out of its range.
         """
+        if window < 1:
+            raise UserError(f"window={window}: must be 1 or more")
         if method not in SCENE_DETECTORS:
             raise UserError(f"method={method!r} is not known{nearest(method, SCENE_DETECTORS)}")
         if threshold is not None and threshold <= 0:
             raise UserError(f"threshold={threshold}: must be above 0")
-        self.method, self.threshold = method, threshold
+        self.method, self.threshold, self.window = method, threshold, window
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -290,6 +295,7 @@ class SceneDetect:
         settings: dict[str, Any] = {"min_scene_len": 1}
         if self.method == "adaptive":
             key, kind = "adaptive_threshold", AdaptiveDetector
+            settings["window_width"] = self.window
         else:
             key, kind = "threshold", ContentDetector
         return kind(**settings, **({} if self.threshold is None else {key: self.threshold}))

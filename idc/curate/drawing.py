@@ -21,21 +21,25 @@ def document(width: float, height: float, title: str, parts: Iterable[str]) -> s
     """An SVG picture on white; `title` is what a screen reader says."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" role="img" aria-label="{escape(title)}">'
+        f'height="{height:g}" role="img" aria-label="{xml(title)}">'
     )
     ground = f'<style>{STYLE}</style><rect width="{width:g}" height="{height:g}" fill="#fff"/>'
     return "\n".join([head, ground, *parts, "</svg>"]) + "\n"
 
 
+def xml(words: str) -> str:
+    """Words as XML: escaped, without the control characters that it cannot hold."""
+    return escape("".join(c for c in words if c.isprintable()))
+
+
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", extra: str = "") -> str:
     """Words at a place; `kind` is a class of the style."""
-    told = "".join(c for c in words if c.isprintable())  # XML has no control characters
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{extra}>{escape(told)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{extra}>{xml(words)}</text>'
 
 
 def bar(x: float, y: float, width: float, height: float, colour: str, title: str = "") -> str:
     """A rectangle that says its `title` where the mouse rests on it."""
-    inner = f"<title>{escape(title)}</title>" if title else ""
+    inner = f"<title>{xml(title)}</title>" if title else ""
     return (
         f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{max(height, 0):.2f}" fill="{colour}">'
         f"{inner}</rect>"
@@ -156,9 +160,7 @@ def bars(
     room = width * (1 - label) - 96
     for number, (name, count, colour) in enumerate(rows):
         top = y + 44 + 24 * number
-        yield text(
-            left - 8, top + 13, shortened(name, int(width * label / 6.6)), "", "end", f' data-name="{escape(name)}"'
-        )
+        yield text(left - 8, top + 13, shortened(name, int(width * label / 6.6)), "", "end")
         yield bar(left, top, max(room * count / most, 1), 17, colour, f"{name}: {count:,}")
         share = f"{count:,}  ({100 * count / max(total, 1):.1f}%)"
         yield text(left + room * count / most + 6, top + 13, share, "n")

@@ -24,6 +24,7 @@ from idc.curate.drawing import (
     shortened,
     text,
     tint,
+    xml,
 )
 from idc.curate.scenarios import ENVIRONMENT, HUMAN, NATURE, OBJECTS, SCENARIOS, scenario_of_word
 from idc.curate.statistics import Statistics
@@ -102,7 +103,7 @@ def _slice(x: float, y: float, inner: float, outer: float, start: float, end: fl
             f"M{x:.1f} {y - r:.1f}A{r} {r} 0 1 {way} {x:.1f} {y + r:.1f}A{r} {r} 0 1 {way} {x:.1f} {y - r:.1f}Z"
             for r, way in ((outer, 1), (inner, 0))
         )
-        return f'<path d="{ring}" fill="{colour}"><title>{_xml(title)}</title></path>'
+        return f'<path d="{ring}" fill="{colour}"><title>{xml(title)}</title></path>'
     points = [_point(x, y, r, share) for r, share in ((outer, start), (outer, end), (inner, end), (inner, start))]
     (ax, ay), (bx, by), (cx, cy), (dx, dy) = points
     large = int(end - start > 0.5)
@@ -110,7 +111,7 @@ def _slice(x: float, y: float, inner: float, outer: float, start: float, end: fl
         f"M{ax:.2f} {ay:.2f}A{outer} {outer} 0 {large} 1 {bx:.2f} {by:.2f}"
         f"L{cx:.2f} {cy:.2f}A{inner} {inner} 0 {large} 0 {dx:.2f} {dy:.2f}Z"
     )
-    return f'<path d="{path}" fill="{colour}" stroke="#fff" stroke-width="1.5"><title>{_xml(title)}</title></path>'
+    return f'<path d="{path}" fill="{colour}" stroke="#fff" stroke-width="1.5"><title>{xml(title)}</title></path>'
 
 
 def _along(x: float, y: float, radius: float, share: float, words: str, kind: str, upright: bool) -> str:
@@ -152,12 +153,6 @@ def _lines(words: str, most: int) -> list[str]:
             lines.append("")
         lines[-1] += part + ", "
     return [*(line.rstrip() for line in lines[:-1]), lines[-1].rstrip(", ")]
-
-
-def _xml(words: str) -> str:
-    from html import escape
-
-    return escape("".join(c for c in words if c.isprintable()))
 
 
 # Figure S.10 --------------------------------------------------------------------------------------------------------

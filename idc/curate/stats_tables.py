@@ -166,14 +166,9 @@ def _top(tally: Tally) -> list[Sequence[Any]]:
     return rows
 
 
-def _size(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "TB"
-    return f"{size:.3g} {unit}"
+def _size(size: int) -> str:
+    place = min(max(len(str(size)) - 1, 0) // 3, 4)
+    return f"{size / 1000**place:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[place]}"
 
 
 def _share(count: int, total: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 SMALLEST, LARGEST = 13.0, 64.0  # pixels of type
 ASCENT, DESCENT = 0.76, 0.24  # of the size
 MARGIN = 3.0
+FILLED = 0.5  # share of the room that words may take
 TURN, GROWTH = 0.35, 3.2  # radians a try, and pixels of radius a turn
 
 
@@ -35,21 +36,30 @@ def place_words(counts: Sequence[tuple[str, int]], width: float, height: float) 
     """
     if not counts:
         return []
-    most, least = counts[0][1], counts[-1][1]
     boxes = np.zeros((0, 4))
     placed: list[Placed] = []
-    # Few words may be large; many have to share the room.
-    largest = min(LARGEST, max(2 * SMALLEST, math.sqrt(width * height / (1.6 * len(counts)))) * 1.6)
-    for word, count in counts:
-        share = math.sqrt((count - least) / (most - least)) if most > least else 0.5
-        size = SMALLEST + (largest - SMALLEST) * share
+    for (word, count), size in zip(counts, _sizes(counts, width * height), strict=True):
         long = text_width(word, size)
         box = _find(boxes, long + 2 * MARGIN, size * (ASCENT + DESCENT), width, height)
         if box is None:
             continue
         boxes = np.vstack([boxes, box])
-        placed.append(Placed(word, count, box[0] + MARGIN, box[1] + size * ASCENT, size, long))
+        placed.append(Placed(word, count, float(box[0]) + MARGIN, float(box[1]) + size * ASCENT, size, long))
     return placed
+
+
+def _sizes(counts: Sequence[tuple[str, int]], room: float) -> list[float]:
+    """Sizes of type that go with the square root of the counts, the largest such that all words fill half the room."""
+    most, least = counts[0][1], counts[-1][1]
+    shares = [math.sqrt((count - least) / (most - least)) if most > least else 0.5 for _, count in counts]
+    widths = [text_width(word, 1.0) for word, _ in counts]
+    low, high = SMALLEST, LARGEST
+    for _ in range(12):
+        middle = (low + high) / 2
+        sizes = [SMALLEST + (middle - SMALLEST) * share for share in shares]
+        full = sum(width * size * size for width, size in zip(widths, sizes, strict=True)) > FILLED * room
+        low, high = (low, middle) if full else (middle, high)
+    return [SMALLEST + (low - SMALLEST) * share for share in shares]
 
 
 def text_width(word: str, size: float) -> float:

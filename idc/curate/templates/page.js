@@ -150,6 +150,7 @@
   const turns = { first: () => 0, back: () => first - PAGE, next: () => first + PAGE, last: lastPage };
   for (const [id, to] of Object.entries(turns)) $(id).addEventListener("click", () => turn(to()));
 
+  let hidden = false; // masks and boxes, of this sample and the next
   // One sample ----------------------------------------------------------------------------------------------------
   function mask({ name, mask: { width, height, runs } }, rgb) {
     const canvas = make("canvas", { class: "over mask", width, height, role: "img", "aria-label": `Mask of ${name}` });
@@ -167,12 +168,9 @@
   const rgb = (hex) => [1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16));
   function stage(row, told) {
     const box = make("div", { class: "stage", style: `aspect-ratio: ${told.width} / ${told.height}; max-width: min(100%, calc(68vh * ${told.width / told.height}))` });
-    let video = null;
-    if (told.clip) {
-      video = make("video", { src: told.clip, preload: "metadata", playsinline: "", "aria-label": `Clip of ${row.key}` });
-      if (row.frame) video.poster = row.frame;
-      video.muted = true;
-      video.loop = true;
+    const video = told.clip ? make("video", { src: told.clip, poster: row.frame, preload: "metadata", playsinline: "", "aria-label": `Clip of ${row.key}` }) : null;
+    if (video) {
+      video.muted = video.loop = true;
       box.append(video);
     } else if (row.frame) box.append(make("img", { src: row.frame, alt: `Picture of ${row.key}: ${row.caption}` }));
     else box.append(make("div", { class: "lost", text: row.missing || "no clip" }));
@@ -223,8 +221,6 @@
     }
     return [box, controls];
   }
-  let hidden = false;
-
   function highlighted(caption, names) {
     const found = [];
     names.forEach((name, n) => {
@@ -291,8 +287,8 @@
       return button;
     };
     const place = make("span", { text: at < 0 ? "not among those shown" : `${at + 1} of ${visible.length.toLocaleString("en")}` });
-    const tags = (row.dropped ? [] : [row.source, row.category, row.split]).filter(Boolean).map((text) => make("span", { class: "tag", text }));
-    if (row.dropped) tags.push(make("span", { class: "tag bad", text: "dropped" }));
+    const words = row.dropped ? ["dropped"] : [row.source, row.category, row.split].filter(Boolean);
+    const tags = words.map((text) => make("span", { class: row.dropped ? "tag bad" : "tag", text }));
     const back = make("a", { class: "back", href: "#", text: "← all samples" });
     back.addEventListener("click", (event) => { event.preventDefault(); go(null); });
     return make("header", {}, back, make("h2", { text: row.id || row.reason }), ...tags,
@@ -340,8 +336,7 @@
       ["source", row.source], ["video", row.video], ["licence", row.licence || "not said"], ["split", row.split], ["clip", size],
       ["words", row.words], ["problem", row.missing], ["shard", told.shard], ["sha256", told.sha256],
     ])));
-    if (Object.keys(told.safety).length) right.append(panel("Safety", known(flat(told.safety))));
-    if (Object.keys(told.models).length) right.append(panel("Models", known(flat(told.models))));
+    for (const name of ["safety", "models"]) if (Object.keys(told[name]).length) right.append(panel(name[0].toUpperCase() + name.slice(1), known(flat(told[name]))));
     if (Object.keys(told.meta).length) right.append(make("section", { class: "panel" }, folded("All else that is known", told.meta)));
     return make("div", { class: "columns" }, left, right);
   }
@@ -372,8 +367,7 @@
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input, select, textarea")) return;
     const leaf = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (leaf && current) {
-      const at = visible.indexOf(current);
-      const to = at < 0 ? visible[0] : visible[at + leaf];
+      const at = visible.indexOf(current), to = at < 0 ? visible[0] : visible[at + leaf];
       if (to) go(to);
     } else if (leaf && !$("pager").hidden) turn(first + leaf * PAGE);
     else if (event.key === "Escape" && current) go(null);

@@ -27,7 +27,8 @@ class Server:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(raw) if "json" in self.headers["Content-Type"] else {"raw": raw}
                 with lock:
                     index = len(outer.requests)
                     outer.requests.append((self.path, dict(self.headers), body))

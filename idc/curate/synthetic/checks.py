@@ -20,6 +20,7 @@ from idc.models.faces import Embedding, FaceBackend, YuNetSFace
 
 PEOPLE = ("person", "face")
 _HASH_SIDE, _HASH_BITS = 32, 8  # of the perceptual hash: its picture's side, and the lowest frequencies a side
+_MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]  # left is right
 FACE_SHARE = 0.25  # of the largest face's area, from which another one is somebody and not a face on a poster
 
 
@@ -57,15 +58,15 @@ class Known(NamedTuple):
     Attributes:
         by: what it is compared by: "face", "image", or "" where nothing could look at it.
         embedding: unit vector `[D]`; None for `by` "".
-        view: the subject in the common crop of `idc.metrics.copy_paste`; None where it has none.
-        code: perceptual hash, bool `[64]`.
+        views: the subject in the common crop of `idc.metrics.copy_paste`, as it is and mirrored; empty for none.
+        codes: perceptual hashes of the picture as it is and mirrored, bool `[2, 64]`.
         people: faces that are somebody's; those on posters are left out. None where nobody counted.
     """
 
     by: str
     embedding: Embedding | None
-    view: View | None
-    code: NDArray[np.bool_]
+    views: tuple[View, ...]
+    codes: NDArray[np.bool_]
     people: int | None = None
 
 
@@ -183,40 +184,55 @@ class ReferenceCheck:
         similarity = _most_like(made, known)
         rival = _most_like(made, rivals) if any(one.by == made.by for one in rivals) else -1.0
         numbers |= {"similarity": similarity, "rival": rival}
-        numbers["bits"] = float(min(int((one.code != made.code).sum()) for one in known))
-        views = [one.view for one in known if one.view is not None]
-        if made.view is not None and views:
-            # Of the subject alone: one that is cut out and put before another background is a copy as well.
-            numbers["copy"] = max(compare(view, made.view).subject for view in views)
         bounds = self.face if made.by == "face" else self.image
-        copied = numbers.get("copy", 0.0) > self.copy_cap or numbers["bits"] < self.hash_bits
         if similarity < bounds.low or rival > similarity:
             reason = "another subject"
-        elif not copies and (copied or similarity > bounds.cap):
+        elif not copies and (self._copied(made, known, numbers) or similarity > bounds.cap):
             reason = "copy"
         else:
             reason = ""
         return Verdict(reason, similarity, self._model(made.by), numbers)
+
+    def _copied(self, made: Known, known: Sequence[Known], numbers: dict[str, float]) -> bool:
+        """By its pixels, mirrored or not."""
+        numbers["bits"] = float(min((one.codes[0] != made.codes).sum(-1).min() for one in known))
+        # Of the subject alone: one that is cut out and put before another background is a copy as well.
+        pairs = [(one.views[0], view) for one in known for view in made.views if one.views]
+        numbers["copy"] = max((compare(*pair).subject for pair in pairs), default=0.0)
+        return numbers["bits"] < self.hash_bits or numbers["copy"] > self.copy_cap
 
     def _model(self, by: str) -> str:
         return self.faces.models[-1] if by == "face" or self.embedder is None else self.embedder.name
 
     def _face(self, picture_HWC: Pixels) -> Known:
         """By its largest face."""
-        code = perceptual_hash(picture_HWC)
         found = find_faces(picture_HWC, self.faces)
         if found is None:
-            return Known("", None, None, code, 0)
+            return Known("", None, (), _codes(picture_HWC), 0)
         picture, faces = found
         largest = max(faces, key=lambda face: face.box.area)
         people = sum(face.box.area >= FACE_SHARE * largest.box.area for face in faces)
-        return Known("face", self.faces.embed(picture, largest), face_view(picture, largest.landmarks), code, people)
+        mirrored = largest.landmarks[_MIRRORED_LANDMARKS] * (-1, 1) + (picture.shape[1] - 1, 0)
+        views = face_view(picture, largest.landmarks), face_view(_mirrored(picture), mirrored)
+        return Known("face", self.faces.embed(picture, largest), views, _codes(picture_HWC), people)
 
     def _image(self, picture_HWC: Pixels) -> Known:
-        view, code = masked_view(picture_HWC, subject_mask(picture_HWC)), perceptual_hash(picture_HWC)
+        mask = subject_mask(picture_HWC)
+        # Its outline against the background says little: all round things would be copies of each other.
+        inside = np.where(mask[..., None], picture_HWC, picture_HWC[mask].mean(0).astype(np.uint8))
+        both = masked_view(inside, mask), masked_view(_mirrored(inside), mask[:, ::-1])
+        views, codes = tuple(view for view in both if view is not None), _codes(picture_HWC)
         if self.embedder is None:
-            return Known("", None, view, code)
-        return Known("image", self.embedder.embed_images([picture_HWC])[0].numpy(), view, code)
+            return Known("", None, views, codes)
+        return Known("image", self.embedder.embed_images([picture_HWC])[0].numpy(), views, codes)
+
+
+def _mirrored(picture_HWC: Pixels) -> Pixels:
+    return np.ascontiguousarray(picture_HWC[:, ::-1])
+
+
+def _codes(picture_HWC: Pixels) -> NDArray[np.bool_]:
+    return np.stack([perceptual_hash(picture_HWC), perceptual_hash(_mirrored(picture_HWC))])
 
 
 def perceptual_hash(picture_HWC: Pixels) -> NDArray[np.bool_]:
@@ -233,4 +249,4 @@ def _most_like(made: Known, known: Sequence[Known]) -> float:
     """Highest cosine with those that are compared by the same."""
     assert made.embedding is not None
     alike = [one.embedding for one in known if one.by == made.by and one.embedding is not None]
-    return max((float(embedding @ made.embedding) for embedding in alike), default=-1.0)
+    return min(1.0, max((float(embedding @ made.embedding) for embedding in alike), default=-1.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,15 +17,16 @@ from idc.curate.synthetic.editors import EditError, ImageEditor, check_request
 from idc.data.plan import stable_hash
 from idc.errors import UserError, nearest
 from idc.models.frozen import (
-    HUB_ID,
     check_complete,
     dtype_name,
     first_line,
+    load_model,
     load_weights,
     model_name,
     resolve,
     torch_dtype,
 )
+from idc.models.judges import picture_processor
 from idc.models.weight_hashes import content_hash
 from idc.pictures import reference_size
 
@@ -76,7 +78,6 @@ class DiffusersEditor(ImageEditor):
         steps: of denoising; None for the pipeline's own number.
         guidance: guidance scale (for the Qwen class that of true guidance); None for the pipeline's own.
         offload: on a GPU keep only the part that works there (accelerate's model offload): slower, and fits.
-        revision: of a hub id, so that the same weights come back.
 
     Raises:
         UserError: for settings out of range, or a local folder without a pipeline that edits.
@@ -92,16 +93,15 @@ class DiffusersEditor(ImageEditor):
         steps: int | None = None,
         guidance: float | None = None,
         offload: bool = False,
-        revision: str | None = None,
     ) -> None:
         if steps is not None and steps < 1:
             raise UserError(f"steps={steps}: must be at least 1, or None for the pipeline's own number")
         if guidance is not None and guidance < 0:
             raise UserError(f"guidance={guidance}: must be 0 or more, or None for the pipeline's own")
         self.path, self.dtype, self.steps, self.guidance = path, torch_dtype(dtype), steps, guidance
-        self.offload, self.revision = offload, revision
+        self.offload = offload
         self._pipeline: Any = None
-        self._class = ""
+        self._index: dict[str, Any] = {}  # model_index.json
 
     @property
     def name(self) -> str:
@@ -109,10 +109,10 @@ class DiffusersEditor(ImageEditor):
 
     @property
     def version(self) -> str:
-        """Of a local folder a hash over names and contents of weights and settings, of a hub id the revision."""
+        """Of a local folder a hash over names and contents of weights and settings; of a hub id nothing is known."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            return self.revision or ""
+            return ""
         files = sorted(file for end in ("*.safetensors", "*.json") for file in folder.rglob(end))
         return stable_hash([[file.relative_to(folder).as_posix(), content_hash(file)] for file in files])
 
@@ -171,18 +171,16 @@ class DiffusersEditor(ImageEditor):
 
     @property
     def _pipeline_class(self) -> str:
-        """The class that model_index.json names: of a hub id it is asked for once."""
-        if not self._class:
+        """The class that model_index.json names: the hub is asked for it once."""
+        if not self._index:
             folder = resolve(self.path, "", self.weights, marker="model_index.json")
-            index = json.loads((folder / "model_index.json").read_text()) if folder else self._hub_index()
-            self._class = str(index["_class_name"])
-        return self._class
+            self._index = json.loads((folder / "model_index.json").read_text()) if folder else self._hub_index()
+        return str(self._index.get("_class_name"))
 
     def _hub_index(self) -> dict[str, Any]:
         from diffusers import DiffusionPipeline
 
-        settings = {"revision": self.revision}
-        return load_weights(self.path, self.weights, lambda: DiffusionPipeline.load_config(self.path, **settings))
+        return load_weights(self.path, self.weights, lambda: DiffusionPipeline.load_config(self.path))
 
     def _build(self) -> Any:
         import diffusers
@@ -192,28 +190,33 @@ class DiffusersEditor(ImageEditor):
         if cls is None or not {"image", "prompt"} <= set(inspect.signature(cls.__call__).parameters):
             rule = "diffusers has no such class" if cls is None else "it does not edit a picture by a prompt"
             raise UserError(f"path={self.path!r}: is a {named}, and {rule}{nearest(named, EDITINGS)}")
-        where = {"revision": self.revision} if self.revision and HUB_ID.fullmatch(self.path) else {}
-        settings = {"torch_dtype": self.dtype, "use_safetensors": True, **where}
-
-        def load() -> Any:
-            return cls.from_pretrained(self.path, **settings, **self._parts(cls, where))
-
-        pipeline = load_weights(self.path, self.weights, load)
+        parts = self._parts()
+        settings = {"torch_dtype": self.dtype, "use_safetensors": True, **parts}
+        pipeline = load_weights(self.path, self.weights, lambda: cls.from_pretrained(self.path, **settings))
         for part, module in pipeline.components.items():
             if isinstance(module, torch.nn.Module):
                 check_complete(module, f"path={self.path!r}: {part}", f"it should contain {self.weights}")
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _parts(self, cls: Any, where: dict[str, Any]) -> dict[str, Any]:
-        """Qwen's processor without its part for videos, which wants torchvision."""
-        if "processor" not in inspect.signature(cls.__init__).parameters:
-            return {}
-        from transformers import Qwen2VLProcessor
+    def _parts(self) -> dict[str, Any]:
+        """What diffusers would load otherwise: models of transformers, whose missing tensors it would let be drawn, and
+        processors, whose part for videos wants torchvision."""
+        import transformers
 
-        from idc.models.judges import picture_processor
-
-        return {"processor": picture_processor(Qwen2VLProcessor, self.path, subfolder="processor", **where)}
+        parts = {}
+        for part, named in self._index.items():
+            if not isinstance(named, list) or named[0] != "transformers":
+                continue
+            cls = getattr(transformers, str(named[1]), None)
+            if cls is None or not inspect.isclass(cls):
+                continue
+            if issubclass(cls, transformers.PreTrainedModel):
+                parts[part] = load_model(cls, self.path, self.weights, self.dtype, subfolder=part)
+            elif issubclass(cls, transformers.ProcessorMixin):
+                where = {"subfolder": part}
+                parts[part] = load_weights(self.path, self.weights, partial(picture_processor, cls, self.path, **where))
+        return parts
 
     def _arguments(self, prompt: str, height: int, width: int) -> dict[str, Any]:
         editing = self._editing
@@ -226,7 +229,7 @@ class DiffusersEditor(ImageEditor):
             arguments["num_inference_steps"] = self.steps
         if self.guidance is not None:
             arguments[editing.guidance] = self.guidance
-        if editing.negative:
+        if editing.negative and (self.guidance is None or self.guidance > 1):
             arguments["negative_prompt"] = " "
         return arguments
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from idc.curate.candidate import Mask, Pixels
 
 _EVEN = 12  # levels by which a plain background's colours may differ from those at the picture's edge
+_CUT_SIDE = 160  # pixels: GrabCut takes seconds on more
 _PLAIN = 0.9  # of the border's pixels that are one colour make a background plain
 
 
@@ -35,7 +36,7 @@ def _grab_cut(picture_HWC: Pixels, seed: int) -> Mask:
     import cv2
 
     height, width = picture_HWC.shape[:2]
-    scale = min(1.0, 256 / max(height, width))
+    scale = min(1.0, _CUT_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if min(size) < 16:
         return np.ones((height, width), bool)
@@ -44,7 +45,7 @@ def _grab_cut(picture_HWC: Pixels, seed: int) -> Mask:
     margin = max(1, min(size) // 20)
     rectangle = (margin, margin, size[0] - 2 * margin, size[1] - 2 * margin)
     cv2.setRNGSeed(seed % 2**31)  # its first clusters are drawn
-    cv2.grabCut(small, labels, rectangle, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_RECT)
+    cv2.grabCut(small, labels, rectangle, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_RECT)
     inside = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
     whole = np.asarray(cv2.resize(inside, (width, height), interpolation=cv2.INTER_NEAREST), bool)
     return whole if whole.any() else np.ones((height, width), bool)

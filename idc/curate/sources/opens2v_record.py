@@ -99,7 +99,7 @@ def to_record(candidate: Candidate) -> dict[str, Any]:
     known = candidate.meta.get(META, {})
     metadata = dict(known.get("metadata", {"path": candidate.path, "fps": candidate.fps}))
     if candidate.span is not None:
-        metadata[known.get("span", "cut")] = list(candidate.span)
+        metadata[known.get("span") or "cut"] = list(candidate.span)
     if candidate.crop is not None:
         left, top, right, bottom = candidate.crop
         metadata["crop"] = [left, right, top, bottom]
@@ -271,6 +271,7 @@ def _scores(candidate: Candidate, names: Sequence[str]) -> dict[str, float]:
 
 
 def _span(metadata: Mapping[str, Any], names: Sequence[str]) -> tuple[str, tuple[int, int] | None]:
+    """(name, value) of the first span that is there; none of them is the whole video."""
     for name in names:
         value = metadata.get(name)
         if value is None:
@@ -279,7 +280,7 @@ def _span(metadata: Mapping[str, Any], names: Sequence[str]) -> tuple[str, tuple
         if not whole or not 0 <= value[0] < value[1]:
             raise RecordError("no usable span", f"{name} {value!r}: [first, end) ranks of frames")
         return name, (int(value[0]), int(value[1]))
-    return names[0] if names else "cut", None
+    return "", None
 
 
 def _crop(metadata: Mapping[str, Any]) -> Box | None:

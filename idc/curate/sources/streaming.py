@@ -203,21 +203,22 @@ class _Document:
         reader.advance_to(reader.place + 1)
         closing = "}" if self._keyed else "]"
         problem = ""
-        while (character := reader.next_character()) != closing:
-            if not character:
-                if not problem:  # else the end is part of what was told already
-                    yield self._broken(self._end_problem("truncated file"))
-                return
+        while character := reader.next_character():
             if character == ",":
                 reader.advance_to(reader.place + 1)
                 continue
-            record = self._record()
+            if character != closing:
+                record = self._record()
+            else:
+                reader.advance_to(reader.place + 1)
+                if not reader.next_character() and not reader.fault:
+                    return
+                record = self._skip(self._end_problem("more behind the end"))
             yield record
-            self._number += 1
             problem = record.problem
-        reader.advance_to(reader.place + 1)
-        if reader.next_character() or reader.fault:
-            yield self._broken(self._end_problem("more behind the end"))
+            self._number += 1
+        if not problem:  # else the end is part of what was told already
+            yield self._broken(self._end_problem("truncated file"))
 
     def _record(self) -> Record:
         reader = self._reader
@@ -233,7 +234,7 @@ class _Document:
                 if following:
                     return self._broken_until(following.start(), "malformed record")
                 if reader.left > self._largest:
-                    return self._give_up()
+                    return self._skip("record without an end", 1)
                 if not reader.more():
                     reason = "truncated file" if _is_cut(error, reader.text.rstrip()) else "malformed record"
                     return self._broken_until(len(reader.text), self._end_problem(reason))
@@ -273,15 +274,15 @@ class _Document:
         self._reader.advance_to(end)
         return Record(self._number, key, None, at, self._reader.at - at, problem=reason)
 
-    def _give_up(self) -> Record:
-        """Leave a record that does not end, for where the next one begins, if anywhere."""
+    def _skip(self, problem: str, least: int = 0) -> Record:
+        """Go to where the next record begins, at least so many characters on, or else to the end."""
         reader, at, key = self._reader, self._reader.at, self._own_key()
-        while not (following := self._begins.search(reader.text, reader.place + 1)):
+        while not (following := self._begins.search(reader.text, reader.place + least)):
             reader.advance_to(max(reader.place, len(reader.text) - _BEGINNING))
             if not reader.more():
                 break
         reader.advance_to(following.start() if following else len(reader.text))
-        return Record(self._number, key, None, at, reader.at - at, problem="record without an end")
+        return Record(self._number, key, None, at, reader.at - at, problem=problem)
 
     def _own_key(self) -> str:
         """The key of a malformed record, where that much is well."""

@@ -112,14 +112,14 @@ def test_one_bad_look_hardly_moves_the_median_of_embeddings():
 
 
 def test_a_person_in_two_clips_is_like_himself_and_like_nobody_else(folder):
-    (first,) = people(save(folder, "early", drive()[:55]))
-    (second,) = people(save(folder, "late", drive()[65:]))
+    (first,) = people(save(folder, "early", drive()[:40]))
+    (second,) = people(save(folder, "late", drive()[80:]))
     assert first.embedder == second.embedder == embedder_name(FACES) == "sface (yunet-2023mar, sface-2021dec)"
     assert first.kind == "person"
     assert first.embedding @ second.embedding > SAME
     strangers = np.stack([known(name) for name in (*GROUP, "astronaut", "actor")])
     assert max(np.r_[strangers @ first.embedding, strangers @ second.embedding]) < OTHER
-    (nodding,) = people(save(folder, "ann", nods("ann", 60)))
+    (nodding,) = people(save(folder, "ann", nods("ann", 40)))
     assert shows(nodding, "ann") > SAME
     assert max(shows(nodding, name) for name in ("driver", *GROUP[1:], "astronaut")) < OTHER
 
@@ -157,7 +157,7 @@ def test_who_leaves_and_comes_back_is_one_person_and_who_takes_his_place_another
     assert max(ranks) > 90
     assert not [rank for rank in ranks if 50 <= rank < 90]
     assert shows(person, "ann") > SAME
-    never = FaceTracks(faces=FACES, min_frames=30, min_face=0.05, rejoin=1.0)
+    never = FaceTracks(faces=FACES, looks_per_second=3, min_frames=30, min_face=0.05, rejoin=1.0)
     assert len(people(save(folder, "back", back), never)) == 2
     place = scene(150, [lambda t: None if 50 <= t < 90 else ((ann, 90, 6) if t < 50 else (dan, 90, 6))], (144, 260))
     first, second = people(save(folder, "place", place))

@@ -20,7 +20,7 @@ import torch
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Outcome, Pixels, Step
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
 from idc.curate.people import MIN_SIGHTINGS, Sighting, Track, Tracker, subject_names
-from idc.curate.reading import clip_box, frame_times, inspect, look, span_of, stream
+from idc.curate.reading import clip_box, frame_times, inspect, pick, span_of, stream
 from idc.data.cuts import is_cut
 from idc.errors import UserError
 from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSFace, affinity, unit
@@ -62,18 +62,18 @@ LOOKS: dict[str, Any] = {"score": 1.0, "alone": True, "yaw": 0.0, "sharpness": 0
 def faces_at(
     candidate: Candidate, faces: FaceBackend, sightings: Sequence[Sighting]
 ) -> Iterator[tuple[int, Pixels, DetectedFace, list[DetectedFace]]]:
-    """(rank, frame, face, all faces of the frame) for each sighting where `faces` sees a face at that place, in pixels
-    of the frame, which is cropped as the candidate says. All frames are read at once."""
-    ranks = sorted({s.tick for s in sightings})
-    frames = dict(zip(ranks, look(candidate, ranks), strict=True)) if ranks else {}
-    for sighting in sightings:
-        frame = frames[sighting.tick]
-        place = clip_box(candidate, box_of(sighting.face))
-        wanted = sighting.face._replace(left=place.left, top=place.top)
+    """(number of the sighting, frame, face, all faces of the frame) for each sighting at whose place `faces` sees a
+    face, in pixels of the frame, which is cropped as the candidate says. By rising rank, a frame at a time."""
+    for rank, frame in pick(candidate, sorted({s.tick for s in sightings})) if sightings else ():
         seen = faces.detect(frame)
-        face = max(seen, key=lambda face: affinity(wanted, face.box), default=None)
-        if face is not None and affinity(wanted, face.box) > 0:
-            yield sighting.tick, frame, face, seen
+        for number, sighting in enumerate(sightings):
+            if sighting.tick != rank:
+                continue
+            place = clip_box(candidate, box_of(sighting.face))
+            wanted = sighting.face._replace(left=place.left, top=place.top)
+            face = max(seen, key=lambda face: affinity(wanted, face.box), default=None)
+            if face is not None and affinity(wanted, face.box) > 0:
+                yield number, frame, face, seen
 
 
 def sightings_of(subject: CuratedSubject) -> list[Sighting]:

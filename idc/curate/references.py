@@ -25,6 +25,7 @@ from idc.curate.candidate import (
     Pixels,
     Reference,
     Step,
+    model_version,
 )
 from idc.curate.crops import CropError, CropRules, reference_of
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
@@ -71,13 +72,12 @@ class Segmenter(Protocol):
 
 
 class Moment(NamedTuple):
-    """A face at some rank of the source: the frame (cropped as the candidate says), the face in its pixels, its
-    embedding, and whether nobody else's face is in the reference's crop."""
+    """A face at some rank of the source: the frame (cropped as the candidate says), the face in its pixels, and whether
+    nobody else's face is in the reference's crop."""
 
     rank: int
     frame: Pixels
     face: DetectedFace
-    embedding: Embedding
     alone: bool
 
 
@@ -178,7 +178,7 @@ class OtherMoment(Step):
 
     def apply(self, candidate: Candidate) -> Outcome:
         people = [n for n, s in enumerate(candidate.subjects) if s.kind in PEOPLE and s.track]
-        windows = {n: self._in_window(candidate, candidate.subjects[n]) for n in people}
+        windows = self._in_window(candidate, people)
         known = {n: self._embedding(candidate.subjects[n], windows[n]) for n in people}
         subjects = list(candidate.subjects)
         for n in people:
@@ -201,10 +201,11 @@ class OtherMoment(Step):
         found: list[Reference] = []
         reasons: list[str] = []
         for moment in self._moments(candidate, subject, own):
-            reason = self._refuse(moment, window, own, others)
+            vector = self.faces.embed(moment.frame, moment.face)
+            reason = self._refuse(moment, vector, window, own, others)
             try:
                 if not reason:
-                    found.append(self._cut(candidate, moment, own, "other_moment"))
+                    found.append(self._cut(candidate, moment, float(vector @ own), "other_moment"))
             except CropError as error:
                 reason = str(error)
             reasons += [reason] if reason else []
@@ -214,7 +215,9 @@ class OtherMoment(Step):
             inside = [x for x in sightings_of(subject) if in_window(candidate, x)]
             best = by_quality(inside, f"{candidate.key}/{subject.name}", frontal_and_sharp)[:1]
             with suppress(CropError):  # why there is no other one is what counts
-                found += [self._cut(candidate, moment, own, "same_frame") for moment in self._look(candidate, best)]
+                for _, moment in self._look(candidate, best):
+                    cosine = float(self.faces.embed(moment.frame, moment.face) @ own)
+                    found.append(self._cut(candidate, moment, cosine, "same_frame"))
         why = reasons[0] if reasons else "no other moment"
         subject = subject if found and found[0].origin != "same_frame" else _without(subject, why)
         return replace(subject, references=(*found, *subject.references))
@@ -243,7 +246,7 @@ class OtherMoment(Step):
     def _one_by_one(self, candidate: Candidate, sightings: Sequence[Sighting]) -> Iterator[Moment]:
         """As `_look`, reading a frame only when it is asked for: mostly the first one will do."""
         for sighting in sightings:
-            yield from self._look(candidate, [sighting])
+            yield from (moment for _, moment in self._look(candidate, [sighting]))
 
     def _survey(self, candidate: Candidate) -> list[Found]:
         """All faces of the whole video at `other_shots` looks a second; remembered for the last few videos, since
@@ -269,22 +272,28 @@ class OtherMoment(Step):
         away = times[first] - times[rank] if rank < first else times[rank] - times[last]
         return not first <= rank <= last and bool(away >= self.gap - 1e-6)  # times are rounded
 
-    def _in_window(self, candidate: Candidate, subject: CuratedSubject) -> list[Moment]:
-        """A few moments at which the clip itself shows the person; of their frames only what is around the face."""
-        inside = [s for s in sightings_of(subject) if in_window(candidate, s)]
-        numbers = np.linspace(0, len(inside) - 1, min(COMPARED, len(inside))).astype(int)
-        moments = []
-        for moment in self._look(candidate, [inside[number] for number in numbers]):
+    def _in_window(self, candidate: Candidate, people: Sequence[int]) -> dict[int, list[Moment]]:
+        """A few moments at which the clip itself shows each of the people, given by their numbers; of the frames
+        only what is around the face."""
+        owners: list[int] = []
+        wanted: list[Sighting] = []
+        for n in people:
+            inside = [s for s in sightings_of(candidate.subjects[n]) if in_window(candidate, s)]
+            numbers = np.linspace(0, len(inside) - 1, min(COMPARED, len(inside))).astype(int)
+            wanted += [inside[number] for number in numbers]
+            owners += [n] * len(numbers)
+        moments: dict[int, list[Moment]] = {n: [] for n in people}
+        for number, moment in self._look(candidate, wanted):
             height, width = moment.frame.shape[:2]
             left, top, right, bottom = head_and_shoulders(moment.face.box, height, width, 4.0)
             near = np.ascontiguousarray(moment.frame[top:bottom, left:right])
-            moments.append(moment._replace(frame=near, face=moment.face.moved(-left, -top)))
+            moments[owners[number]].append(moment._replace(frame=near, face=moment.face.moved(-left, -top)))
         return moments
 
-    def _look(self, candidate: Candidate, sightings: Sequence[Sighting]) -> Iterator[Moment]:
-        """The faces at these sightings as this step's backend sees them."""
-        for rank, frame, face, faces in faces_at(candidate, self.faces, sightings):
-            yield Moment(rank, frame, face, self.faces.embed(frame, face), self._alone(face, faces, frame))
+    def _look(self, candidate: Candidate, sightings: Sequence[Sighting]) -> Iterator[tuple[int, Moment]]:
+        """Number of the sighting and what this step's backend sees there."""
+        for number, frame, face, faces in faces_at(candidate, self.faces, sightings):
+            yield number, Moment(sightings[number].tick, frame, face, self._alone(face, faces, frame))
 
     def _alone(self, face: DetectedFace, faces: Sequence[DetectedFace], frame: Pixels) -> bool:
         crop = self._box(face.box, frame)
@@ -298,14 +307,16 @@ class OtherMoment(Step):
         """What the subject looks like: as known by the same networks, or by the moments of the window."""
         if subject.embedding is not None and subject.embedder == embedder_name(self.faces):
             return subject.embedding
-        return median_embedding([moment.embedding for moment in window]) if window else None
+        return median_embedding([self.faces.embed(m.frame, m.face) for m in window]) if window else None
 
-    def _refuse(self, moment: Moment, window: Sequence[Moment], own: Embedding, others: Sequence[Embedding]) -> str:
-        """Why a moment gives no reference, or ""."""
-        cosine = float(moment.embedding @ own)
+    def _refuse(
+        self, moment: Moment, vector: Embedding, window: Sequence[Moment], own: Embedding, others: Sequence[Embedding]
+    ) -> str:
+        """Why a moment, whose face has the embedding `vector`, gives no reference, or ""."""
+        cosine = float(vector @ own)
         if not moment.alone:
             return "somebody else in the crop"
-        if cosine < self.threshold or any(float(moment.embedding @ other) >= cosine for other in others):
+        if cosine < self.threshold or any(float(vector @ other) >= cosine for other in others):
             return "not surely the same person"
         if cosine > self.max_similarity:
             return "a near copy of the clip"
@@ -316,7 +327,7 @@ class OtherMoment(Step):
             return "a near copy of the clip"
         return ""
 
-    def _cut(self, candidate: Candidate, moment: Moment, own: Embedding, origin: str) -> Reference:
+    def _cut(self, candidate: Candidate, moment: Moment, cosine: float, origin: str) -> Reference:
         """The reference of a moment.
 
         Raises:
@@ -338,8 +349,7 @@ class OtherMoment(Step):
             "sharpness": round(sharpness(frame, face), 6),
         }
         reference = reference_of(candidate, _scaled(picture, self.size), moment.rank, origin, facts)
-        similarity = round(float(moment.embedding @ own), 4)
-        return replace(reference, similarity=similarity, model=embedder_name(self.faces))
+        return replace(reference, similarity=round(cosine, 4), model=embedder_name(self.faces))
 
 
 def in_window(candidate: Candidate, sighting: Sighting) -> bool:

@@ -1,4 +1,4 @@
-"""A detector and a segmenter that see colours, so that boxes and masks are known to the pixel, and pictures for them."""
+"""A detector and a segmenter that see colours, so that boxes and masks are known to the pixel; pictures for them."""
 
 from __future__ import annotations
 

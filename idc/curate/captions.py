@@ -17,7 +17,6 @@ from idc.curate.prose import CaptionError, check_caption, check_language, cut_at
 from idc.curate.reading import clip_frames
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
-from idc.metrics.natural import long_side
 from idc.models.judges import ImageTextJudge, Judge, JudgeError
 
 _RULES = """\
@@ -159,6 +158,8 @@ class Caption(Step):
             return "", str(error)
 
     def _ask(self, candidate: Candidate) -> str:
+        from idc.metrics.natural import long_side  # brings torchmetrics along
+
         _, pictures = clip_frames(candidate, self.frames)
         still = len(candidate.clip) == 1 if candidate.clip is not None else len(candidate.ranks) == 1
         prompt = self.picture_prompt if still else self.prompt

@@ -27,7 +27,7 @@ def save_grounding_dino(root: Path) -> str:
     from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
     # The model knows its separators by BERT's numbers: 101, 102, 1012 (.) and 1029 (?).
-    special = ["[PAD]", "[UNK]", *(f"[unused{i}]" for i in range(2, 101)), "[CLS]", "[SEP]"]
+    special = ["[PAD]", "<unk>", *(f"[unused{i}]" for i in range(2, 101)), "[CLS]", "[SEP]"]
     fill = [f"[unused{i}]" for i in range(103, 1012)]
     roles = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     save_tokenizer(root, [*special, *fill, "."], words=[], **roles)

@@ -27,7 +27,9 @@ from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSF
 
 PEOPLE = ("person", "face")  # kinds of subjects that faces tell apart
 BEST_LOOKS = 5  # of a track, from which its embedding is made
-REJOIN_MARGIN = 0.1  # above the backend's threshold: joining two people by mistake is worse than counting one twice
+# Above the backend's threshold: joining two people by mistake is worse than counting one twice. Under SFace one person
+# in one video has 0.7 and more, while alike people have up to 0.47, above its threshold of 0.363.
+REJOIN_MARGIN = 0.2
 
 
 def embedder_name(faces: FaceBackend) -> str:
@@ -152,7 +154,7 @@ class FaceTracks(Step):
             min_frames: of the source, for which a face is seen on end at least once.
             min_face: least height of a face as a share of the picture's; smaller ones are passers-by.
             rejoin: cosine from which a track goes on with another that was interrupted; the backend's threshold and
-                0.1 where None, 1 never.
+                0.2 where None, 1 never.
             require_faces: drop shots in which nobody is seen.
 
         Raises:

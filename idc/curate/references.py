@@ -132,7 +132,7 @@ class OtherMoment(Step):
                 [0, 1]. In a shot of a talking head, frames within half a second have 0.9, later ones 0.4 to 0.8.
             min_turn: least difference of the head's turn from the window's, in degrees.
             other_shots: looks a second into the rest of the video, where the shot has no moment; 0 for never. The face
-                must then be alike to `threshold` and 0.1.
+                must then be alike to `threshold` and 0.2.
             same_frame: where all else fails take the best moment of the window itself, whose origin is "same_frame".
             segmenter: cuts the person in the crop out, such as `idc.models.grounding.Sam`; None keeps the background.
             rules: what is around him then, white by default, and which pictures do not do.

@@ -47,7 +47,7 @@ class SourceInfo(NamedTuple):
 
 
 def open_source(candidate: Candidate) -> str:
-    """A local path of the candidate's file: its own, or that of a copy fetched from its URL.
+    """A local path of the candidate's file: its own, or that of a copy fetched from its URL or out of a shard.
 
     Copies live in a temporary folder of this process, the least recently used ones go first (limit: 16 GiB, or
     IDC_SOURCE_CACHE_GB in the environment).
@@ -56,7 +56,7 @@ def open_source(candidate: Candidate) -> str:
         VideoError: if there is no such file, or it cannot be fetched.
         UserError: for a `pipe:` URL.
     """
-    if not storage.is_url(candidate.path):
+    if not storage.is_url(candidate.path) and not storage.split_part(candidate.path):
         if not os.path.isfile(candidate.path):
             raise VideoError("no such file")
         return candidate.path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import IO, Any
 
 from idc.errors import UserError
 
+_PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
 OPEN_FILES = 64  # per process; a shard stays open while samples of it are read
 
 
@@ -29,6 +32,17 @@ def is_url(root: str | Path) -> bool:
 def join(root: str | Path, name: str) -> str:
     """The path or URL of a file in `root`."""
     return f"{str(root).rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
+
+
+def part_path(path: str, start: int, size: int) -> str:
+    """The path of a byte range of a file, such as a member of a tar; `open_read` and `size_and_time` know it."""
+    return f"{path}#{start}+{size}"
+
+
+def split_part(path: str) -> tuple[str, int, int] | None:
+    """(file, first byte, number of bytes) of a `part_path`; None for the path of a whole file."""
+    match = _PART.fullmatch(path)
+    return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -92,6 +106,8 @@ def read_range(path: str, start: int, size: int) -> bytes:
 
 def size_and_time(path: str) -> tuple[int, int]:
     """Size in bytes and modification time in ns (0 behind a URL), which tell whether an index is stale."""
+    if part := split_part(path):
+        return part[2], size_and_time(part[0])[1]
     if is_url(path):
         fs, inner = filesystem(path)
         return int(fs.size(inner)), 0
@@ -125,7 +141,12 @@ def remove(path: str) -> None:
 
 
 def open_read(path: str) -> IO[bytes]:
-    """Open a file or URL for reading bytes. Raises OSError."""
+    """Open a file or URL for reading bytes. A byte range of one (`part_path`) is read at once. Raises OSError."""
+    if part := split_part(path):
+        data = read_range(*part)
+        if len(data) < part[2]:
+            raise OSError(f"ends {part[2] - len(data)} bytes too early")
+        return io.BytesIO(data)
     if is_url(path):
         fs, inner = filesystem(path)
         return fs.open(inner, "rb")

@@ -41,7 +41,7 @@ class ExistingShards(Source):
 
     Captions, references, boxes, masks, scores, models, licence, safety and the source video come back as they were
     written. A reference whose origin the sample does not tell is "given". The shard and the source that a sample was
-    once of are in meta["shards"]; `path` leads to the clip within its tar.
+    once of are in meta["shards"]; `path` is that of the clip's bytes within its tar (`idc.data.storage.part_path`).
 
     Args:
         path: folder or fsspec URL.
@@ -108,6 +108,7 @@ class ExistingShards(Source):
         if clip_ext(members, LOSER):
             raise SampleError("a preference pair, whose worse clip no step knows of")
         frames, height, width, _ = entry.bucket
+        place = next(member for member in entry.members if member.ext == ext)
         own = {name: value for name, value in seen.meta.items() if name not in ATTRIBUTES}
         was = {"shard": entry.shard, "key": entry.key, "sha256": entry.sha256, "source": seen.source}
         was |= {name: seen.meta[name] for name in ATTRIBUTES if name in seen.meta}
@@ -115,7 +116,7 @@ class ExistingShards(Source):
             key=key,
             source=self.name,
             video=seen.video or f"{entry.shard}/{entry.key}",
-            path=self._place(entry, ext),
+            path=storage.part_path(storage.join(self._root, entry.shard), place.offset, place.size),
             span=(0, frames),
             ranks=tuple(range(frames)),
             fps=entry.fps,
@@ -128,10 +129,6 @@ class ExistingShards(Source):
             safety=dict(seen.safety),
             meta={**own, META: was},
         )
-
-    def _place(self, entry: Entry, ext: str) -> str:
-        shard = storage.join(self._root, entry.shard)
-        return f"tar://{entry.key}.{ext}::{shard if storage.is_url(shard) else f'file://{shard}'}"
 
 
 def _folder(root: str) -> Folder:
@@ -151,7 +148,6 @@ def _entry(source: str, payload: Mapping[str, Any]) -> Entry:
 
 
 def _subject(seen: SeenSubject, entry: Entry, members: Mapping[str, bytes]) -> CuratedSubject:
-    told = seen.details.get("meta")
     return CuratedSubject(
         name=seen.name or "subject",
         kind=KINDS.get(seen.kind, seen.kind or "object"),
@@ -160,7 +156,7 @@ def _subject(seen: SeenSubject, entry: Entry, members: Mapping[str, bytes]) -> C
         frame=seen.frame,
         score=seen.score or 0.0,
         references=tuple(_reference(reference, members) for reference in seen.references if reference.ext in members),
-        meta=dict(told) if isinstance(told, Mapping) else {},
+        meta=dict(seen.details),
     )
 
 

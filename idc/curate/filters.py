@@ -15,7 +15,7 @@ import torch
 
 from idc.curate.candidate import Box, Candidate, Outcome, Pixels, Step
 from idc.curate.geometry import recropped
-from idc.curate.looks import bars_of, luma, measured, pairs
+from idc.curate.looks import bars_of, luma, pairs, scaled
 from idc.curate.reading import clip_frames, crop_of, inspect
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
@@ -24,9 +24,11 @@ from idc.metrics.motion import MotionAmplitude
 from idc.models.aesthetic import AestheticPredictor
 from idc.rewards.watch import Sharpness
 
-BLACK, WHITE = 0.08, 0.94  # luma up to and from which a pixel is black or white: broadcast black is 16 / 255
+BLACK, WHITE = 20, 240  # luma up to and from which a pixel is black or white: broadcast's are 16 and 235
 FULL = 0.98  # share of such pixels that makes a frame black or white
-STILL = 0.4 / 255  # mean difference of luma up to which two frames are one: what coding noise makes of it
+STILL = 0.4  # mean difference of luma up to which two frames are one: what coding noise makes of it
+SHARP_SIDE = 256  # shorter side in pixels at which sharpness is measured
+MOTION_SIDE = 128  # and motion: the flow is found by detail of a few pixels, and falls short where there is none
 STILL_SECONDS = 0.25  # apart: closer frames repeat where a film's rate was raised
 MOTION_SECONDS = 1 / 16  # apart: frames of a clip at Wan's rate
 
@@ -76,7 +78,7 @@ class TechnicalFilter(Step):
     """Drops what is blurred, dark, glaring, black, white, frozen or too small; crops black bars away.
 
     Scores: `sharpness` (variance of the Laplacian of luma in [0, 1], frames scaled to a shorter side of 256 pixels,
-    mean over frames; sharp video has 0.002 and more), `brightness` (mean luma), `dark` and `glaring` (share of pixels
+    mean over frames; real shots in focus had 0.0003, with much out of focus, to 0.01), `brightness` (mean luma), `dark` and `glaring` (share of pixels
     that are black or white, mean over frames), `black` and `white` (share of frames that are all so), `frozen` (share
     of the looks at which nothing changes within a quarter of a second; none for still images), each in [0, 1];
     `short_side` in pixels. The share of the picture that bars took is in meta["technical filter"]["bars"].
@@ -85,7 +87,7 @@ class TechnicalFilter(Step):
     def __init__(
         self,
         frames: int = 8,
-        min_sharpness: float = 0.0005,
+        min_sharpness: float = 0.0002,
         brightness: Limits = (0.08, 0.92),
         max_dark: float = 0.8,
         max_glaring: float = 0.5,
@@ -167,21 +169,23 @@ class TechnicalFilter(Step):
 
 def technical_scores(pictures_THWC: Pixels, later_THWC: Pixels) -> dict[str, float]:
     """The scores of `TechnicalFilter` of frames `[T, H, W, 3]`, and `[T or 0, H, W, 3]` what each has become."""
+    import cv2
+
     lumas_THW = luma(pictures_THWC)
     dark, glaring = (lumas_THW <= BLACK).mean(axis=(1, 2)), (lumas_THW >= WHITE).mean(axis=(1, 2))
     scores = {
         "short_side": float(min(pictures_THWC.shape[1:3])),
-        "brightness": float(lumas_THW.mean(dtype=np.float64)),
+        "brightness": float(lumas_THW.mean(dtype=np.float64)) / 255,
         "dark": float(dark.mean()),
         "glaring": float(glaring.mean()),
         "black": float((dark >= FULL).mean()),
         "white": float((glaring >= FULL).mean()),
     }
-    sharpness = Sharpness().score(Clip("frames", measured(pictures_THWC))).value
+    sharpness = Sharpness().score(Clip("frames", scaled(pictures_THWC, SHARP_SIDE))).value
     scores["sharpness"] = 0.0 if sharpness is None else sharpness
     if len(later_THWC):
-        change = np.abs(luma(later_THWC) - lumas_THW).mean(axis=(1, 2), dtype=np.float64)
-        scores["frozen"] = float((change <= STILL).mean())
+        change = [cv2.absdiff(*both).mean() for both in zip(lumas_THW, luma(later_THWC), strict=True)]
+        scores["frozen"] = float((np.array(change) <= STILL).mean())
     return scores
 
 
@@ -189,8 +193,8 @@ class MotionFilter(Step):
     """Drops shots in which too little or too much moves.
 
     Score `motion`: mean length of the dense optical flow in widths of the picture per second, by the measure of
-    `MotionAmplitude`, over pairs of frames a sixteenth of a second apart, scaled to a shorter side of 256 pixels.
-    Still images pass without a score.
+    `MotionAmplitude`, over pairs of frames a sixteenth of a second apart, scaled down to a shorter side of 128 pixels.
+    Still images pass without a score. At full size that flow finds too little motion wherever the picture is soft.
     """
 
     def __init__(self, motion: Limits = (0.01, 1.5), frames: int = 8) -> None:
@@ -215,7 +219,8 @@ class MotionFilter(Step):
         if not len(later):
             return candidate
         metric, speeds = MotionAmplitude(), []
-        for before, after, seconds in zip(measured(pictures), measured(later), apart, strict=True):
+        small = [scaled(frames, MOTION_SIDE, enlarge=False) for frames in (pictures, later)]
+        for before, after, seconds in zip(*small, apart, strict=True):
             score = metric.score(Clip(candidate.key, np.stack([before, after]), fps=1 / float(seconds)))
             speeds.append(score.details["widths_per_second"])
         least, most = self.motion

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from idc.curate.candidate import Box, Candidate, Pixels
 from idc.curate.reading import frame_times, inspect, look, span_of
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32) / 255  # BT.601
-MEASURED_SIDE = 256  # shorter side in pixels at which sharpness and motion are measured
 UNEVEN = 0.03  # of the side: how unequal the bars at two opposite edges may be
 THIN = 0.02  # of the side: less is no bar but an edge
 SOFT_EDGE = 2  # pixels beside a bar, which coding has smeared
@@ -45,26 +43,32 @@ def pairs(candidate: Candidate, n: int, seconds: float) -> tuple[Pixels, Pixels,
     return frames, pictures[np.searchsorted(wanted, later)], apart
 
 
-def luma(pictures_THWC: Pixels) -> NDArray[np.float32]:
-    """BT.601 luma in [0, 1], `[T, H, W]`, a frame at a time."""
-    if not len(pictures_THWC):
-        return np.zeros(pictures_THWC.shape[:-1], np.float32)
-    return np.stack([picture @ LUMA for picture in pictures_THWC])
+def luma(pictures_THWC: Pixels) -> NDArray[np.uint8]:
+    """BT.601 luma in 0 to 255, `[T, H, W]`."""
+    import cv2
+
+    lumas = np.empty(pictures_THWC.shape[:-1], np.uint8)
+    for number, picture in enumerate(pictures_THWC):
+        lumas[number] = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
+    return lumas
 
 
-def measured(pictures_THWC: Pixels) -> Pixels:
-    """Frames scaled to a shorter side of 256 pixels, so that measures of sharpness and motion compare between sizes."""
+def scaled(pictures_THWC: Pixels, side: int, enlarge: bool = True) -> Pixels:
+    """Frames scaled to a shorter side of `side` pixels, so that what is measured compares between sizes; smaller ones
+    stay as they are unless `enlarge`."""
     import cv2
 
     height, width = pictures_THWC.shape[1:3]
-    scale = MEASURED_SIDE / min(height, width)
+    scale = side / min(height, width)
+    if scale == 1 or (scale > 1 and not enlarge):
+        return pictures_THWC
     size = max(1, round(width * scale)), max(1, round(height * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     return np.stack([np.asarray(cv2.resize(frame, size, interpolation=method), np.uint8) for frame in pictures_THWC])
 
 
-def bars_of(lumas_THW: NDArray[np.float32], black: float) -> Box | None:
-    """What black bars leave of the picture, in its pixels; None where there are none.
+def bars_of(lumas_THW: NDArray[np.uint8], black: int) -> Box | None:
+    """What black bars (luma up to `black`) leave of the picture, in its pixels; None where there are none.
 
     Bars lie at two opposite edges or all four, about equally wide, and in all frames that are not black throughout: a
     night sky is at one edge only, and moves.

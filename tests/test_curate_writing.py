@@ -17,7 +17,7 @@ from _shards import picture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idc.curate.candidate import Dropped
+from idc.curate.candidate import Dropped, Reference
 from idc.curate.collection import Adopt, CollectionStep
 from idc.curate.decisions import Decisions, decide
 from idc.curate.parts import Outcomes, write_part
@@ -351,6 +351,27 @@ def test_no_reference_comes_from_the_other_side_or_from_what_was_dropped(tmp_pat
     assert decisions.crossed > 0
     assert all(sides[adopt.key] == sides[adopt.other] for adopt in kept)
     assert gone.key not in {name for adopt in kept for name in (adopt.key, adopt.other)}
+
+
+def test_a_picture_that_a_source_took_from_the_other_side_is_not_used(tmp_path: Path) -> None:
+    """As shards of an earlier collection, with another split, may have them."""
+
+    def clip(number: int, other: int):
+        images = (f"v{other}", "red"), ("elsewhere", "blue"), (f"v{number}", "white")
+        references = tuple(Reference(picture(colour), origin="other_video", video=video) for video, colour in images)
+        return survivor(number, video=f"v{number}", subjects=(subject("man", None, references=references),))
+
+    collected = Held([clip(n, (n + 1) % 6) for n in range(6)])
+    decisions = decide(collected, [], 0.3)
+    write(tmp_path, collected, decisions)
+    used = []
+    for n, candidate in enumerate(collected.whole):
+        sides = [f"v{k}" in decisions.held_out for k in (n, (n + 1) % 6)]
+        expected = "red" if sides[0] == sides[1] else "blue"
+        part = "held_out" if sides[0] else "train"
+        assert pictures(tmp_path, candidate.key, part) == [picture(expected)]
+        used.append(expected)
+    assert set(used) == {"red", "blue"}
 
 
 def test_a_drop_of_what_was_not_shown_is_refused() -> None:

@@ -18,14 +18,19 @@ class Decisions:
     Attributes:
         drops: by number of the survivor in their order.
         adopted: key of a candidate -> what its subjects take over, in the order of the steps.
-        held_out: ids of the videos that are held out.
+        held_out, train: ids of the videos that are held out, and of those that are not.
         crossed: adoptions that were not allowed, since one of the two is held out and the other is not.
     """
 
     drops: Mapping[int, Dropped] = field(default_factory=dict)
     adopted: Mapping[str, Sequence[Adopt]] = field(default_factory=dict)
     held_out: frozenset[str] = frozenset()
+    train: frozenset[str] = frozenset()
     crossed: int = 0
+
+    def crosses(self, video: str, other: str) -> bool:
+        """Whether a picture from the video `other` would carry something over the split into a sample of `video`."""
+        return other in (self.train if video in self.held_out else self.held_out) and other != video
 
 
 def decide(survivors: Survivors, steps: Sequence[CollectionStep], held_out: float = 0.0) -> Decisions:
@@ -62,7 +67,12 @@ def _checked(view: _View, held_out: frozenset[str], adopted: Mapping[str, Sequen
     kept: dict[str, list[Adopt]] = {}
     crossed = 0
     concerned = {*adopted, *(adopt.other for some in adopted.values() for adopt in some)}
-    parts = {candidate.key: candidate.meta[SPLIT] for candidate in view if candidate.key in concerned}
+    parts: dict[str, str] = {}
+    videos: set[str] = set()
+    for candidate in view:
+        videos.add(candidate.video)
+        if candidate.key in concerned:
+            parts[candidate.key] = candidate.meta[SPLIT]
     for key, some in adopted.items():
         for adopt in some:
             if key not in parts or adopt.other not in parts:
@@ -71,7 +81,7 @@ def _checked(view: _View, held_out: frozenset[str], adopted: Mapping[str, Sequen
                 crossed += 1
             else:
                 kept.setdefault(key, []).append(adopt)
-    return Decisions(view.drops, kept, held_out, crossed)
+    return Decisions(view.drops, kept, held_out, frozenset(videos - held_out), crossed)
 
 
 class _View:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from idc.curate.candidate import Candidate, CuratedSubject, Reference
 from idc.curate.collection import Adopt
+from idc.curate.decisions import Decisions
 from idc.curate.sources import rle
 from idc.data import storage
 
@@ -36,21 +37,22 @@ class Choice:
     adopt: Adopt | None = None
 
 
-def choose_references(candidate: Candidate, adopted: Sequence[Adopt]) -> list[Choice]:
+def choose_references(candidate: Candidate, decisions: Decisions) -> list[Choice]:
     """The picture of each subject that has one, in the order of the subjects.
 
-    The first that is taken over as first choice comes before the subject's own first, any other after it.
+    The first that is taken over as first choice comes before the subject's own first, any other after it. Own ones that
+    were taken from a video on the other side of the split (as shards of an earlier collection may have them) are none.
     """
+    adopted = decisions.adopted.get(candidate.key, ())
     choices = []
     for number, subject in enumerate(candidate.subjects):
         offered = [adopt for adopt in adopted if adopt.subject == number]
         first = next((adopt for adopt in offered if adopt.first), None)
-        if first is None and not subject.references:
-            first = next(iter(offered), None)
-        if first is not None:
-            choices.append(Choice(number, first.reference, first))
-        elif subject.references:
-            choices.append(Choice(number))
+        own = (n for n, r in enumerate(subject.references) if not decisions.crosses(candidate.video, r.video))
+        if first is None and (mine := next(own, None)) is not None:
+            choices.append(Choice(number, mine))
+        elif (adopt := first or next(iter(offered), None)) is not None:
+            choices.append(Choice(number, adopt.reference, adopt))
     return choices
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from idc.curate.candidate import Candidate, Dropped, Reference
-from idc.curate.collection import Adopt, Collected
+from idc.curate.collection import Collected
 from idc.curate.decisions import Decisions
 from idc.curate.provenance import Choice, adopted_reference, choose_references, provenance, public
 from idc.curate.records import drop_record, dumps, take_apart
@@ -57,8 +57,6 @@ class ShardWriting:
         without_reference: what becomes of a subject that has no picture: "leave_out" keeps it in the caption alone,
             "drop" drops the sample.
         keep_without_subjects: keep samples that have no reference at all, for text-to-video data.
-        keep_work: keep the work files when all is written: they let another writing of the same material do without
-            its steps, and take about as much room as the shards.
     """
 
     samples_per_shard: int = 256
@@ -67,7 +65,6 @@ class ShardWriting:
     max_subjects: int = 4
     without_reference: Literal["leave_out", "drop"] = "leave_out"
     keep_without_subjects: bool = False
-    keep_work: bool = True
 
     def __post_init__(self) -> None:
         check_share(self.held_out)
@@ -78,9 +75,9 @@ class ShardWriting:
             known = nearest(self.without_reference, WITHOUT_REFERENCE)
             raise UserError(f"without_reference={self.without_reference!r} is not known{known}")
 
-    def references(self, candidate: Candidate, adopted: Sequence[Adopt] = ()) -> list[Choice] | Dropped:
+    def references(self, candidate: Candidate, decisions: Decisions) -> list[Choice] | Dropped:
         """The references that the candidate's sample has, or why there is no sample. Needs no pixels."""
-        choices = choose_references(candidate, adopted)
+        choices = choose_references(candidate, decisions)
         having = {choice.subject for choice in choices}
         without = [subject.name for number, subject in enumerate(candidate.subjects) if number not in having]
         if without and self.without_reference == "drop":
@@ -199,9 +196,7 @@ def _plan(collected: Collected, decisions: Decisions, settings: ShardWriting, di
     for number, candidate in enumerate(collected):
         if candidate.key in givers:
             plan.givers[candidate.key] = number
-        choices: Any = decisions.drops.get(number) or settings.references(
-            candidate, decisions.adopted.get(candidate.key, ())
-        )
+        choices: Any = decisions.drops.get(number) or settings.references(candidate, decisions)
         if isinstance(choices, Dropped):
             plan.drops.append(choices)
             continue
@@ -224,7 +219,7 @@ def _write_shard(
     with ShardWriter(storage.join(out, shard.part), settings.prefix, len(shard.members), shard.number) as writer:
         for number in shard.members:
             candidate = collected.load(number)
-            choices = settings.references(candidate, decisions.adopted.get(candidate.key, ()))
+            choices = settings.references(candidate, decisions)
             if isinstance(choices, Dropped) or candidate.encoded is None or not candidate.encoded.mp4:
                 raise UserError(f"{candidate.key}: what is known of it has changed meanwhile; start the same run again")
             chosen = [_picture(candidate, choice, plan, collected) for choice in choices]

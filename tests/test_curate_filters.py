@@ -140,15 +140,17 @@ def barred(top: int, left: int, height: int = 144, width: int = 192) -> np.ndarr
     return video
 
 
-@pytest.mark.parametrize(("top", "left"), [(18, 0), (0, 24), (12, 20)])
-def test_black_bars_are_cropped_and_boxes_and_masks_move_along(top, left, tmp_path):
+@pytest.mark.parametrize(
+    ("top", "left", "hidden"),
+    [(18, 0, Box(0, 0, 192, 18)), (0, 24, Box(168, 0, 192, 144)), (12, 20, Box(0, 0, 20, 144))],
+)
+def test_black_bars_are_cropped_and_boxes_and_masks_move_along(top, left, hidden, tmp_path):
     mask = np.zeros((144, 192), np.bool_)
     mask[60:80, 70:100] = True
+    box = Box(70, 60, 100, 80)
     subjects = (
-        CuratedSubject("inside", box=Box(70, 60, 100, 80), mask=mask, track=((3, Box(70, 60, 100, 80)),)),
-        CuratedSubject("in the bars", box=Box(0, 0, max(left, 192 if top else 0), max(top, 144 if left else 0)))
-        if not (top and left)
-        else CuratedSubject("in the bars", box=Box(0, 0, left, top)),
+        CuratedSubject("inside", box=box, mask=mask, track=((3, box),)),
+        CuratedSubject("in the bars", box=hidden),
     )
     source = film(tmp_path, barred(top, left), subjects=subjects)
     kept = only(TechnicalFilter(**SMALL), source)

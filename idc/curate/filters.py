@@ -78,9 +78,10 @@ class TechnicalFilter(Step):
     """Drops what is blurred, dark, glaring, black, white, frozen or too small; crops black bars away.
 
     Scores: `sharpness` (variance of the Laplacian of luma in [0, 1], frames scaled to a shorter side of 256 pixels,
-    mean over frames; real shots in focus had 0.0003, with much out of focus, to 0.01), `brightness` (mean luma), `dark` and `glaring` (share of pixels
-    that are black or white, mean over frames), `black` and `white` (share of frames that are all so), `frozen` (share
-    of the looks at which nothing changes within a quarter of a second; none for still images), each in [0, 1];
+    mean over frames; real shots in focus have 0.0003, where much is out of focus or flat, to 0.01), `brightness` (mean
+    luma), `dark` and `glaring` (share of pixels that are black or white, mean over frames), `black` and `white` (share
+    of frames that are all so), `frozen` (share of the looks at which nothing changes within a quarter of a second; none
+    for still images), each in [0, 1];
     `short_side` in pixels. The share of the picture that bars took is in meta["technical filter"]["bars"].
     """
 

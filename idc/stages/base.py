@@ -25,6 +25,8 @@ from idc.models.spec import Lora, Trainable, TransformerSpec
 from idc.models.vlm import VLMConditioner
 from idc.types import Batch, Bucket, Condition, Sample
 
+PRECISIONS = ("32-true", "bf16-mixed")  # of the trainer; batches and float32 islands survive these alone
+
 
 @dataclass
 class Schedule:
@@ -115,6 +117,11 @@ class Stage(LightningModule):
         return self.spec.build(self.encoders.text.dim, vlm_dim, device)
 
     def setup(self, stage: str) -> None:
+        if (precision := str(self.trainer.precision)) not in PRECISIONS:
+            raise UserError(
+                f"trainer.precision={precision!r}: converts what the stages keep exact; take "
+                f"{' or '.join(map(repr, PRECISIONS))}, and model.init_args.compute_dtype=bfloat16 for a network in it"
+            )
         self.encoders.place(self.trainer.strategy.root_device)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self._check(datamodule)

@@ -311,7 +311,9 @@ class GRPO(Aligned):
             self.runner.submit(sample.id, clip_of_sample(sample, video, sample.id))
 
     def on_validation_epoch_end(self) -> None:
-        self._end_held_out("val", complete=self._validated == sum(self.trainer.num_val_batches))
+        trainer = self.trainer
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._end_held_out("val", complete=self._validated == sum(batches) == sum(trainer.num_val_batches))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -326,10 +328,13 @@ class GRPO(Aligned):
         self.runner.check(len(failures), len(found), failures[0].reason if failures else "")
         if not complete or not found:  # cut short by a signal: it would be the mean of some buckets
             return
-        for name, mean in means(found).items():
-            key = f"{split}/reward/{name}" if name else f"{split}/reward"
-            self.log(key, mean, prog_bar=not name, rank_zero_only=False)
-        self.log(f"{split}/without_reward", len(failures) / len(found))
+        values = {f"{split}/reward/{name}" if name else f"{split}/reward": mean for name, mean in means(found).items()}
+        values[f"{split}/without_reward"] = len(failures) / len(found)
+        if self.trainer.sanity_checking:  # of the start: Lightning logs nothing then, and the curve begins there
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=0)
+        for key, value in values.items():
+            self.log(key, value, prog_bar=key == f"{split}/reward", rank_zero_only=False)
 
     # Logging --------------------------------------------------------------------------------------------------------
 

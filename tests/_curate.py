@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ from idc.curate.candidate import (
     encode_png,
     key_of,
 )
+from idc.curate.engine import Curation
+from idc.curate.local import LocalExecutor
+from idc.curate.writing import ShardWriting
 
 
 @dataclass
@@ -121,7 +126,7 @@ class Weigh(Step):
 class Heavy(Step):
     """Drops what weighs too much; looks at how plain the data is on the way."""
 
-    limit: float = 50.0
+    limit: float = -60.0
 
     def apply(self, candidate: Candidate) -> Outcome:
         weight = candidate.scores["weight"]
@@ -164,3 +169,87 @@ class Dies(Step):
                     mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         return candidate
+
+
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "curate.yaml")
+STEPS = (Cut(), Split(), Weigh(), Heavy())
+
+
+def curation(
+    out: Path | str, count: int = 60, workers: int = 0, steps: Sequence[Step] = STEPS, **more: Any
+) -> Curation:
+    """A small curation: numbers, some split in two, some dropped, with a network's scores."""
+    more = {"sources": [Numbers(count)], "chunk": 6, "progress": False, "executor": LocalExecutor(workers), **more}
+    more.setdefault("writing", ShardWriting(samples_per_shard=8, held_out=0.2))
+    return Curation(steps=steps, out=str(out), **more)
+
+
+def run(out: str, *args: Any, **kwargs: Any) -> None:
+    """A whole run, in a process of its own."""
+    curation(out, *args, **kwargs).run()
+
+
+def files(out: Path | str) -> dict[str, bytes]:
+    """What a run has made, but for its own notes and locks."""
+    root = Path(out)
+    found = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    own = ("lock", "plan.jsonl", "settings.json")
+    return {name: data for name, data in found.items() if Path(name).name not in own}
+
+
+@dataclass
+class Interrupts(Step):
+    """Sends a process a signal when a number comes, once: `mark` is a file to remember that."""
+
+    number: int
+    mark: str
+    pid: int
+    signal: int
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"class": "Interrupts"}
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        if candidate.meta["number"] == self.number and not Path(self.mark).exists():
+            Path(self.mark).touch()
+            os.kill(self.pid, self.signal)
+        return candidate
+
+
+def stopped(out: str, mark: str, log: str, workers: int, number: int) -> None:
+    """A run that is sent a signal while it is at number 20; its words go into a file, its status is the command's."""
+    from idc.cli import main
+    from idc.curate import command
+
+    here = curation(out, workers=workers, steps=(*STEPS, Interrupts(20, mark, os.getpid(), number)))
+    command.parse = lambda args: here  # the command as it is, but for its recipe
+    with open(log, "w") as words:
+        sys.stdout = sys.stderr = words
+        status = main(["curate", "--config", RECIPE])
+    sys.exit(status)
+
+
+def peak_growth(out: str, count: int, size: int, answer: str) -> None:
+    """How many bytes the peak of memory grows over a run of `count` candidates with clips of `size` bytes, after a run
+    of a twentieth of that, which loads all that is ever loaded."""
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    for number, share in (("warm", count // 20), ("whole", count)):
+        before = peak()
+        curation(f"{out}-{number}", share, steps=(Clips(size),), chunk=16, writing=ShardWriting()).run()
+    Path(answer).write_text(str(peak() - before))
+
+
+@dataclass
+class Clips(Step):
+    """Clips that are files of so many bytes, with a picture."""
+
+    size: int = 1024
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        mp4 = candidate.meta["number"].to_bytes(8, "big") * (self.size // 8)
+        subject = CuratedSubject("a number", references=(Reference(b"picture", "png"),))
+        encoded = EncodedClip(mp4, 1, 16, 16)
+        return candidate.changed(fps=8.0, caption="a number", encoded=encoded, subjects=(subject,))

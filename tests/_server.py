@@ -32,12 +32,14 @@ PRELOAD = (
     "av",
     "filelock",
     "omegaconf",
+    "PIL.PngImagePlugin",
     "peft",
     "rich.progress",
     "tensorboard.compat.proto.summary_pb2",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
+    "webdataset.writer",
     "webdataset.writer",
 )
 

@@ -132,8 +132,8 @@ class Candidate:
         ranks: rank of the source's frame for each frame of the clip, once its length and rate are decided.
         fps: of the clip, in frames per second; 0 until it is decided.
         clip: the clip's pixels, uint8 `[T, H, W, 3]`, once cut; a still image is a clip of one frame.
-        encoded: the clip as a file. The engine makes it of `clip` behind the last step, and lets the pixels go; a source
-            whose clips are files already, of the right frames and size, may give it itself.
+        encoded: the clip as a file. The engine makes it of `clip` behind the last step, and lets the pixels go; a
+            source whose clips are files already, of the right frames and size, may give it itself.
         caption: what it shows; "" until it is known.
         subjects: who and what it shows.
         scores: by name; units as the step that gave them says.
@@ -290,6 +290,11 @@ class Step:
     def describe(self) -> Mapping[str, Any]:
         """Settings that decide what comes out, plain JSON."""
         return plain_settings(self)
+
+    def remark(self) -> str:
+        """A line for the report of a run, over all its workers: what was spent, for example; "" for none. It is asked
+        of a step that never worked: what it tells lies where all workers leave it."""
+        return ""
 
 
 def words_of(kind: type) -> str:

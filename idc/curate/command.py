@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
-from idc.errors import UserError, counted
+from idc.errors import UserError, counted, nearest
 from idc.explain import explain, finish
 from idc.recipes import HELP, RECIPES, check_command_line, merged, no_recipe
 from idc.stage_help import class_settings, setting_line
@@ -75,19 +75,20 @@ def parse(args: Sequence[str]) -> Curation | None:
     tree = merged(args)
     if "sources" not in tree and "--print_config" not in args:
         raise no_recipe(COMMAND)
+    _check_names(tree)
     try:
         # The parser would replace `common` as a whole, and knows no settings of an executor that nobody names.
         common = [f"--common={json.dumps(tree['common'])}"] if isinstance(tree.get("common"), dict) else []
         settings = parser.parse_args([f"--executor={DEFAULT_EXECUTOR}", *args, *common])
         made = parser.instantiate_classes(settings)
     except UserError as error:
-        raise UserError(finish(str(error), COMMAND, tree, _names(tree))) from error
+        raise UserError(finish(str(error), COMMAND, tree, _names())) from error
     except OmegaConfBaseException as error:
         raise UserError(f"interpolation: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         if "Does not validate" not in str(error):
             raise
-        raise UserError(finish(explain(str(error)), COMMAND, tree, _names(tree))) from None
+        raise UserError(finish(explain(str(error)), COMMAND, tree, _names())) from None
     except SystemExit as end:
         if end.code:
             raise
@@ -96,10 +97,18 @@ def parse(args: Sequence[str]) -> Curation | None:
     return Curation(**known)
 
 
-def _names(tree: Mapping[str, Any]) -> list[str]:
+def _names() -> list[str]:
     from idc.curate.engine import Curation
 
-    return [setting.name for setting in class_settings(Curation, "")]
+    return [setting.name for setting in class_settings(Curation)]
+
+
+def _check_names(tree: Mapping[str, Any]) -> None:
+    """Refuse what belongs to a recipe of another command, which the parser answers by its innermost setting."""
+    known = [name for name in _names() if "." not in name] + ["common", "config", "print_config"]
+    for name in tree:
+        if name.rstrip("+") not in known:
+            raise UserError(f"there is no setting {name!r}{nearest(name, known)}")
 
 
 @contextmanager
@@ -154,6 +163,9 @@ def _print(report: CurationReport, curation: Curation) -> None:
         console.print(reason_table(report, REASONS))
     if limit := limit_of(report):
         print(limit)
+    for step in curation.steps:
+        if said := step.remark():
+            print(f"{step.name}: {said}")
     assert report.written is not None
     parts = ", ".join(f"{number} {part.replace('_', ' ')}" for part, number in report.written.samples.items())
     before = f" ({report.done_before} of them before)" if report.done_before else ""
@@ -175,7 +187,7 @@ def _help(args: Sequence[str]) -> int:
         f"examples:\n  idc {COMMAND} --config {recipe}\n  idc {COMMAND} --config {recipe} --dry-run\n"
         f"  idc {COMMAND} --config {recipe} --config recipes/hardware/ray.yaml --out s3://bucket/collection\n"
     )
-    print("\n".join(map(setting_line, class_settings(Curation, ""))))
+    print("\n".join(map(setting_line, class_settings(Curation))))
     print("  --common  dict\n        values for ${common.NAME} in the recipe\n")
     tree = merged(args)
     for group in GROUPS:
@@ -200,4 +212,4 @@ def _settings_of(path: str) -> Iterator[Any]:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return
-    yield from class_settings(cls, "")
+    yield from class_settings(cls)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from idc.curate.candidate import Source, Step
-from idc.curate.chunks import Encoding, Work
+from idc.curate.chunks import OPEN, Encoding, Work
 from idc.curate.collection import CollectionStep
 from idc.curate.decisions import decide
 from idc.curate.executors import Done, Executor
@@ -141,9 +141,12 @@ class Curation:
             with storage.open_atomic(storage.join(self.folder, PLAN)) as stream:
                 plan = make_plan(self.sources, settings, self.chunk, self.limit, self._done(), stream)
             report = CurationReport(plan.units, plan.units - plan.left)
-            this_run = self._work(plan, Work(self.sources, self.steps, self.encoding, settings, self.threads))
+            try:
+                this_run = self._work(plan, Work(self.sources, self.steps, self.encoding, settings, self.threads))
+            finally:
+                clean(self.folder)  # of what workers left that died or were ended
             parts = Parts(self.folder, plan.parts)
-            report.counts = parts.counts
+            report.counts = parts.counts or [Count(OPEN)]
             _take_times(report, this_run)
             self._finish(parts, report)
         _check_balance(report)

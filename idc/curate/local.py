@@ -66,6 +66,7 @@ class _Worker:
     def __init__(self, number: int, work: Work, folder: str, device: str) -> None:
         # A fork of a process that has used CUDA or threads is not safe.
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imported once, and its memory shared
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work, folder, device), daemon=True)
         self.process.start()

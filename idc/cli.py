@@ -27,7 +27,7 @@ COMMANDS = {
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "export": "a trained run as one folder to load and share: idc export RUN --out DIR",
     "curate": "from raw videos and data sets to shards: idc curate --config recipes/curate.yaml",
-    "shards": "build, index, lint or show WebDataset shards: idc shards --help",
+    "shards": "build, index, lint, count or look at WebDataset shards: idc shards --help",
     "pairs": "preference pairs for DPO, from generated videos or real clips: idc pairs --help",
     "rewards": "serve a reward to runs on other machines: idc rewards serve --help",
     "study": "ask people which videos are better, blind and in pairs: idc study --help",

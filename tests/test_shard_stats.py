@@ -9,7 +9,9 @@ import xml.etree.ElementTree as ElementTree
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
+from _collection import many, write
 from _curated import EVIL, write_collection, write_samples
 from _shards import write_shards
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from idc.curate.drawing import bins
 from idc.curate.figures import figure_counts, figure_s9, figure_s10, write_figures
 from idc.curate.looking import Collection, SeenDrop, describe
 from idc.curate.scenarios import content_words, head_noun, scenario
+from idc.curate.sources import rle
 from idc.curate.statistics import Statistics, count, manifest_roles
 from idc.curate.tallies import Spread, Tally
 from idc.curate.wordcloud import ASCENT, place_words
@@ -99,6 +102,29 @@ def test_a_collection_is_found_from_its_folder_or_its_parts_and_counts_once(out)
         assert (found.samples, found.dropped) == (5, 3)
     part = Collection([train])
     assert (len(part), [seen.split for seen in part]) == (4, ["train"] * 4)
+
+
+def test_what_curation_writes_is_read_as_it_was_found_out(tmp_path):
+    collected = many()
+    write(tmp_path, collected)
+    by_key = {candidate.key: candidate for candidate in collected.whole}
+    collection = Collection([str(tmp_path)])
+    seen = {sample.entry.key: sample for sample in collection}
+    assert seen.keys() == by_key.keys()
+    for key, candidate in by_key.items():
+        sample = seen[key]
+        assert (sample.source, sample.video, sample.licence) == (candidate.source, candidate.video, candidate.licence)
+        assert (sample.scores, sample.models) == (candidate.scores, candidate.models)
+        for told, subject in zip(sample.subjects, candidate.subjects, strict=True):
+            assert (told.name, told.kind, told.frame) == (subject.name, subject.kind, subject.frame)
+            assert told.box == (None if subject.box is None else tuple(subject.box))
+            assert (told.mask is None) == (subject.mask is None)
+            assert told.mask is None or np.array_equal(rle.decode(told.mask), subject.mask)
+            assert [(r.origin, r.seconds, r.ext[:3]) for r in told.references] == [("other_moment", 1.5, "ref")]
+    found = count(collection)
+    assert found.shared_videos() == {("held_out", "train"): 0}
+    assert found.to_json()["splits"]["train"]["samples"] == 9
+    assert found.told[0]["kept"] == 12
 
 
 def test_shards_without_provenance_count_by_their_folder(tmp_path):

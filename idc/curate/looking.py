@@ -20,9 +20,7 @@ from idc.data import storage
 from idc.data.index import Entry, ShardIndex
 from idc.data.scan import Problem, reference_number
 
-DROPS = "drops.jsonl"
-COUNTS = "counts.json"
-MANIFEST = "manifest.json"
+DROPS, COUNTS, MANIFEST = "drops.jsonl", "counts.json", "manifest.json"  # as curation writes them beside the shards
 TEXTS = ("json", "txt")
 READERS = 16  # requests at a time for shards behind a URL, where one by one would wait for the network
 # Of a sample's meta, what has a place of its own in `Seen`; all else is shown as it is.

@@ -66,7 +66,7 @@ class SourceCounts:
             self.videos += 1
             self.seconds.add(seen.seconds)
         for subject in seen.subjects:
-            origins = [reference.origin for reference in subject.references]
+            origins = [reference.origin for reference in subject.references if reference.ext]
             self.masked += subject.mask is not None or any(origin in CUT_OUT for origin in origins)
             self.generated += sum(origin.startswith(GENERATED) for origin in origins)
             self.augmented += origins.count("augmented")
@@ -160,6 +160,8 @@ class Statistics:
         self.scenarios[scenario(subject.name, subject.kind)].add(head_noun(subject.name) or "unnamed")
         self.names.update(content_words(subject.name))
         for reference in subject.references:
+            if not reference.ext:
+                continue  # the sample tells of it and does not have it
             self.origins.add(reference.origin or UNSAID)
             if reference.similarity is not None:
                 self.similarity[reference.origin or UNSAID].add(reference.similarity)

@@ -35,8 +35,11 @@ class Tally:
 
     def update(self, names: Iterable[str]) -> None:
         """Count each of some names once."""
-        for name in names:
-            self.add(name)
+        before = self.counts.total()
+        self.counts.update(names)
+        self.total += self.counts.total() - before
+        if len(self.counts) > self.most:
+            self._forget()
 
     def top(self, count: int | None = None) -> list[tuple[str, int]]:
         """The most frequent names; those of equal counts by the alphabet."""

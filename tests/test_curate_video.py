@@ -15,7 +15,7 @@ from PIL import Image
 from test_video import BITS, number_of, numbered, numbers, write
 
 from idc.curate import reading
-from idc.curate.candidate import Box, Candidate, CuratedSubject, Dropped
+from idc.curate.candidate import Box, Candidate, CuratedSubject, Dropped, EncodedClip
 from idc.curate.checks import DecodeCheck
 from idc.curate.geometry import View, view_of
 from idc.curate.reading import clip_box, clip_frames, inspect, look, open_source, size_of, span_of, stream
@@ -647,3 +647,12 @@ def test_two_hours_are_cut_without_being_decoded(tmp_path):
     assert [numbers(clip.clip) for clip in kept] == [[rank % 50 for rank in clip.ranks] for clip in kept]
     assert kept[-1].span[1] > 26980
     assert decoded.decoded < 1000
+
+
+def test_clips_out_of_shards_pass_as_they_are(film):
+    frames, height, width = 17, 32, 128
+    clip = Candidate("s-1", "shards", "v", str(film), (0, frames), None, tuple(range(frames)), 16.0)
+    encoded = clip.changed(encoded=EncodedClip(b"mp4", frames, height, width))
+    for done in (encoded, clip.changed(clip=np.zeros((frames, height, width, 3), np.uint8))):
+        kept, drops = through(CHAIN[1:], done)
+        assert (kept[0] is done, drops) == (True, [])

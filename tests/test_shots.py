@@ -336,3 +336,7 @@ def test_a_loaded_detector_travels_without_its_network(small):
     copy = pickle.loads(pickle.dumps(Shots(detector)))
     video = np.zeros((3, 27, 48, 3), np.uint8)
     assert list(copy.detector.scores(video)) == list(detector.scores(video))
+
+
+def test_only_networks_ask_for_a_gpu(small):
+    assert [Shots(detector).heavy for detector in (*DETECTORS.values(), TransNetV2(str(small)))] == [False] * 3 + [True]

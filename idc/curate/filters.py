@@ -137,7 +137,8 @@ class TechnicalFilter(Step):
 
     def apply(self, candidate: Candidate) -> Outcome:
         pictures, later, _ = pairs(candidate, self.frames, STILL_SECONDS)
-        bars = bars_of(luma(pictures), BLACK) if self.crop_bars and candidate.clip is None else None
+        uncut = candidate.clip is None and candidate.encoded is None
+        bars = bars_of(luma(pictures), BLACK) if self.crop_bars and uncut else None
         if bars is not None:
             taken = 1 - bars.area / (pictures.shape[1] * pictures.shape[2])
             if taken > self.max_bars:

@@ -35,7 +35,9 @@ class Transition(NamedTuple):
 
 class ShotDetector(Protocol):
     """Finds transitions in a stream of frames. It holds settings, and networks between `load` and `unload`; nothing of
-    one video is there for the next."""
+    one video is there for the next. `heavy` says whether it wants a GPU where there is one."""
+
+    heavy: bool
 
     @property
     def models(self) -> tuple[str, ...]: ...
@@ -85,6 +87,11 @@ class Shots(Step):
         self.min_seconds, self.trim, self.search_given = min_seconds, trim, search_given
 
     @property
+    def heavy(self) -> bool:  # type: ignore[override]
+        """Whether the detector is a network."""
+        return self.detector.heavy
+
+    @property
     def models(self) -> tuple[str, ...]:
         return self.detector.models
 
@@ -95,7 +102,7 @@ class Shots(Step):
         self.detector.unload()
 
     def apply(self, candidate: Candidate) -> Outcome | Sequence[Outcome]:
-        if candidate.clip is not None or inspect(candidate).is_image:
+        if candidate.clip is not None or candidate.encoded is not None or inspect(candidate).is_image:
             return candidate
         first, end = span_of(candidate)
         if candidate.span is not None and not self.search_given:
@@ -201,6 +208,7 @@ class _Thumbnails:
 class ColourCuts:
     """Hard cuts where the colours of successive frames hardly overlap (`idc.data.cuts.is_cut`); needs no package."""
 
+    heavy = False
     models = ("colour overlap",)
 
     def load(self, device: torch.device | str = "cpu") -> None:
@@ -226,6 +234,8 @@ class SceneDetect:
     "adaptive" compares each frame's change with that of the frames before and behind it, so that fast motion is no cut;
     "content" takes any change above the threshold.
     """
+
+    heavy = False
 
     def __init__(self, method: str = "adaptive", threshold: float | None = None, window: int = 4) -> None:
         """

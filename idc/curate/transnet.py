@@ -30,6 +30,8 @@ class TransNetV2:
     one at its end, as the authors do. At a hard cut the last frame of the old shot is the one that scores.
     """
 
+    heavy = True
+
     def __init__(self, path: str, threshold: float = 0.5, logits: bool | None = None) -> None:
         """
         Args:

@@ -75,7 +75,7 @@ class Windows(Step):
         self.min_frames = min_frames
 
     def apply(self, candidate: Candidate) -> Outcome | Sequence[Outcome]:
-        if candidate.clip is not None:
+        if candidate.clip is not None or candidate.encoded is not None:
             return candidate  # of a shard: its window was chosen when that was made
         source = inspect(candidate)
         if source.is_image:
@@ -179,7 +179,7 @@ class Cut(Step):
             self._rule(1, image)
 
     def apply(self, candidate: Candidate) -> Outcome:
-        if candidate.clip is not None:
+        if candidate.clip is not None or candidate.encoded is not None:
             return candidate
         if not candidate.ranks:
             raise UserError(f"step {self.name!r}: {candidate.key} has no frames chosen yet; put Windows before it")

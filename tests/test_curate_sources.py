@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import fsspec

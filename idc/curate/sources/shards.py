@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idc.curate.candidate import (
     Box,
@@ -22,13 +22,15 @@ from idc.curate.candidate import (
     Source,
     key_of,
 )
-from idc.curate.looking import Folder, SeenReference, SeenSubject, describe, read_texts
 from idc.curate.sources import rle
 from idc.data import storage
 from idc.data.index import Entry, ShardIndex
 from idc.data.shards import LOSER, SampleError, clip_ext, read_members
 from idc.errors import UserError
 from idc.types import Bucket
+
+if TYPE_CHECKING:
+    from idc.curate.looking import SeenReference, SeenSubject
 
 META = "shards"
 KINDS = {"human": "person", "background": "place"}  # what a reference is to the metrics -> what its subject is
@@ -100,8 +102,11 @@ class ExistingShards(Source):
             yield Dropped(self.name, f"{entry.shard}/{entry.key}", key, "source", "unreadable sample", error.reason)
 
     def _candidate(self, key: str, entry: Entry, members: Mapping[str, bytes]) -> Candidate:
+        # Not above: what looks at collections knows their writer, which knows this package's masks.
+        from idc.curate.looking import Folder, describe, read_texts
+
         caption, record, problem = read_texts(self._root, entry)
-        seen = describe(_folder(self._root), entry, caption, record, problem)
+        seen = describe(Folder(self._root, "", 0, 0, 0, "", ()), entry, caption, record, problem)
         ext = clip_ext(members)
         if problem or ext is None:
             raise SampleError(problem or "no clip")
@@ -129,10 +134,6 @@ class ExistingShards(Source):
             safety=dict(seen.safety),
             meta={**own, META: was},
         )
-
-
-def _folder(root: str) -> Folder:
-    return Folder(root, "", 0, 0, 0, "", ())
 
 
 def _entry(source: str, payload: Mapping[str, Any]) -> Entry:

@@ -32,6 +32,7 @@ from idc.errors import UserError
 from idc.models.faces import ARCFACE_LANDMARKS, Face, unit
 
 TRACKS = FaceTracks(faces=FACES, min_frames=30, min_face=0.05)
+SPARSE = FaceTracks(faces=FACES, looks_per_second=3, min_frames=30, min_face=0.05)
 SAME, OTHER = 0.5, 0.363  # cosines: SFace's point of equal errors is the second
 
 
@@ -112,14 +113,14 @@ def test_one_bad_look_hardly_moves_the_median_of_embeddings():
 
 
 def test_a_person_in_two_clips_is_like_himself_and_like_nobody_else(folder):
-    (first,) = people(save(folder, "early", drive()[:40]))
-    (second,) = people(save(folder, "late", drive()[80:]))
+    (first,) = people(save(folder, "early", drive()[:40]), SPARSE)
+    (second,) = people(save(folder, "late", drive()[80:]), SPARSE)
     assert first.embedder == second.embedder == embedder_name(FACES) == "sface (yunet-2023mar, sface-2021dec)"
     assert first.kind == "person"
     assert first.embedding @ second.embedding > SAME
     strangers = np.stack([known(name) for name in (*GROUP, "astronaut", "actor")])
     assert max(np.r_[strangers @ first.embedding, strangers @ second.embedding]) < OTHER
-    (nodding,) = people(save(folder, "ann", nods("ann", 40)))
+    (nodding,) = people(save(folder, "ann", nods("ann", 40)), SPARSE)
     assert shows(nodding, "ann") > SAME
     assert max(shows(nodding, name) for name in ("driver", *GROUP[1:], "astronaut")) < OTHER
 
@@ -150,17 +151,17 @@ def test_boxes_are_of_the_sources_picture_however_the_candidate_is_cropped(folde
 
 def test_who_leaves_and_comes_back_is_one_person_and_who_takes_his_place_another(folder):
     ann, dan = at_height(photos()["ann"], 130), at_height(photos()["dan"], 130)
-    back = scene(150, [lambda t: None if 50 <= t < 90 else (ann, 90 + t // 2, 6)], (144, 260))
-    (person,) = people(save(folder, "back", back))
+    back = scene(120, [lambda t: None if 40 <= t < 80 else (ann, 90 + t // 2, 6)], (144, 260))
+    (person,) = people(save(folder, "back", back), SPARSE)
     ranks = [rank for rank, _ in person.track]
-    assert min(ranks) < 50
-    assert max(ranks) > 90
-    assert not [rank for rank in ranks if 50 <= rank < 90]
+    assert min(ranks) < 40
+    assert max(ranks) >= 80
+    assert not [rank for rank in ranks if 40 <= rank < 80]
     assert shows(person, "ann") > SAME
     never = FaceTracks(faces=FACES, looks_per_second=3, min_frames=30, min_face=0.05, rejoin=1.0)
     assert len(people(save(folder, "back", back), never)) == 2
-    place = scene(150, [lambda t: None if 50 <= t < 90 else ((ann, 90, 6) if t < 50 else (dan, 90, 6))], (144, 260))
-    first, second = people(save(folder, "place", place))
+    place = scene(120, [lambda t: None if 40 <= t < 80 else ((ann, 90, 6) if t < 40 else (dan, 90, 6))], (144, 260))
+    first, second = people(save(folder, "place", place), SPARSE)
     assert shows(first, "ann") > SAME > OTHER > shows(first, "dan")
     assert shows(second, "dan") > SAME > OTHER > shows(second, "ann")
 
@@ -168,16 +169,16 @@ def test_who_leaves_and_comes_back_is_one_person_and_who_takes_his_place_another
 def test_two_who_look_alike_at_one_time_stay_two(folder):
     ann = at_height(photos()["ann"], 130)
     twins = scene(60, [lambda t: (ann, 10, 6), lambda t: (ann, 150, 6)], (144, 270))
-    assert len(people(save(folder, "twins", twins))) == 2
+    assert len(people(save(folder, "twins", twins), SPARSE)) == 2
 
 
 def test_nobody_is_followed_across_a_cut(folder):
     joined = np.concatenate([drive()[:60], nods("astronaut")[:60]])
-    first, second = people(save(folder, "joined", joined))
+    first, second = people(save(folder, "joined", joined), SPARSE)
     assert max(rank for rank, _ in first.track) < 60 <= min(rank for rank, _ in second.track)
     assert shows(first, "driver") > SAME > OTHER > shows(first, "astronaut")
     only = save(folder, "joined", joined).changed(span=(60, 120))
-    (subject,) = people(only)
+    (subject,) = people(only, SPARSE)
     assert min(rank for rank, _ in subject.track) == 60
     assert shows(subject, "astronaut") > SAME
 

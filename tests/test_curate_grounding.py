@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from idc.curate.crops import FoundAgain, SubjectCrops
 from idc.curate.geometry import View, plain_view
 from idc.curate.grounding import Ground, MergeLabels, SubjectLimits, face_on, mask_within, share_inside
 from idc.errors import UserError
-from idc.models.grounding import GroundingDino, Sam
+from idc.models.grounding import Detection, GroundingDino, Sam
 
 
 def ground(**settings: Any) -> Ground:
@@ -81,6 +82,16 @@ def test_what_came_with_a_box_keeps_it_gets_a_mask_and_says_on_which_frame_to_se
     assert (tuple(car.box), car.frame) == (CAR, 1)
     masked = replace(given, mask=np.ones((96, 160), np.bool_))
     assert one(ground()([candidate(clip, masked)])).subjects[0].mask.all()
+
+
+def test_the_surest_of_several_boxes_is_taken() -> None:
+    class Several(ByColour):
+        def detect(self, pictures: Sequence[np.ndarray], label: str, reference: np.ndarray) -> list[list[Detection]]:
+            return [[Detection(*BALL, 0.4), Detection(*CAR, 0.8), Detection(*CAT, 0.6)]] * len(pictures)
+
+    some = candidate([frame(("red ball", BALL), ("green car", CAR))], "thing")
+    (thing,) = one(Ground(Several(), Coloured())([some])).subjects
+    assert (tuple(thing.box), thing.score) == (CAR, 0.8)
 
 
 def test_places_need_no_box() -> None:

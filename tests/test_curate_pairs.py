@@ -117,6 +117,8 @@ def test_real_faces_find_their_own_in_other_videos() -> None:
     [
         ((0, 5), {}),  # 0.9962: a near-duplicate teaches to copy
         ((0, 12), {"k0": "k1", "k1": "k0"}),  # 0.978
+        ((0, 11.47), {}),  # 0.98003
+        ((0, 11.49), {"k0": "k1", "k1": "k0"}),  # 0.97996
         ((0, 53), {"k0": "k1", "k1": "k0"}),  # 0.602
         ((0, 54), {}),  # 0.588: another
         ((0, 5, 30), {"k0": "k2", "k1": "k2", "k2": "k1"}),  # the duplicate is passed over for the next one
@@ -266,7 +268,8 @@ def test_pairs_of_the_data_are_taken_with_the_cap_on_near_duplicates() -> None:
     (found,) = pairs(clips)
     assert (found.key, found.other, found.similarity) == ("k0", "k3", 0.8)
     assert pairs(clips, given=False) == []
-    assert who(pairs([record(0, ("r1", 0.7)), record(1, video="v0")])) == {}
+    assert who(pairs([record(0, ("r1", 0.7)), record(1, video="v0")])) == {"k0": "k1"}  # parts of one source video
+    assert who(pairs([record(0, ("r0", 0.7)), record(1)])) == {}
     crossing = [record(0, ("r1", 0.7), meta={"split": "train"}), record(1, meta={"split": "held_out"})]
     assert pairs(crossing) == []
 

@@ -14,7 +14,7 @@ import torch
 from _collection import Held, many, mp4, subject, survivor, tree, unit, write, write_and_die
 from _server import join, launch
 from _shards import picture
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idc.curate.candidate import Dropped, Reference
@@ -233,10 +233,10 @@ def test_the_parts_of_the_steps_are_what_is_written(tmp_path: Path) -> None:
     write(tmp_path / "parts", parts)
     assert tree(tmp_path / "parts") == tree(tmp_path / "direct")
     url = "memory://collection"
-    settings = ShardWriting(samples_per_shard=2, held_out=0.25)
+    wanted = ShardWriting(samples_per_shard=2, held_out=0.25)
     for kept in (0, 7):
         decisions = decide(parts, [], 0.25)
-        written = write_collection(parts, decisions, url, f"{url}/work", settings, {"steps": []})
+        written = write_collection(parts, decisions, url, f"{url}/work", wanted, {"steps": []})
         assert written.kept == kept
     for name, content in tree(tmp_path / "direct").items():
         with storage.open_read(f"{url}/{name}") as stream:
@@ -246,6 +246,7 @@ def test_the_parts_of_the_steps_are_what_is_written(tmp_path: Path) -> None:
 # --- who goes where ---------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.dictionaries(st.text("abcdef/.", min_size=1, max_size=6), st.integers(1, 30), min_size=2, max_size=30),
     st.floats(0.01, 0.9),
@@ -382,7 +383,7 @@ def test_a_drop_of_what_was_not_shown_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "references", "reason"),
+    ("rule", "references", "reason"),
     [
         ({}, [2, 1, 0, 0], {"no subject with a reference": 1, "no subjects": 1}),
         ({"without_reference": "drop"}, [2, 0, 0, 0], {"subject without a reference": 2, "no subjects": 1}),
@@ -390,7 +391,7 @@ def test_a_drop_of_what_was_not_shown_is_refused() -> None:
         ({"max_subjects": 1}, [1, 1, 0, 0], {"no subject with a reference": 1, "no subjects": 1}),
     ],
 )
-def test_subjects_without_a_picture_go_by_the_rule(tmp_path: Path, settings, references, reason) -> None:
+def test_subjects_without_a_picture_go_by_the_rule(tmp_path: Path, rule, references, reason) -> None:
     def clip(number: int, *subjects):
         return survivor(number, video=f"v{number}", subjects=subjects)
 
@@ -402,7 +403,7 @@ def test_subjects_without_a_picture_go_by_the_rule(tmp_path: Path, settings, ref
             clip(3),
         ]
     )
-    written = write(tmp_path, collected, held_out=0, **settings)
+    written = write(tmp_path, collected, held_out=0, **rule)
     assert written.dropped == ({"write": reason} if reason else {})
     found = samples(tmp_path)
     for candidate, count in zip(collected.whole, references, strict=True):
@@ -418,8 +419,8 @@ def test_read_is_kept_and_dropped_by_step_and_reason(tmp_path: Path) -> None:
     before = [Dropped("films", f"bad{n}", "", "source", "unreadable video", "é") for n in range(3)]
     drop = collected.whole[4].dropped("duplicates", "near duplicate", "of another")
     decisions = decide(collected, [Say(drop)], 0.25)
-    settings = ShardWriting(samples_per_shard=5)
-    written = write_collection(collected, decisions, str(tmp_path), str(tmp_path / "work"), settings, {}, iter(before))
+    wanted = ShardWriting(samples_per_shard=5)
+    written = write_collection(collected, decisions, str(tmp_path), str(tmp_path / "work"), wanted, {}, iter(before))
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts == {
         "read": 15,
@@ -434,7 +435,7 @@ def test_read_is_kept_and_dropped_by_step_and_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("wrong", "message"),
     [
         ({"samples_per_shard": 0}, "samples_per_shard=0"),
         ({"max_subjects": 0}, "max_subjects=0"),
@@ -442,9 +443,9 @@ def test_read_is_kept_and_dropped_by_step_and_reason(tmp_path: Path) -> None:
         ({"without_reference": "leave"}, "did you mean 'leave_out'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message) -> None:
+def test_settings_that_make_no_sense_are_refused(wrong, message) -> None:
     with pytest.raises(UserError, match=message):
-        ShardWriting(**settings)
+        ShardWriting(**wrong)
 
 
 def test_embeddings_stay_out_of_the_shards(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class _Wish(NamedTuple):
 
     key: str
     subject: int
-    video: str
+    record: str
     split: str
     other: Mapping[str, Any]
     similarity: float
@@ -34,7 +34,8 @@ class _Wish(NamedTuple):
 def given_pairs(survivors: Survivors, near_duplicate: float, first: bool = True) -> dict[str, list[Adopt]]:
     """By key of the taker, adoptions for the pairs whose both sides have survived, most similar first.
 
-    Left out are pairs within one video, across the split, or more similar than `near_duplicate`.
+    Left out are pairs of a record with itself, across the split, or more similar than `near_duplicate`. Both may be of
+    one source video: OpenS2V-5M pairs the parts of one, which are other moments of it.
     """
     wishes: dict[tuple[str, str], list[_Wish]] = defaultdict(list)
     for candidate in survivors:
@@ -46,7 +47,7 @@ def given_pairs(survivors: Survivors, near_duplicate: float, first: bool = True)
         for known in _known(candidate):
             for wish in wishes.get((candidate.source, str(known.get("id"))), ()):
                 number = _subject_of(candidate, wish.other)
-                apart = candidate.video != wish.video and candidate.meta.get(SPLIT, "") == wish.split
+                apart = str(known.get("id")) != wish.record and candidate.meta.get(SPLIT, "") == wish.split
                 if number is None or not apart or (picture := picture_of(candidate.subjects[number])) < 0:
                     continue
                 adopt = Adopt(
@@ -84,7 +85,7 @@ def _wishes(candidate: Candidate, known: Mapping[str, Any], near_duplicate: floa
         number = _subject_of(candidate, own)
         if number is not None:
             split = candidate.meta.get(SPLIT, "")
-            yield _Wish(candidate.key, number, candidate.video, split, other, float(similarity))
+            yield _Wish(candidate.key, number, str(known["id"]), split, other, float(similarity))
 
 
 def _subject_of(candidate: Candidate, side: Mapping[str, Any]) -> int | None:

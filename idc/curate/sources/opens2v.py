@@ -31,7 +31,8 @@ class OpenS2V5M(Source):
 
     Args:
         path: the JSON file, or several: a dict or list of records, or a record a line (.jsonl); each may be packed with
-            gzip (.gz). Files or fsspec URLs.
+            gzip (.gz): its records then go into the plan of the run themselves, so large ones are better unpacked.
+            Files or fsspec URLs.
         videos_root: folder or URL that the records' paths begin at; one for all files, or one each.
         name, licence: as provenance shows them.
         spans: which of the record's spans is used: the first of these that it has.
@@ -42,7 +43,8 @@ class OpenS2V5M(Source):
         min_side: of the cropped picture, in pixels.
         min_frames: of the span.
         subjects_required: drop records in which no subject is marked.
-        pairs: file or folder of cross-video pairs; a candidate finds its own in `meta["opens2v"]["pairs"]`.
+        pairs: file or folder of cross-video pairs; a candidate finds its own in `meta["opens2v"]["pairs"]`. Both
+            records of a pair are mostly parts of one source video, other moments of it.
         pair_settings: which of them, and the cap on near-duplicates.
 
     Raises:

@@ -117,6 +117,8 @@ class ExistingShards(Source):
         own = {name: value for name, value in seen.meta.items() if name not in ATTRIBUTES}
         was = {"shard": entry.shard, "key": entry.key, "sha256": entry.sha256, "source": seen.source}
         was |= {name: seen.meta[name] for name in ATTRIBUTES if name in seen.meta}
+        if META in own:  # it was read from shards before
+            was["before"] = own[META]
         return Candidate(
             key=key,
             source=self.name,

@@ -69,7 +69,7 @@ class Answers:
             folder = self.folder / "locks"
             folder.mkdir(parents=True, exist_ok=True)
             # Few files for any number of requests: two that share one merely wait for each other.
-            stream = (folder / key[:2]).open("ab")
+            stream = (folder / key[:3]).open("ab")
         except OSError as error:
             raise UserError(f"store={str(self.folder)!r}: cannot be written ({error.strerror})") from None
         with stream:

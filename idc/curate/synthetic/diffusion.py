@@ -121,8 +121,10 @@ class DiffusersEditor(ImageEditor):
         return self._editing.pictures
 
     def describe(self) -> dict[str, Any]:
+        """Where the weights lie is no part of it."""
         settings = {"steps": self.steps, "guidance": self.guidance, "dtype": dtype_name(self.dtype)}
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "path": self.path, **settings}
+        model = {"name": self.name, "version": self.version}
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **model, **settings}
 
     def load(self, device: torch.device | str = "cpu") -> None:
         if self._pipeline is None:

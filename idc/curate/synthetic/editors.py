@@ -90,6 +90,10 @@ class ImageEditor(ABC):
         """Settings that decide what comes out, plain JSON."""
         return plain_settings(self)
 
+    def remark(self) -> str:
+        """As `idc.curate.candidate.Step.remark`."""
+        return ""
+
 
 def check_request(editor: ImageEditor, pictures: Sequence[Pixels], prompt: str, size: tuple[int, int]) -> None:
     """Raise `UserError` for what no editor takes: no picture, too many, other arrays than pixels, no words, no size."""

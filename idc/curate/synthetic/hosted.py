@@ -119,12 +119,13 @@ class HostedEditor(HttpClient, ImageEditor):
         """What the store's ledger adds up to, over all workers and runs."""
         return self._ledger.read()
 
+    def remark(self) -> str:
+        return f"{self.model}: {self.spending}"
+
     def describe(self) -> Mapping[str, Any]:
         """What answers depend on: neither address nor prices nor patience."""
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self._settings(), **self._rules()}
-
-    def _rules(self) -> dict[str, Any]:
-        return {"max_pictures": self.max_pictures, "min_side": self.min_side}
+        rules = {"max_pictures": self.max_pictures, "min_side": self.min_side}
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self._settings(), **rules}
 
     def _settings(self) -> dict[str, Any]:
         return {"protocol": self.protocol, "model": self.model, "extra": self.extra}

@@ -114,6 +114,9 @@ class Synthesise(Step):
         self.editor.unload()
         self.check.unload()
 
+    def remark(self) -> str:
+        return self.editor.remark()
+
     def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
         """As `Step.__call__`. Editors that gain from it are asked for several candidates at once; the checks, whose
         networks know one thread, take turns."""

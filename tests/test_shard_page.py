@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _browser import open_browser
-from _curated import EVIL, moving_clip, write_collection, write_samples
+from _curated import EVIL, SIDE, moving_clip, write_collection, write_samples
 from _shards import corrupt, restamp, write_shards
 
 from idc.cli import main
 from idc.curate.looking import Collection
 from idc.curate.page import PART_SIZE, write_page
 from idc.data.index import build_index
+from idc.data.shards import ShardWriter
 from idc.data.video import decode_video, probe
 from idc.webpage import playable, plays_everywhere
 
@@ -311,6 +312,16 @@ def test_samples_that_cannot_be_read_are_shown_with_their_reason(browser, tmp_pa
     told = dict(browser.execute_script(bad))
     assert told.keys() == reasons.keys()
     assert all(reasons[key] in text for key, text in told.items())
+
+
+def test_a_preference_pair_shows_its_worse_clip_too(browser, tmp_path):
+    with ShardWriter(tmp_path / "pairs") as writer:
+        size = {"frames": 9, "height": SIDE[0], "width": SIDE[1]}
+        writer.write("pair", moving_clip(9), "x", fps=8, loser=moving_clip(9, 90, "yuv444p"), **size)
+    build_index(tmp_path / "pairs").save()
+    open_at(browser, write_page(tmp_path / "out", Collection([str(tmp_path / "pairs")])), "pair")
+    wait(browser, "document.querySelectorAll('#one video').length === 2")
+    wait(browser, "[...document.querySelectorAll('#one video')].every(v => v.readyState >= 1 && !v.error)")
 
 
 def test_a_page_written_again_keeps_its_files_and_drops_those_of_others(tmp_path):

@@ -104,6 +104,17 @@ def test_a_collection_is_found_from_its_folder_or_its_parts_and_counts_once(out)
     assert (len(part), [seen.split for seen in part]) == (4, ["train"] * 4)
 
 
+def test_a_collection_behind_a_url_counts_as_one_on_the_disk(out, counted):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(out), "/looked-at", recursive=True)
+    found = count(Collection(["memory://looked-at"])).to_json()
+    wanted = counted.to_json()
+    for name in ("table_s8", "scores", "words", "drops", "splits", "origins", "counts"):
+        assert found[name] == wanted[name]
+
+
 def test_what_curation_writes_is_read_as_it_was_found_out(tmp_path):
     collected = many()
     write(tmp_path, collected)

@@ -49,7 +49,7 @@
   const said = (values) => unique(values.map((value) => value || NONE));
   const kept = rows.filter((row) => !row.dropped);
   const dropped = rows.filter((row) => row.dropped);
-  const reasonOf = (row) => `${row.step}: ${row.reason}`;
+  const reasonOf = (row) => [row.step, row.reason].filter(Boolean).join(": ");
   choices("status", dropped.length && kept.length ? ["kept", "dropped"] : []);
   choices("reason", unique(dropped.map(reasonOf)));
   $("reason").closest("label").hidden = !dropped.length;
@@ -119,7 +119,7 @@
     const tags = make("div", { class: "tags" });
     const tag = (text, kind = "") => text && tags.append(make("span", { class: `tag ${kind}`, text }));
     tag(row.source);
-    if (row.dropped) tag(`dropped by ${row.step || "?"}`, "bad");
+    if (row.dropped) tag(row.step ? `dropped by ${row.step}` : "dropped", "bad");
     else for (const text of [row.category, row.frames === 1 ? "still" : `${row.seconds.toFixed(1)} s`, counted(row.subjects.length, "subject")]) tag(text);
     if (row.missing) tag("unreadable", "bad");
     const text = make("div", { class: "text" },

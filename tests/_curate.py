@@ -28,6 +28,7 @@ from idc.curate.candidate import (
 from idc.curate.engine import Curation
 from idc.curate.local import LocalExecutor
 from idc.curate.writing import ShardWriting
+from idc.errors import UserError
 
 
 @dataclass
@@ -253,3 +254,10 @@ class Clips(Step):
         subject = CuratedSubject("a number", references=(Reference(b"picture", "png"),))
         encoded = EncodedClip(mp4, 1, 16, 16)
         return candidate.changed(fps=8.0, caption="a number", encoded=encoded, subjects=(subject,))
+
+
+class Unready(Cut):
+    """A step whose weights are not there."""
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        raise UserError("no weights at /models/sam")

@@ -355,16 +355,12 @@ def test_a_step_that_gives_nonsense_is_a_fault_and_a_users_error_ends_the_run(tm
     assert report.read == 14 == report.kept + report.dropped  # two units gave a candidate and a drop
     assert report.kept == 7
 
-    class Unready(Cut):
-        def apply(self, candidate: Candidate) -> Any:
-            raise UserError("no weights at /models/sam")
-
     class Unloadable(Cut):
         def load(self, device: Any = "cpu") -> None:
             raise OSError("no space left")
 
     with pytest.raises(UserError, match="step 'unready': no weights at /models/sam"):
-        curation(tmp_path / "a", steps=(Unready(),)).run()
+        curation(tmp_path / "a", steps=(_curate.Unready(),)).run()
     with pytest.raises(UserError, match="step 'unloadable' cannot be loaded: OSError: no space left"):
         curation(tmp_path / "b", steps=(Unloadable(),)).run()
 
@@ -391,7 +387,7 @@ def test_settings_that_changed_are_named_and_nothing_is_touched(tmp_path: Path) 
     curation(tmp_path, 20).run()
     before = files(tmp_path)
     for more, words in (
-        ({"steps": (Cut(), Split(), Weigh(), Heavy(limit=3))}, r"steps.3.Heavy.limit is 3 \(was 50.0\)"),
+        ({"steps": (Cut(), Split(), Weigh(), Heavy(limit=3))}, r"steps.3.Heavy.limit is 3 \(was -60.0\)"),
         ({"steps": (Cut(), Split())}, r"steps are Cut, Split \(were Cut, Split, Weigh, Heavy\)"),
         ({"chunk": 7}, r"chunk is 7 \(was 6\)"),
         ({"encoding": Encoding(crf=20)}, r"encoding.crf is 20 \(was 18.0\)"),
@@ -538,7 +534,7 @@ def test_the_command_says_what_there_is_to_do_and_then_does_it(
     assert not (tmp_path / "out").exists()
     assert main(arguments) == 0
     words = capsys.readouterr().out
-    assert "25 units\n25 read = 25 kept + 0 dropped\n" in words
+    assert "25 units\n25 read = 23 kept + 2 dropped\n" in words
     assert "% of the steps' time" in words
     assert main([*arguments, "--dry-run"]) == 0
     assert "0 units left" in capsys.readouterr().out

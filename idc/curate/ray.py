@@ -77,7 +77,10 @@ class RayExecutor(Executor):
     def _run(self, work: Work, tasks: Sequence[Task], folder: str) -> Iterator[Done]:
         import ray
 
-        rows = [{"task": json.dumps(task), "counts": "[]", "state": b"", "fault": "", "kept": 0} for task in tasks]
+        rows = [
+            {"task": json.dumps(task), "counts": "[]", "state": b"", "fault": "", "kept": 0, "done": 0, "error": ""}
+            for task in tasks
+        ]
         data = ray.data.from_arrow([_table(row) for row in rows])
         for number, (steps, heavy) in enumerate(groups := grouped(work.steps)):
             stage = {
@@ -92,10 +95,9 @@ class RayExecutor(Executor):
         batch: Any
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
-                if row["fault"].startswith(_STOPS):
-                    raise UserError(row["fault"].removeprefix(_STOPS))
-                if row["fault"].startswith(_FAILS):
-                    raise RuntimeError(row["fault"].removeprefix(_FAILS))
+                if row["error"]:
+                    kind = UserError if row["done"] == REFUSED else RuntimeError
+                    raise kind(row["error"])
                 counts = [Count(**count) for count in json.loads(row["counts"])]
                 task = Task(*json.loads(row["task"]))
                 yield Done(task.part, task.units, counts, row["kept"], row["fault"])
@@ -131,7 +133,7 @@ class RayExecutor(Executor):
         )
 
 
-_STOPS, _FAILS = "stops: ", "fails: "
+DONE, REFUSED, BROKEN = 1, 2, 3  # how a chunk ended: its part is written; the user is at fault; the kit is
 
 
 def grouped(steps: Sequence[Step]) -> list[tuple[tuple[Step, ...], bool]]:
@@ -191,7 +193,7 @@ def _table(row: Mapping[str, Any]) -> Any:
     import pyarrow as pa
 
     # Said here, since numpy would take the bytes for text and cut what ends in zeros.
-    kinds = {"state": pa.large_binary(), "kept": pa.int64()}
+    kinds = {"state": pa.large_binary(), "kept": pa.int64(), "done": pa.int64()}
     return pa.table({name: pa.array([value], kinds.get(name, pa.string())) for name, value in row.items()})
 
 
@@ -199,7 +201,7 @@ def _run(table: Any, stage: Mapping[str, Any]) -> Any:
     """Take a row through a stage. Whatever goes wrong is told in the row: what Ray sees fail, and begins again as often
     as it fails, is a worker that dies."""
     (row,) = table.to_pylist()
-    if row["fault"]:
+    if row["done"]:
         return table
     try:
         with _begun(row, stage) as before, torch_threads(stage["work"].threads):
@@ -207,11 +209,15 @@ def _run(table: Any, stage: Mapping[str, Any]) -> Any:
                 return _table({**row, **_died(row, stage)})
             return _table({**row, **_through(row, stage)})
     except UserError as error:
-        return _table({**row, "state": b"", "fault": f"{_STOPS}{error}"})
+        return _ended(row, REFUSED, str(error))
     except OSError as error:
-        return _table({**row, "state": b"", "fault": f"{_STOPS}{stage['folder']}: {one_line(error)}"})
+        return _ended(row, REFUSED, f"{stage['folder']}: {one_line(error)}")
     except Exception:  # a fault of the kit's own: the driver shows it
-        return _table({**row, "state": b"", "fault": _FAILS + traceback.format_exc()})
+        return _ended(row, BROKEN, traceback.format_exc())
+
+
+def _ended(row: Mapping[str, Any], how: int, error: str) -> Any:
+    return _table({**row, "state": b"", "done": how, "error": error})
 
 
 @contextmanager
@@ -244,7 +250,7 @@ def _died(row: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
     detail = f"{GONE} ({stage['attempts']} times); a lack of memory is the usual reason"
     task, folder = Task(*json.loads(row["task"])), stage["folder"]
     done = finish(task, died(stage["work"], task, folder, detail), folder)
-    return {"counts": _counts(done.counts), "state": b"", "fault": done.fault}
+    return _told(done)
 
 
 def _through(row: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,10 +260,14 @@ def _through(row: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]
     outcomes = work.through(stage["steps"], outcomes)
     if stage["last"]:
         done = finish(task, work.encoded(outcomes), folder)
-        return {"counts": _counts(done.counts), "state": b"", "kept": done.kept, "fault": done.fault}
+        return _told(done)
     buffer = io.BytesIO()
     write_part(buffer, outcomes)
     return {"counts": _counts(outcomes.counts), "state": buffer.getvalue()}
+
+
+def _told(done: Done) -> dict[str, Any]:
+    return {"counts": _counts(done.counts), "state": b"", "kept": done.kept, "fault": done.fault, "done": DONE}
 
 
 def _unpacked(row: Mapping[str, Any]) -> Outcomes:
@@ -301,4 +311,4 @@ class _HeavyStage:
 
 def _refused(table: Any, error: UserError) -> Any:
     (row,) = table.to_pylist()
-    return _table({**row, "state": b"", "fault": f"{_STOPS}{error}"})
+    return _ended(row, REFUSED, str(error))

@@ -1,0 +1,113 @@
+"""Curation on Ray Data: the same bytes as in one process, and the same answers to what goes wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _curate import Cut, Dies, Fails, Heavy, Numbers, Split, Unready, Weigh, curation, files
+
+from idc.curate.plan import chunks
+from idc.curate.ray import RayExecutor, grouped
+from idc.errors import UserError
+
+HERE = RayExecutor(gpus_per_actor=0, actors=1)
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    """One small cluster for all tests; the executor joins what is there."""
+    ray = pytest.importorskip("ray")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+def steps(log: Path | str = "", *more: Any) -> tuple[Any, ...]:
+    """Pixels are cut before the network, so that they travel; light steps come before, between and behind."""
+    return (Cut(encoded=False), Split(), Weigh(log=str(log)), Heavy(), Fails((20,)), *more)
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_ray_gives_the_bytes_of_one_process_and_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    logs = {name: tmp_path / f"{name}.log" for name in ("local", "ray")}
+    here = curation(tmp_path / "local", 40, steps=steps(logs["local"])).run()
+    there = curation(tmp_path / "ray", 40, steps=steps(logs["ray"]), executor=HERE).run()
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert [count.came for count in there.counts] == [count.came for count in here.counts]
+    assert all(count.seconds for count in there.counts if count.step in ("cut", "weigh", "encode"))
+    batches, loads = {}, {}
+    for name, log in logs.items():
+        lines = log.read_text().splitlines()
+        batches[name] = Counter(line for line in lines if line.startswith("batch"))
+        loads[name] = [line for line in lines if line.startswith("load")]
+    assert batches["ray"] == batches["local"]
+    assert len(loads["ray"]) == 1  # one actor, several chunks
+
+    removed = sorted((tmp_path / "ray" / "work").glob("part-*.tar"))[0]
+    removed.unlink()
+    report = curation(tmp_path / "ray", 40, steps=steps()).run()  # by one process, where Ray began
+    assert 0 < report.units - report.done_before < 40
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_worker_that_dies_under_ray_loses_its_chunk_alone(tmp_path: Path) -> None:
+    (tmp_path / "marks").mkdir()
+    dying = (Dies((30,)), Dies((3,), str(tmp_path / "marks")))
+    report = curation(tmp_path / "ray", 40, steps=(Cut(), *dying), executor=HERE, max_failure_rate=1.0).run()
+    (chunk,) = [found for found in chunks([Numbers(40)], 6) if any(unit.id == "n00030" for unit in found)]
+    drops = [json.loads(line) for line in (tmp_path / "ray" / "drops.jsonl").read_text().splitlines()]
+    dead = [drop for drop in drops if drop["reason"] == "worker died"]
+    assert [drop["video"] for drop in dead] == [unit.id for unit in chunk]
+    assert "(2 times)" in dead[0]["detail"]
+    assert report.read == report.kept + report.dropped
+    assert (tmp_path / "marks" / "3").exists()
+    assert "n00003" not in {drop["video"] for drop in dead}
+    assert not list(tmp_path.rglob("*.begun"))
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_users_error_on_the_cluster_reaches_the_user(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 'unready': no weights at /models/sam"):
+        curation(tmp_path / "a", 12, steps=(Cut(), Unready()), executor=HERE).run()
+    with pytest.raises(UserError, match=r"gpus_per_actor=1: the cluster has 0 GPUs; 0 runs networks on CPUs"):
+        curation(tmp_path / "b", 12, steps=steps(), executor=RayExecutor()).run()
+
+
+def test_steps_are_grouped_by_weight_with_light_ends() -> None:
+    light, other, heavy = Cut(), Split(), Weigh()
+    assert grouped([]) == [((), False)]
+    assert grouped([heavy]) == [((), False), ((heavy,), True), ((), False)]
+    assert grouped([light, other, heavy, heavy, light]) == [
+        ((light, other), False),
+        ((heavy, heavy), True),
+        ((light,), False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"actors": 0}, "actors=0"), ({"attempts": 0}, "attempts=0"), ({"gpus_per_actor": -1}, "gpus_per_actor=-1")],
+)
+def test_settings_of_the_cluster_are_checked(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        RayExecutor(**settings)
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'idc\[ray\]'"):
+        curation(tmp_path, executor=HERE).run()

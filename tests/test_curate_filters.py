@@ -175,11 +175,13 @@ def test_bars_add_to_a_crop_that_is_there(tmp_path):
     assert size_of(kept) == (int(kept.crop.bottom - kept.crop.top), 180)
 
 
-@pytest.mark.parametrize("kind", ["one side", "a black frame", "all dark", "no bars", "switched off"])
+@pytest.mark.parametrize("kind", ["one side", "uneven", "a black frame", "all dark", "no bars", "switched off"])
 def test_what_is_no_bar_is_not_cropped(kind, tmp_path):
     video = barred(18, 0) if kind == "switched off" else moving(height=144, width=192)
     if kind == "one side":
         video[:, :30] = 8
+    if kind == "uneven":
+        video[:, :30] = video[:, -14:] = 8
     if kind == "a black frame":
         video[3] = 0
     if kind == "all dark":

@@ -190,9 +190,12 @@ def test_urls_are_fetched_once_into_a_bounded_folder(film, monkeypatch):
             file.write(film.read_bytes())
     for one in (films[0], films[1], films[0]):
         assert numbers(look(one, [7, 60])) == [7, 60]
-    paths = [open_source(one) for one in films]  # the third pushes out the one used longest ago
-    assert [os.path.exists(path) for path in paths] == [False, True, True]
     assert set(fetches.values()) == {1}
+    first, third = open_source(films[0]), open_source(films[2])  # which pushes out the one used longest ago
+    assert os.path.exists(first)
+    paths = [first, open_source(films[1]), third]
+    assert fetches == {films[0].path: 1, films[1].path: 2, films[2].path: 1}
+    assert [os.path.exists(path) for path in paths] == [False, True, True]
     assert numbers(look(films[0], [99])) == [99]
     with pytest.raises(VideoError, match="cannot be fetched"):
         open_source(candidate("memory://films/absent.mp4"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -336,6 +337,12 @@ def test_a_loaded_detector_travels_without_its_network(small):
     copy = pickle.loads(pickle.dumps(Shots(detector)))
     video = np.zeros((3, 27, 48, 3), np.uint8)
     assert list(copy.detector.scores(video)) == list(detector.scores(video))
+
+
+def test_a_missing_package_is_told_before_any_video_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scenedetect.detectors", None)
+    with pytest.raises(UserError, match=r"pip install 'idc\[curate\]'"):
+        Shots().load()
 
 
 def test_only_networks_ask_for_a_gpu(small):

@@ -149,6 +149,9 @@ def test_the_most_important_words_stay_in_the_captions_order() -> None:
                             ("woman with grey hair", "person")))  # fmt: skip
     step = SubjectWords(judge, kinds=("person", "animal", "clothing", "object"), max_subjects=2)
     assert names(one(step([candidate(caption=GOOD)]))) == [("brown dog", "object"), ("woman with grey hair", "person")]
+    given = CuratedSubject("bench", "object", Box(0, 0, 9, 9))  # what is there already is not given up for words
+    (kept,) = one(SubjectWords(judge, max_subjects=1)([candidate(caption=GOOD, subjects=(given,))])).subjects
+    assert (kept.name, kept.box) == ("bench", given.box)
     few = one(SubjectWords(judge, kinds=("place",))([candidate(caption=GOOD)]))
     assert isinstance(few, Dropped)
     assert few.reason == "no subject words"

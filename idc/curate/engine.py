@@ -8,9 +8,11 @@ the shards themselves are made anew each time; that reads no video and runs no n
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from idc.data import storage
 from idc.errors import UserError, make_folder
 
 WORK = "work"
+PHASES = ("listing", "steps", "writing")
 FEW = 10  # faults below which no rate is judged
 
 
@@ -43,6 +46,7 @@ class CurationReport:
         done_before: of these, how many earlier runs had done.
         counts: by step, collection steps included; seconds are this run's, the rest is all runs'.
         worked: by step, candidates that came to it in this run, which its seconds were spent on.
+        seconds: that this run took for listing the units, working on them, and writing (with what is decided before).
         written: what writing the shards reports.
     """
 
@@ -50,6 +54,7 @@ class CurationReport:
     done_before: int = 0
     counts: list[Count] = field(default_factory=list)
     worked: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     written: Written | None = None
 
     @property
@@ -136,19 +141,24 @@ class Curation:
             if not storage.is_url(root):
                 make_folder(Path(root), "out")
         with locked(self.folder):
+            clock = [time.monotonic()]
             clean(self.folder)
             settings = self._settings().keep()
             with storage.open_atomic(storage.join(self.folder, PLAN)) as stream:
                 plan = make_plan(self.sources, settings, self.chunk, self.limit, self._done(), stream)
             report = CurationReport(plan.units, plan.units - plan.left)
+            clock.append(time.monotonic())
             try:
                 this_run = self._work(plan, Work(self.sources, self.steps, self.encoding, settings, self.threads))
             finally:
                 clean(self.folder)  # of what workers left that died or were ended
+            clock.append(time.monotonic())
             parts = Parts(self.folder, plan.parts)
             report.counts = parts.counts or [Count(OPEN)]
             _take_times(report, this_run)
             self._finish(parts, report)
+            clock.append(time.monotonic())
+            report.seconds = {name: end - start for name, (start, end) in zip(PHASES, pairwise(clock), strict=True)}
         _check_balance(report)
         return report
 

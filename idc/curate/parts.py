@@ -16,7 +16,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import IO, Any
 
 from idc.curate.candidate import Candidate, Dropped
@@ -180,7 +179,7 @@ class Part:
 
     def load(self, number: int, clip: bool = True) -> Candidate:
         """One candidate, by its number from 0, with its references' images, and with `clip` its clip and masks."""
-        record = next(islice(self._records(CANDIDATES), number, None))
+        record = self._parsed(self._lines(CANDIDATES)[number], CANDIDATES)
         if not clip:
             record["blobs"] = {name: place for name, place in record["blobs"].items() if ".ref" in name}
         return self._whole(record)
@@ -195,11 +194,17 @@ class Part:
         return Outcomes(self.units, self.counts, list(self.drops()), self.whole())
 
     def _records(self, member: str) -> Iterator[dict[str, Any]]:
-        for line in self._read(*self._places[member]).split(b"\n")[:-1]:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise self._damaged(f"broken line in {member}") from None
+        for line in self._lines(member):
+            yield self._parsed(line, member)
+
+    def _lines(self, member: str) -> list[bytes]:
+        return self._read(*self._places[member]).split(b"\n")[:-1]
+
+    def _parsed(self, line: bytes, member: str) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise self._damaged(f"broken line in {member}") from None
 
     def _whole(self, record: dict[str, Any]) -> Candidate:
         places: dict[str, list[int]] = record["blobs"]

@@ -121,9 +121,10 @@ def reason_table(report: CurationReport, most: int) -> Any:
 
 
 def limit_of(report: CurationReport) -> str:
-    """What limits the rate: the step that most of this run's time went into."""
+    """What limits the rate: how long each phase took, and the step that most of the steps' time went into."""
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     total = sum(count.seconds for count in report.counts)
     if not total:
-        return ""
+        return phases
     slowest = max(report.counts, key=lambda count: count.seconds)
-    return f"{slowest.step} takes {100 * slowest.seconds / total:.0f}% of the steps' time"
+    return f"{phases}; {slowest.step} takes {100 * slowest.seconds / total:.0f}% of the steps' time"

@@ -57,9 +57,8 @@ def measure(out: str, records: int, clip_bytes: int, executor: Any) -> None:
     print(f"{report.units} units, {report.kept} samples in {seconds:.1f} s: {report.kept / seconds:.0f} samples/s")
     print(f"{rest:.1f} s outside the steps (checks, parts, decisions, shards)")
     own, workers = _peak(), _peak(resource.RUSAGE_CHILDREN)
-    print(
-        f"peak memory {own >> 20} MiB (+{(own - before) >> 20} over 1/20 of the records), a worker's {workers >> 20} MiB"
-    )
+    grown = f"+{(own - before) >> 20} over 1/20 of the records"
+    print(f"peak memory {own >> 20} MiB ({grown}), a worker's {workers >> 20} MiB")
     print(f"clips together {report.kept * clip_bytes >> 20} MiB\n")
 
 

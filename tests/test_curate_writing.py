@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -143,8 +144,6 @@ def test_two_runs_are_equal_to_the_byte_wherever_and_whenever(tmp_path: Path) ->
 
 
 def test_the_manifest_names_every_shard_with_its_hash(tmp_path: Path) -> None:
-    import hashlib
-
     write(tmp_path, many(), recipe={"steps": [{"class": "Cut"}]})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["samples"] == {"train": 9, "held_out": 3}
@@ -173,6 +172,9 @@ def test_killed_again_and_again_it_writes_what_an_undisturbed_run_writes(tmp_pat
         kills += code != 0
         for path in broken.rglob("*.tar"):  # never a half shard under a shard's name
             assert path.stat().st_size % 10240 == 0
+        manifest = broken / "manifest.json"
+        for shard in json.loads(manifest.read_text())["shards"] if manifest.exists() else ():  # nor a false manifest
+            assert hashlib.sha256((broken / shard["shard"]).read_bytes()).hexdigest() == shard["sha256"]
     assert kills >= 5
     written = write(broken, many())
     assert written.kept > 0

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from idc.errors import UserError, counted, nearest
 from idc.explain import explain, finish
 from idc.recipes import HELP, RECIPES, check_command_line, merged, no_recipe
-from idc.stage_help import class_settings, setting_line
+from idc.setting_help import class_settings, setting_line
 
 if TYPE_CHECKING:
     from idc.curate.engine import Curation, CurationReport

@@ -582,3 +582,14 @@ def test_help_shows_the_settings_and_those_of_a_recipes_own_classes(
     assert "write idc curate --config recipes/curate.yaml" in capsys.readouterr().err
     assert main(["curate", "--config", "recipes/hardware/ray.yaml"]) == 2
     assert "write --config recipes/curate.yaml --config recipes/hardware/ray.yaml" in capsys.readouterr().err
+
+
+def test_shards_and_parts_behind_a_url_are_the_same(undisturbed: dict[str, bytes]) -> None:
+    import fsspec
+
+    for done in (0, 60):
+        assert curation("memory://bucket/collection").run().done_before == done
+    memory = fsspec.filesystem("memory")
+    found = {path.removeprefix("/bucket/collection/"): memory.cat(path) for path in memory.find("/bucket/collection")}
+    assert undisturbed.items() <= found.items()
+    assert found.keys() - undisturbed.keys() == {"work/plan.jsonl", "work/settings.json"}

@@ -5,24 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _tiny_real import save_tokenizer
+
+from idc.models.tiny import save_clip, save_tokenizer
+
+__all__ = ["CHAT", "aesthetic_head", "save_clip", "save_gme", "save_siglip"]
 
 CHAT = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-
-
-def save_clip(root: Path, width: int = 768) -> Path:
-    """CLIP with 32 x 32 pictures and vectors of `width`; in `root`, as openai/clip-vit-large-patch14 is laid out."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    size = save_tokenizer(root, ["<pad>", "<unk>", "</s>"], end="</s>", pad_token="<pad>", eos_token="</s>")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes["projection_dim"] = width
-    text = {**sizes, "vocab_size": size, "max_position_embeddings": 12, "eos_token_id": 2, "pad_token_id": 0}
-    vision = {**sizes, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)).save_pretrained(root)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(root)
-    return root
 
 
 def save_siglip(root: Path) -> Path:

@@ -6,22 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _tiny_real import save_qwen, save_tokenizer
 
-WORDS = ["How", "would", "you", "rate", "quality", "aesthetics", "of", "this", "video", "image", "?", "The", "is"]
+from idc.models.tiny import JUDGE_WORDS as WORDS
+from idc.models.tiny import LEVELS, QWEN_TEMPLATE, TURN, save_qwen_judge, save_tokenizer
+
+__all__ = ["ANSWER", "LEVELS", "QUESTION", "QWEN_TEMPLATE", "WORDS", "noise", "save_llava_judge", "save_qwen_judge"]
+
 QUESTION, ANSWER = "How would you rate the quality of this video?", "The quality of the video is"
-LEVELS = ["excellent", "good", "fair", "poor", "bad"]
 
-_TURN = """{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}\
-{% endfor %}"""
-QWEN_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    + _TURN.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAVA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}USER: "
-    + _TURN.replace("IMAGE", "<image>\n")
+    + TURN.replace("IMAGE", "<image>\n")
     + "{% endfor %}{% if add_generation_prompt %} ASSISTANT: {% endif %}"
 )
 
@@ -32,19 +27,6 @@ _PIXELS = np.random.default_rng(0)
 def noise(*shape: int) -> np.ndarray:
     """Other pixels at every call."""
     return _PIXELS.integers(0, 256, shape, dtype=np.uint8)
-
-
-def save_qwen_judge(root: Path) -> str:
-    """Qwen2.5-VL in `root`, in the layout of the published one (preprocessor_config.json, no processor_config.json)."""
-    from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    save_qwen(root, words=[*WORDS, *LEVELS])
-    tokenizer = AutoTokenizer.from_pretrained(root)
-    tokenizer.chat_template = QWEN_TEMPLATE
-    tokenizer.save_pretrained(root)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}).save_pretrained(root)
-    return str(root)
 
 
 def save_llava_judge(root: Path) -> str:

@@ -2,74 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WORDS = ["a", "red", "blue", "ball", "cube", "and", "the", "cat", "meets", "another", "on", "green", "floor"]
-NUMBERS = ["Subject", "1", "2", "3", ":"]
-TEXT_DIM, VLM_DIM = 16, 32
+from idc.models.tiny import TEXT_DIM, VLM_DIM, WORDS, save_qwen, save_tokenizer, save_umt5
 
-
-def save_tokenizer(
-    folder: Path, special: list[str], end: str | None = None, words: Sequence[str] = (), **roles: Any
-) -> int:
-    """Save a word-level tokenizer as a real one is saved; return the size of its vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *WORDS, *NUMBERS, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if end is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, vocabulary[end])])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **roles)
-    fast.save_pretrained(folder)
-    return len(vocabulary)
-
-
-def save_umt5(root: Path) -> None:
-    """`text_encoder` and `tokenizer` under `root`; tokens are 16 wide."""
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    special = ["<pad>", "</s>", "<unk>"]
-    size = save_tokenizer(root / "tokenizer", special, end="</s>", pad_token="<pad>", eos_token="</s>")
-    torch.manual_seed(0)
-    config = UMT5Config(vocab_size=size, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
-
-
-def save_qwen(root: Path, words: Sequence[str] = ()) -> None:
-    """Model and tokenizer (which also knows `words`) in `root`; tokens are 32 wide."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    chat = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    special = ["<pad>", "<unk>", *chat]
-    size = save_tokenizer(root, special, words=words, pad_token="<pad>", extra_special_tokens=chat)
-    roles = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    text = {
-        "vocab_size": size,
-        "hidden_size": VLM_DIM,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": VLM_DIM,
-        "fullatt_block_indexes": [1],
-    }
-    ids = {f"{role}_token_id": special.index(f"<|{name}|>") for role, name in roles.items()}
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(root)
+__all__ = ["TEXT_DIM", "VLM_DIM", "WORDS", "save_qwen", "save_tokenizer", "save_umt5", "save_wan", "tiny_vae"]
 
 
 def tiny_vae() -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from _judge_server import Server, chat, chat_server
 from _tiny_judges import save_qwen_judge
 
@@ -213,23 +212,8 @@ def test_the_judge_sees_frames_over_the_clip_and_another_question_for_a_still() 
     assert judge.asked[1][0] == 1
 
 
-def talkative(folder: Path) -> str:
-    """A tiny random Qwen2.5-VL whose answers depend on the pictures, and of which some end."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    path = save_qwen_judge(folder)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(10)
-    model.generation_config.eos_token_id = list(range(0, model.config.text_config.vocab_size, 3))
-    model.save_pretrained(path)
-    return path
-
-
 def test_a_real_model_writes_the_same_captions_in_any_company_and_travels_light(tmp_path: Path) -> None:
-    judge = ImageTextJudge(talkative(tmp_path), dtype="float32", max_tokens=20)
+    judge = ImageTextJudge(save_qwen_judge(tmp_path, talkative=True), dtype="float32", max_tokens=20)
     # Its words are random: whatever has words and is no loop is a caption here.
     step = Caption(judge, frames=2, prompt="Describe", min_words=1, max_words=20, language="any", side=48)
     clips = np.random.default_rng(0).integers(0, 256, (6, 5, 32, 48, 3), dtype=np.uint8)

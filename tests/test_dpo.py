@@ -190,9 +190,13 @@ def test_a_killed_run_goes_on_bit_for_bit(uninterrupted: DPOFit, start: Path, pa
     assert run.validation() == uninterrupted.validation()
 
 
-def test_two_sharded_ranks_are_one(uninterrupted: DPOFit, start: Path, pairs: Path, tmp_path: Path) -> None:
-    fsdp2 = ROOT / "recipes" / "hardware" / "cpu2.yaml"
-    run = DPOFit(tmp_path, overlay(pairs, start, tmp_path / "runs"), overlays=(fsdp2,), ranks=2)
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_two_ranks_are_one(strategy: str, uninterrupted: DPOFit, start: Path, pairs: Path, tmp_path: Path) -> None:
+    run = DPOFit(tmp_path, overlay(pairs, start, tmp_path / "runs"), ranks=2)
+    if strategy == "fsdp2":
+        run = replace(run, overlays=(ROOT / "recipes" / "hardware" / "cpu2.yaml",))
+    else:
+        run = replace(run, args=("--trainer.devices", "2", "--trainer.strategy", "ddp"))
     assert run.finish() == [0, 0], run.errors()
     assert run.losses() == pytest.approx(uninterrupted.losses(), rel=1e-4)
     for step, values in uninterrupted.validation().items():

@@ -126,8 +126,9 @@ class GRPO(Aligned):
                     f"updates={self.updates}: a rank samples {chunks} times {at_once} rollouts, which cannot be split "
                     f"so; {near} is possible"
                 )
-            self._announce(batch, size, world, at_once)
         self.runner.load(self.trainer.strategy.root_device)
+        if stage == "fit":
+            self._announce(batch, size, world, at_once)  # a reward elsewhere has told its networks by now
 
     def _announce(self, batch: int, size: int, world: int, at_once: int) -> None:
         step = batch // self.updates

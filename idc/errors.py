@@ -11,6 +11,11 @@ class UserError(ValueError):
     """Bad input. The command line prints its message on one line and exits with status 2, without a traceback."""
 
 
+class StoppedError(UserError):
+    """Ends a run on all ranks alike, at a moment when the weights are those of the last complete step: that step can
+    still be saved (`idc.callbacks.checkpoint`), by a stage that says `can_stop`."""
+
+
 SHOWN = 20  # choices that an error message lists in full
 
 

@@ -192,6 +192,7 @@ class ByPlace(Reward):
         raising: places whose scorer fails at every call.
         constant: places that all get one value.
         kill_after: this process kills itself (-9) in the call of that number, from 1.
+        dead_after: no reward after so many calls of this process.
     """
 
     failing: tuple[int, ...] = ()
@@ -199,6 +200,7 @@ class ByPlace(Reward):
     raising: tuple[int, ...] = ()
     constant: tuple[int, ...] = ()
     kill_after: int = 0
+    dead_after: int | None = None
     name: str = "by_place"
     models: tuple[str, ...] = ("a network",)
     calls: int = 0
@@ -208,6 +210,8 @@ class ByPlace(Reward):
         self.calls += 1
         if self.calls == self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.dead_after is not None and self.calls > self.dead_after:
+            return Score.failed("the judge is gone")
         # Held-out clips have no place.
         place = int(clip.id.rpartition("#")[2]) if "#" in clip.id else -1
         if place in self.failing:

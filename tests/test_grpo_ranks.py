@@ -134,6 +134,29 @@ def test_a_run_goes_on_over_two_sharded_ranks(uninterrupted: Run, toy_data: Path
             assert line[name] == pytest.approx(uninterrupted.lines()[step][name], rel=1e-3), name
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dead_rewards_stop_a_run_at_its_last_complete_step_from_which_it_goes_on(
+    ranks: int, uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path
+) -> None:
+    """No other save is due; the iteration without rewards is taken again, with the very samples that it had."""
+    run = replace(lasting(tmp_path, toy_data, start), save_every=100, ranks=ranks, strategy="fsdp2")
+    stopped = replace(run, reward={"dead_after": BATCH // ranks})
+    assert stopped.finish() == [2] * ranks, stopped.error()
+    assert "8 of 8 samples have no reward" in stopped.error()
+    assert sorted(run.lines()) == [1]
+    assert (tmp_path / "checkpoints" / "last").readlink().name == "step-00000001"
+    last = replace(run, ckpt_path="last", steps=3)
+    assert last.finish() == [0] * ranks, last.error()
+    assert sorted(run.lines()) == [1, 2, 3]
+    for step, line in run.lines().items():
+        expected = uninterrupted.lines()[step]
+        if ranks == 1:
+            assert line == expected
+        else:
+            assert line["ids"] + run.lines(1)[step]["ids"] == expected["ids"]
+            assert line["train/reward"] == pytest.approx(expected["train/reward"], rel=1e-3)
+
+
 def test_resuming_from_another_start_is_refused(uninterrupted: Run, toy_data: Path, start: str, tmp_path: Path) -> None:
     other = save_start(tmp_path / "other", seed=1)
     checkpoint = str(Path(uninterrupted.folder, "checkpoints", "step-00000005"))

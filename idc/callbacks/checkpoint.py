@@ -15,6 +15,7 @@ All ranks must see the same file system.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import os
 import re
@@ -37,7 +38,7 @@ import idc
 from idc.callbacks.ema import original_name, tolerate
 from idc.callbacks.plain import plain
 from idc.callbacks.resume import CHECKPOINTS, CONVERTED
-from idc.errors import UserError
+from idc.errors import StoppedError, UserError
 from idc.models.checkpoints import step_directories
 from idc.models.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 
@@ -90,6 +91,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         self._requested = False
         self._seen_step = self._saved_step = 0
         self._saved_at = 0.0
+        self._loops: tuple[int, dict[str, Any]] | None = None  # at the end of a step, and which
 
     @property
     def directory(self) -> Path:
@@ -133,6 +135,9 @@ class Checkpoint(lightning_callbacks.Checkpoint):
             return
         due = self.every_n_steps is not None and step // self.every_n_steps > self._seen_step // self.every_n_steps
         self._seen_step = step
+        if getattr(pl_module, "can_stop", False):
+            # When the next batch stops the run, the loops and the loader have already counted it.
+            self._loops = step, copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
         if self.every_n_minutes is not None:
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
             due |= trainer.strategy.reduce_boolean_decision(late, all=False)
@@ -147,7 +152,18 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        """Save the last complete step of a run that `StoppedError`; its error is what the user sees, not the save's."""
+        try:
+            if isinstance(exception, StoppedError) and not is_dry_run(trainer):
+                step, loops = self._loops or (0, None)
+                if self.save_on_end and loops and step == trainer.global_step > self._saved_step:
+                    self.save(trainer, loops)
+                if self._saved_step:
+                    rank_zero_info(f"--ckpt_path last goes on from step {self._saved_step}")
+        except CheckpointError as error:
+            rank_zero_warn(str(error))
+        finally:
+            self._close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint loadable with `weights_only` and by any strategy.
@@ -172,8 +188,11 @@ class Checkpoint(lightning_callbacks.Checkpoint):
 
     # Saving
 
-    def save(self, trainer: Trainer) -> Path | None:
+    def save(self, trainer: Trainer, loops: dict[str, Any] | None = None) -> Path | None:
         """Save now; all ranks call it together. Returns the new directory, or None in a fast_dev_run.
+
+        Args:
+            loops: state of the loops and loaders in place of the present one.
 
         Raises `CheckpointError` on all ranks if any rank failed; the unfinished directory is removed.
         """
@@ -190,6 +209,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
             # Trainer.save_checkpoint ends in a barrier, where the others would wait for a rank that failed; here the
             # exchange of errors below is that barrier.
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            state["loops"] = loops or state["loops"]
             _write(trainer, state, unfinished / STATE)
             del state
         except Exception as error:

@@ -87,8 +87,10 @@ class HttpClient:
         for key, value in {"tries": tries, "concurrency": concurrency}.items():
             if value < 1:
                 raise UserError(f"{key}={value}: must be at least 1")
-        if not (timeout > 0 and pause >= 0):
-            raise UserError(f"timeout={timeout}, pause={pause}: must be positive numbers of seconds")
+        if not 0 < timeout < math.inf:
+            raise UserError(f"timeout={timeout}: must be a positive number of seconds")
+        if not 0 <= pause < math.inf:
+            raise UserError(f"pause={pause}: must be 0 or more seconds")
         self.url, self.api_key_env = url, api_key_env
         self.timeout, self.tries, self.pause, self.concurrency = timeout, tries, pause, concurrency
         self._slots = threading.BoundedSemaphore(concurrency)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Self
 
 import torch
 
-from idc.errors import UserError, counted, nearest
+from idc.errors import StoppedError, UserError, counted, nearest
 from idc.metrics.base import Clip
 from idc.rewards.composite import Breakdown, Composite
 from idc.rewards.workers import Inline, Pool, Scoring, Threads, Workers
@@ -57,10 +58,13 @@ class RewardRunner:
         for name, value, choices in (("where", where, tuple(PLACES)), ("on_failure", on_failure, ON_FAILURE)):
             if value not in choices:
                 raise UserError(f"{name}={value!r}: no such choice{nearest(value, choices)}")
-        if workers < 1 or retries < 0:
-            raise UserError(f"workers={workers}, retries={retries}: must be at least 1 and at least 0")
-        if not (pause >= 0 and (timeout is None or timeout > 0)):
-            raise UserError(f"pause={pause}, timeout={timeout}: must be positive seconds, or null as timeout")
+        for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
+            if value < least:
+                raise UserError(f"{name}={value}: must be at least {least}")
+        if not 0 <= pause < math.inf:
+            raise UserError(f"pause={pause}: must be 0 or more seconds")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise UserError(f"timeout={timeout}: must be positive seconds, or null to wait for ever")
         if not 0 <= max_failure_rate <= 1:
             raise UserError(f"max_failure_rate={max_failure_rate}: must lie between 0 and 1")
         self.composite, self.where, self.workers, self.timeout = composite, where, workers, timeout
@@ -127,16 +131,16 @@ class RewardRunner:
             reason: of one of them.
 
         Raises:
-            UserError: with the numbers, the rule and the reason.
+            StoppedError: with the numbers, the rule and the reason.
         """
         if not failures:
             return
         found = f"rewards: {failures} of {counted(total, 'sample')} {'has' if failures == 1 else 'have'} no reward"
         why = f": {reason}" if reason else ""
         if self.on_failure == "stop":
-            raise UserError(f"{found}{why} (on_failure='stop'; with 'drop' they leave their groups)")
+            raise StoppedError(f"{found}{why} (on_failure='stop'; with 'drop' they leave their groups)")
         if failures > self.max_failure_rate * total:
-            raise UserError(f"{found}, more than max_failure_rate={self.max_failure_rate:g} allows{why}")
+            raise StoppedError(f"{found}, more than max_failure_rate={self.max_failure_rate:g} allows{why}")
 
     def close(self) -> None:
         """End threads and processes and free the networks; a sample under way is dropped. `submit` starts anew."""

@@ -25,7 +25,8 @@ from idc.models.weight_copy import reshard
 from idc.rewards.composite import Breakdown
 from idc.rewards.runner import RewardRunner
 from idc.stages.aligned import Aligned
-from idc.stages.rewarded import advantages_of, clip_of_sample, means
+from idc.stages.held_out import HeldOutRewards
+from idc.stages.rewarded import Drops, advantages_of, clip_of_sample, means
 from idc.stages.rollouts import Place, Rollout, Rollouts, portions, roll_out
 from idc.stages.updates import Contrast, Given, Objective, Point, PolicyGradient
 from idc.stages.watched import watch
@@ -65,6 +66,8 @@ class GRPO(Aligned):
         UserError: for settings out of range or that contradict each other.
     """
 
+    can_stop = True  # `idc.errors.StoppedError`
+
     def __init__(
         self,
         *,
@@ -101,6 +104,7 @@ class GRPO(Aligned):
         self.updates, self.rollouts_a_step = updates, rollouts_a_step
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._validated = 0
+        self._drops = Drops()
 
     @property
     def needs_reference(self) -> bool:
@@ -155,10 +159,12 @@ class GRPO(Aligned):
         with self._clock("reward"):
             own = self.runner.collect(check=False)
             broken = [rollout.sample.id for rollout in rollouts if not rollout.latents.isfinite().all()]
-            parts = of_all_ranks((own, broken))
-        _check_finite([id for _, ids in parts for id in ids])
-        gathered: dict[int, Breakdown] = {k: v for part, _ in parts for k, v in part.items()}
+            names = {key: rollout.sample.id for rollout in rollouts for key in rollout.keys}
+            parts = of_all_ranks((own, broken, names))
+        _check_finite([id for _, ids, _ in parts for id in ids])
+        gathered: dict[int, Breakdown] = {k: v for part, _, _ in parts for k, v in part.items()}
         breakdowns = [gathered[key] for key in sorted(gathered)]
+        self._drops.tell(self.trainer, gathered, {k: id for *_, part in parts for k, id in part.items()})
         failures = [breakdown for breakdown in breakdowns if breakdown.total is None]
         self.runner.check(len(failures), len(breakdowns), failures[0].reason if failures else "")
         size = self._group_size
@@ -305,37 +311,20 @@ class GRPO(Aligned):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample the held-out conditions without noise in the steps, always from the same start, for their rewards."""
-        videos = self.sample_videos(batch.samples, batch.bucket, batch.seeds_B)
+        self.held_out.judge(self, batch)
         self._validated += 1
-        real = len(batch) - batch.padding
-        for sample, video in list(zip(batch.samples, videos, strict=True))[:real]:
-            self.runner.submit(sample.id, clip_of_sample(sample, video, sample.id))
 
     def on_validation_epoch_end(self) -> None:
-        trainer = self.trainer
-        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._end_held_out("val", complete=self._validated == sum(batches) == sum(trainer.num_val_batches))
+        complete = self._validated == sum(self.trainer.num_val_batches)
+        self._validated = 0
+        self.held_out.end(self, "val", complete)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self._end_held_out("test", complete=True)
-
-    def _end_held_out(self, split: str, complete: bool) -> None:
         self._validated = 0
-        found = [b for part in of_all_ranks(self.runner.collect(check=False)) for b in part.values()]
-        failures = [breakdown for breakdown in found if breakdown.total is None]
-        self.runner.check(len(failures), len(found), failures[0].reason if failures else "")
-        if not complete or not found:  # cut short by a signal: it would be the mean of some buckets
-            return
-        values = {f"{split}/reward/{name}" if name else f"{split}/reward": mean for name, mean in means(found).items()}
-        values[f"{split}/without_reward"] = len(failures) / len(found)
-        if self.trainer.sanity_checking:  # of the start: Lightning logs nothing then, and the curve begins there
-            for logger in self.trainer.loggers:
-                logger.log_metrics(values, step=0)
-        for key, value in values.items():
-            self.log(key, value, prog_bar=key == f"{split}/reward", rank_zero_only=False)
+        self.held_out.end(self, "test", complete=True)
 
     # Logging --------------------------------------------------------------------------------------------------------
 
@@ -347,6 +336,7 @@ class GRPO(Aligned):
         self.log("train/zero_variance_groups", (std_G == 0).float().mean())
         self.log("train/advantage", advantages_B.abs().mean())
         self.log("train/without_reward", sum(b.total is None for b in breakdowns) / len(breakdowns))
+        self.log("train/reward_retried", float(sum(b.retried for b in breakdowns)))
 
     def teardown(self, stage: str) -> None:
         self.runner.close()

@@ -153,8 +153,8 @@ class HackingMonitor(Callback):
         runner: Any = getattr(pl_module, "runner", None)
         if not hasattr(runner, "composite"):
             raise UserError(
-                f"HackingMonitor: {type(pl_module).__name__} has no rewards to watch; leave the callback out, or "
-                "train with recipes/grpo.yaml"
+                f"HackingMonitor: {type(pl_module).__name__} has no rewards to watch; give DPO "
+                "model.init_args.reward, train with recipes/grpo.yaml, or leave the callback out"
             )
         self.watched = tuple(runner.composite.watched)
         known = (*self.watched, DIVERSITY)

@@ -22,7 +22,9 @@ from idc.flow.objectives import dpo_loss, velocity_error
 from idc.flow.path import interpolate, velocity_target
 from idc.flow.times import LogitNormal, TimeSampler, held_out_times, noise_like
 from idc.models.conditioning import ConditionDropout, Drop, Features
+from idc.rewards.runner import RewardRunner
 from idc.stages.aligned import Aligned
+from idc.stages.held_out import HeldOutRewards
 from idc.types import Batch
 
 LOGGED = ("dpo", "accuracy", "margin", "delta_winner", "delta_loser")
@@ -52,6 +54,8 @@ class DPO(Aligned):
         dropout: probabilities of dropping conditions, as in SFT; pairs say which clip fits its condition, so by
             default none is dropped.
         validation_times: the t at which every held-out pair is evaluated, each with its own fixed noise.
+        reward: what judges, at every validation, the present model's videos for the conditions of the held-out pairs,
+            a condition once: for the curve (`val/reward`) alone, and nothing is trained on it. None samples none.
         aligned_args: of `Aligned`.
 
     Raises:
@@ -66,6 +70,7 @@ class DPO(Aligned):
         times: TimeSampler | None = None,
         dropout: ConditionDropout | None = None,
         validation_times: list[float] | None = None,
+        reward: RewardRunner | None = None,
         **aligned_args: Any,
     ) -> None:
         if not 0 < beta < math.inf:
@@ -78,6 +83,8 @@ class DPO(Aligned):
         self.times = times or LogitNormal()
         self.dropout = dropout or ConditionDropout(0.0, 0.0, 0.0)
         self.validation_times = chosen
+        self.runner = reward
+        self.held_out_rewards = None if reward is None else HeldOutRewards(reward, once=True)
         self._micro: list[Tensor] = []  # what is logged, of the micro-batches since the last optimiser step
         self._validated = 0  # held-out batches of the running validation
         self.held_out = torch.nn.ModuleDict({name: MeanMetric() for name in LOGGED})
@@ -94,6 +101,15 @@ class DPO(Aligned):
         """Of what chose between the clips of the pairs, where the data module had them chosen."""
         sources = getattr(getattr(self.trainer, "datamodule", None), "sources", ())
         return tuple(model for source in sources if hasattr(source, "reward") for model in source.reward.models)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.runner is not None and stage != "predict":
+            self.runner.load(self.trainer.strategy.root_device)
+
+    def teardown(self, stage: str) -> None:
+        if self.runner is not None:
+            self.runner.close()
 
     # The objective ----------------------------------------------------------------------------------------------
 
@@ -168,19 +184,25 @@ class DPO(Aligned):
             if real:
                 for name, values_B in zip(LOGGED, losses, strict=False):
                     cast(MeanMetric, self.held_out[name]).update(values_B[:real])
+        if self.held_out_rewards is not None:
+            self.held_out_rewards.judge(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         # A validation that a signal cut short would log the accuracy of some buckets, or of nothing.
-        if self._validated == sum(self.trainer.num_val_batches):
-            self._log_held_out("val")
-        self._reset_held_out()
+        self._end_held_out("val", complete=self._validated == sum(self.trainer.num_val_batches))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self._log_held_out("test")
+        self._end_held_out("test", complete=True)
+
+    def _end_held_out(self, split: str, complete: bool) -> None:
+        if complete:
+            self._log_held_out(split)
         self._reset_held_out()
+        if self.held_out_rewards is not None:
+            self.held_out_rewards.end(self, split, complete)
 
     def _log_held_out(self, split: str) -> None:
         for name in LOGGED:

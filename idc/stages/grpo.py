@@ -103,7 +103,8 @@ class GRPO(Aligned):
         self.runner, self.advantage_clip = reward, advantage_clip
         self.updates, self.rollouts_a_step = updates, rollouts_a_step
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._validated = 0
+        self.held_out = HeldOutRewards(reward)
+        self._validated = 0  # held-out batches of the running validation
         self._drops = Drops()
 
     @property

@@ -56,7 +56,10 @@ class Replicates(Measured):
         spread = f"{counted(len(values), 'run')} (seeds {seeds}); the interval is Student's t over them"
         notes = tuple(dict.fromkeys([spread, *(note for cell in cells for note in cell.notes)]))
         scored = sum(cell.scored for cell in cells)
-        return Cell(mean, mean - half, mean + half, scored, expected, shared=shared, notes=notes)
+        low, high = mean - half, mean + half
+        if all(0 <= value <= 1 for value in values):  # fractions: a few seeds say nothing of what cannot be
+            low, high = max(low, 0.0), min(high, 1.0)
+        return Cell(mean, low, high, scored, expected, shared=shared, notes=notes)
 
 
 def half_width(values: Sequence[float], level: float) -> float:

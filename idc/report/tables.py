@@ -142,7 +142,8 @@ def fill(
     base: tuple[Cell | None, ...] | None = None
     for place, row in enumerate(layout.rows):
         measured = chosen.rows.get(place)
-        line = _line(columns, row.title, row.group, measured, base if layout.changes else None)
+        title = _toy_title(row, measured) if protocol == "toy" else row.title
+        line = _line(columns, title, row.group, measured, base if layout.changes else None)
         printed, notes = _printed(layout, columns, row) if with_published else ((), ())
         lines.append(Line(line.title, line.group, line.cells, line.changes, printed, measured, notes))
         base = base or line.cells
@@ -186,6 +187,11 @@ def _with_notes(lines: Sequence[Line], columns: Sequence[Column]) -> list[Line]:
                 cells[place] = replace(cell, notes=(f"reads {read}", *cell.notes))
         noted.append(replace(line, cells=tuple(cells), notes=notes))
     return noted
+
+
+def _toy_title(row: Row, measured: Measured | None) -> str:
+    """A run of the toy world never stands under the name of a model of the paper."""
+    return row.title if measured is None else f"{measured.run.info.system} (toy)"
 
 
 def _reads(lines: Sequence[Line], column: Column) -> list[str]:

@@ -190,11 +190,12 @@ def keep_results(slug: str, variant: Variant, folder: Path, seed: int, arguments
     label = f"--model.init_args.system={variant.system}"
     label_columns = f"--model.init_args.columns={json.dumps(columns)}"
     place = f"--model.init_args.out={arguments.out / 'evaluate' / slug}"
-    status = main([*generate, *sampling, f"--model.init_args.checkpoint={checkpoint}"]) or main(
-        [*evaluate, label, label_columns, place]
-    )
-    if status not in (0, 3):  # 3: some clips have no score, which the report tells
-        raise SystemExit(f"sampling or judging {checkpoint} ended with status {status}")
+    for command in (
+        [*generate, *sampling, f"--model.init_args.checkpoint={checkpoint}"],
+        [*evaluate, label, label_columns, place],
+    ):
+        if (status := main(command)) not in (0, 3):  # 3: some clips failed, which the report tells
+            raise SystemExit(f"idc {' '.join(command)} ended with status {status}")
 
 
 # The table ----------------------------------------------------------------------------------------------------------
@@ -256,9 +257,13 @@ def main() -> None:
                 temporary = judged.with_suffix(".tmp")
                 temporary.write_text(json.dumps({"settings": settings, **found}, indent=1))
                 temporary.replace(judged)
-            results.setdefault(name, {})[str(seed)] = json.loads(judged.read_text())
-            if arguments.results and not (arguments.out / "evaluate" / slug).is_dir():
+            found = json.loads(judged.read_text())
+            if (before := found.pop("settings")) != settings:
+                raise SystemExit(f"{judged} is of {before} and not of {settings}: give another --out")
+            results.setdefault(name, {})[str(seed)] = found
+            if arguments.results and not (folder / "kept").is_file():
                 keep_results(slug, VARIANTS[name], folder, seed, arguments)
+                (folder / "kept").touch()
     print(f"\n{settings}, {HELD_OUT} held-out conditions a seed\n{table(results)}")
 
 

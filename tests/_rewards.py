@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 from idc.errors import UserError
 from idc.metrics.base import Clip, Score
 from idc.rewards.base import Reward
+from idc.rewards.client import HttpReward
 from idc.rewards.composite import Composite, Term
+from idc.rewards.server import RewardServer
 
 
 def grey(name: str, level: int = 0) -> Clip:
@@ -46,6 +50,25 @@ class Fixed(Reward):
         if isinstance(value, Exception):
             raise value
         return Score.failed(value) if isinstance(value, str) else Score(float(value))
+
+
+@dataclass
+class People(Reward):
+    """Mean pixel, of clips whose category names people."""
+
+    name: str = "people"
+    models: tuple[str, ...] = ("sface",)
+    bounds: tuple[float, float] = (0.0, 255.0)
+    asked: Counter[str] = field(default_factory=Counter)
+    thread_safe = True
+
+    def applies(self, clip: Clip) -> bool:
+        self.asked[clip.category] += 1
+        return "human" in clip.category
+
+    def score(self, clip: Clip) -> Score:
+        assert "human" in clip.category
+        return Score(float(clip.frames_THWC.mean()))
 
 
 class Flaky(Fixed):
@@ -95,6 +118,23 @@ class Unloadable(Troubled):
 def composite(*rewards: Reward, **settings: Any) -> Composite:
     """All with weight 1."""
     return Composite([Term(reward) for reward in rewards], **settings)
+
+
+@contextmanager
+def served(reward: Reward, **settings: Any) -> Iterator[RewardServer]:
+    with RewardServer(reward, port=0, **settings) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def client(server: Any, **settings: Any) -> HttpReward:
+    port = server.server_address[1]
+    return HttpReward(f"http://127.0.0.1:{port}/", **{"pause": 0.0, "timeout": 30.0, **settings})
 
 
 class _Lines(io.TextIOBase):

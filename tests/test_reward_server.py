@@ -9,8 +9,7 @@ import pickle
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _rewards import Fixed, Flaky, composite, grey, serve
+from _rewards import Fixed, Flaky, People, client, composite, grey, serve, served
 from _server import context, join, launch
 
 from idc.cli import main
@@ -26,11 +25,13 @@ from idc.data.toy import ToyWorld, render_clip
 from idc.errors import UserError
 from idc.metrics.base import Clip, Reference, Score
 from idc.rewards import (
+    Breakdown,
+    Composite,
     HttpReward,
     PaperReward,
-    Reward,
     RewardRunner,
     RewardServer,
+    Term,
     ToyAesthetics,
     ToyFace,
     ToyNatural,
@@ -170,23 +171,6 @@ def test_an_answer_that_is_no_score_is_a_failure_that_says_so(said: Any, reason:
 # The server and its client
 
 
-@contextmanager
-def served(reward: Reward, **settings: Any) -> Iterator[RewardServer]:
-    with RewardServer(reward, port=0, **settings) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def client(server: Any, **settings: Any) -> HttpReward:
-    port = server.server_address[1]
-    return HttpReward(f"http://127.0.0.1:{port}/", **{"pause": 0.0, "timeout": 30.0, **settings})
-
-
 def toy_reward() -> PaperReward:
     return PaperReward(ToyFace(), ToySubject(), ToyAesthetics(), ToyNatural())
 
@@ -205,6 +189,54 @@ def test_over_http_a_reward_is_what_it_is_here() -> None:
         assert [breakdown.total for breakdown in found.values()] == [score.value for score in expected]
         assert "no toy spec" in found[3].reason
         assert (server.scored, server.failed) == (6, 2)
+
+
+def asked_of(level: int, category: str) -> Clip:
+    return replace(grey(f"{category}{level}", level), category=category)
+
+
+def test_what_does_not_apply_weighs_nothing_wherever_it_is_computed() -> None:
+    """Clips with people, clips without, and clips about which no reward says anything."""
+    launch(print, [])  # the pool's processes come from the tests' own server
+    people, every = People(), Fixed({"*": 2}, "every", models=("clip",))
+    clips = {c.id: c for c in (asked_of(level, of) for of in ("human", "object") for level in (5, 9))}
+
+    def found(terms: list[Term], where: str) -> tuple[dict[str, Breakdown], tuple[str, ...]]:
+        with RewardRunner(Composite(terms), where, 2, max_failure_rate=1.0) as runner:
+            runner.load()
+            for name, clip in clips.items():
+                runner.submit(name, clip)
+            return runner.collect(), runner.composite.models
+
+    with served(people) as p, served(every) as e, served(Composite([Term(people)])) as nested:
+        remote = [client(p, name="people"), client(e, name="every")]
+        whole, here = client(nested, name="composite"), Composite([Term(people)])
+        for local, far in (([people, every], remote), ([people], remote[:1]), ([here], [whole])):
+            parts = [[Term(reward, 1 + i, "same") for i, reward in enumerate(some)] for some in (local, far)]
+            expected = found(parts[0], "process")
+            assert [b.total is None for b in expected[0].values()] == [False, False, len(local) == 1, len(local) == 1]
+            for terms in parts:
+                for where in ("threads", "pool", "process"):
+                    assert found(pickle.loads(pickle.dumps(terms)), where) == expected, (terms, where)
+
+
+def test_whether_it_applies_is_asked_once_for_each_condition_and_never_guessed() -> None:
+    people = People()
+    with served(people) as server:
+        remote = client(server, name="people", retries=0)
+        assert [remote.applies(asked_of(i, of)) for of in ("human", "object") for i in range(3)] == [True] * 3 + [
+            False
+        ] * 3
+        assert people.asked == {"human": 1, "object": 1}
+    clip = asked_of(1, "animal")
+    found = composite(remote).breakdown(clip)
+    assert found.total is None
+    assert "in 1 tries; the last: connection lost" in found.reason
+    with Script(lambda i, asked: b'{"applies": "perhaps"}') as script:
+        found = composite(client(script, retries=1)).breakdown(clip)
+        assert found.total is None
+        assert "its answer to /applies is no true or false" in found.reason
+        assert script.requests == 2  # `score` knows by then
 
 
 def test_what_a_server_serves_is_asked_before_it_is_used() -> None:
@@ -256,6 +288,9 @@ def test_requests_that_are_none_are_turned_down_with_their_status() -> None:
         for status, arguments, headers in [
             (404, ("GET", "/"), {}),
             (404, ("POST", "/health", data), {}),
+            (501, ("DELETE", "/score"), {}),
+            (501, ("PUT", "/score", data), {}),
+            (501, ("NONSENSE", "/score"), {}),
             (400, ("POST", "/score", b"much"), {}),
             (411, ("POST", "/score", data), {"Content-Length": ""}),
             (411, ("POST", "/score", data), {"Content-Length": "-1"}),
@@ -393,8 +428,12 @@ def test_a_server_that_dies_in_mid_run_leaves_samples_without_reward_or_ends_the
     [
         (lambda: HttpReward("judge:8900"), "url='judge:8900'"),
         (lambda: HttpReward("http://a", retries=-1), "retries=-1"),
-        (lambda: HttpReward("http://a", timeout=0), "timeout=0"),
-        (lambda: RewardServer(Fixed({}), port=0, concurrency=0), "concurrency=0"),
+        (lambda: HttpReward("http://a", timeout=0, pause=1), "^timeout=0: must be a positive number of seconds$"),
+        (lambda: HttpReward("http://a", timeout=1, pause=-1), "^pause=-1: must be 0 or more seconds$"),
+        (lambda: RewardRunner(composite(Fixed({})), pause=-1), "^pause=-1: must be 0 or more seconds$"),
+        (lambda: RewardRunner(composite(Fixed({})), timeout=0), "^timeout=0: must be positive seconds, or null"),
+        (lambda: RewardServer(Fixed({}), port=0, concurrency=0), "^concurrency=0"),
+        (lambda: RewardServer(Fixed({}), port=0, max_megabytes=float("inf")), "^max_megabytes=inf: must be a positive"),
         (lambda: RewardServer(Fixed({}), host="no.such.host.invalid"), "--host no.such.host.invalid"),
         (lambda: RewardServer(Fixed({}), port=99999), "--port 99999"),
     ],

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -49,6 +49,16 @@ class Reward(ABC):
         all rollouts of a group.
         """
         return True
+
+    def facts(self) -> Any:
+        """What is known of it once it is loaded, for `learn` of another copy: plain values."""
+        return {"models": tuple(self.models), "bounds": tuple(self.bounds)}
+
+    def learn(self, facts: Any) -> None:
+        """Take over what a loaded copy in another process knows."""
+        for name, value in facts.items():
+            if value != getattr(self, name):
+                setattr(self, name, value)
 
     @abstractmethod
     def score(self, clip: Clip) -> Score:

@@ -136,6 +136,13 @@ class Composite(Reward):
         for term in self.terms:
             term.reward.unload()
 
+    def facts(self) -> Any:
+        return [term.reward.facts() for term in self.terms]
+
+    def learn(self, facts: Any) -> None:
+        for term, known in zip(self.terms, facts, strict=True):
+            term.reward.learn(known)
+
     def applies(self, clip: Clip) -> bool:
         return any(term.weight and term.reward.applies(clip) for term in self.terms)
 

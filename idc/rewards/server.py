@@ -12,18 +12,20 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 from idc import __version__
 from idc.errors import UserError
-from idc.metrics.base import Score, reason_of
+from idc.metrics.base import Clip, Score, reason_of
 from idc.rewards.base import Reward, call
 from idc.rewards.payload import CLIP_TYPE, digest, unpack_clip
 
 MEGABYTE = 1_000_000
+_ADDRESSES = "there are GET /health, POST /score and POST /applies"
 
 
 class RequestError(Exception):
@@ -35,7 +37,8 @@ class RequestError(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """One reward at `POST /score`, and what it is at `GET /health`; `server_address` has the port where 0 was given.
+    """One reward at `POST /score`, whether it applies to such a clip at `POST /applies`, and what it is at
+    `GET /health`; `server_address` has the port where 0 was given.
 
     Args:
         reward: loaded by the caller.
@@ -63,8 +66,10 @@ class RewardServer(ThreadingHTTPServer):
         concurrency: int = 8,
         token_env: str = "IDC_REWARD_TOKEN",
     ) -> None:
-        if not max_megabytes > 0 or concurrency < 1:
-            raise UserError(f"max_megabytes={max_megabytes:g}, concurrency={concurrency}: must be above 0")
+        if not 0 < max_megabytes < math.inf:
+            raise UserError(f"max_megabytes={max_megabytes:g}: must be a positive number (--max-mb); 512 is usual")
+        if concurrency < 1:
+            raise UserError(f"concurrency={concurrency}: must be above 0")
         self.reward, self.max_bytes = reward, int(max_megabytes * MEGABYTE)
         self.token = os.environ.get(token_env, "").strip()
         self.scored = self.failed = 0
@@ -105,7 +110,7 @@ class RewardServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET /health, POST /score; anything else is 404."""
+    """GET /health, POST /score and /applies; any other address is 404, any other method 501."""
 
     server: RewardServer
     protocol_version = "HTTP/1.1"
@@ -118,6 +123,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self._answer(self._post)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Another method, or what is no request at all: the base class would answer with a page."""
+        self.close_connection = True
+        status = HTTPStatus(code)
+        self._json({"error": f"{message or status.phrase}; {_ADDRESSES}"}, status)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not a line for each request; `/health` counts them, faults reach stderr."""
@@ -133,31 +144,40 @@ class Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> dict[str, Any]:
         if self.path != "/health":
-            raise RequestError(HTTPStatus.NOT_FOUND, "no such address; there are GET /health and POST /score")
+            raise RequestError(HTTPStatus.NOT_FOUND, f"no such address; {_ADDRESSES}")
         return self.server.health()
 
     def _post(self) -> dict[str, Any]:
-        if self.path != "/score":
-            raise RequestError(HTTPStatus.NOT_FOUND, "no such address; there are GET /health and POST /score")
+        if self.path not in ("/score", "/applies"):
+            raise RequestError(HTTPStatus.NOT_FOUND, f"no such address; {_ADDRESSES}")
         length = self._length()
         with self.server.slots:
             data = self.rfile.read(length)
             if len(data) < length:
                 raise ConnectionError("the client hung up")
-            return self._score(data)
+            try:
+                clip = unpack_clip(data)
+            except UserError as error:
+                raise RequestError(HTTPStatus.BAD_REQUEST, str(error)) from None
+            if self.path == "/applies":
+                with self._told(clip):
+                    return {"applies": bool(self.server.reward.applies(clip))}
+            return self._score(data, clip)
 
-    def _score(self, data: bytes) -> dict[str, Any]:
+    @contextmanager
+    def _told(self, clip: Clip) -> Iterator[None]:
+        """Of any reward, also one that is not ours: another try may do (memory, a network of its own), and the client
+        has its own number of tries."""
         try:
-            clip = unpack_clip(data)
-        except UserError as error:
-            raise RequestError(HTTPStatus.BAD_REQUEST, str(error)) from None
-        try:
-            score = call(self.server.reward, clip)
-        except Exception as error:  # of any reward, also one that is not ours
-            # Another try may do: memory, a network of its own. The client has its own number of tries.
+            yield
+        except Exception as error:
             self.server.count(None)
             print(f"idc rewards serve: clip {clip.id!r}: {reason_of(error)}", file=sys.stderr)
             raise RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, reason_of(error)) from None
+
+    def _score(self, data: bytes, clip: Clip) -> dict[str, Any]:
+        with self._told(clip):
+            score = call(self.server.reward, clip)
         self.server.count(score)
         return {
             "clip": digest(data),
@@ -190,4 +210,5 @@ class Handler(BaseHTTPRequestHandler):
         for name, text in {**headers, "Connection": "close", "X-Content-Type-Options": "nosniff"}.items():
             self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)

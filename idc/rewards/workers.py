@@ -206,10 +206,10 @@ class Pool(Workers):
         super().__init__(scoring, workers, timeout)
         self._executor: ProcessPoolExecutor | None = None
         self._alone: ProcessPoolExecutor | None = None
-        self._ready: Future[None] | None = None
+        self._ready: Future[Any] | None = None
 
     def load(self) -> None:
-        """Start a process and load there.
+        """Start a process and load there; what the rewards are known to stand on then is known here, too.
 
         Raises:
             UserError: for networks that cannot be loaded.
@@ -217,7 +217,7 @@ class Pool(Workers):
         self._open()
         assert self._ready is not None
         try:
-            self._ready.result()
+            self.scoring.composite.learn(self._ready.result())
         except BrokenProcessPool:
             self._drop()
             raise UserError("rewards: a worker process dies as it loads them; where='process' shows why") from None
@@ -306,15 +306,19 @@ def _initialise(scoring: Scoring) -> None:
         _fault = error
 
 
-def _ready() -> None:
-    if _fault is not None:
-        raise _fault
+def _ready() -> Any:
+    return _here().composite.facts()
 
 
 def _score(clip: Clip) -> Breakdown:
-    _ready()
+    return _here()(clip)
+
+
+def _here() -> Scoring:
+    if _fault is not None:
+        raise _fault
     assert _loaded is not None
-    return _loaded(clip)
+    return _loaded
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:

@@ -88,7 +88,8 @@ def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespa
         return arguments.checkpoint
     steps = max(1, round(variant.steps * arguments.iterations))
     runs = folder / "train" / "run"  # several versions where the first was killed before it saved anything
-    if not any(runs.glob(f"version_*/checkpoints/step-{steps:08d}/manifest.json")):
+    complete = f"version_*/checkpoints/step-{steps:08d}/manifest.json"
+    if not any(runs.glob(complete)):
         files = [pairs_of_seed(name, folder, seed) for name in variant.recipes]
         paths = [value for file in files for value in ("--config", str(file))]
         settings = {
@@ -105,6 +106,8 @@ def train(variant: Variant, folder: Path, seed: int, arguments: argparse.Namespa
         status = main(["fit", *paths, *(f"--{key}={value}" for key, value in settings.items())])
         if status:
             raise SystemExit(f"idc fit ended with status {status}: {folder}")
+        if not any(runs.glob(complete)):  # a signal ends a run politely, with status 0
+            raise SystemExit(f"idc fit was stopped before step {steps}: {folder}")
     return str(runs)
 
 

@@ -26,7 +26,8 @@ class DPOFit(Fit):
 
 
 def overlay(data: Path, start: Path, runs: Path, steps: int = 5, **model: Any) -> dict[str, Any]:
-    """What makes the recipe tiny: pairs under `data`, from the model `start`, a checkpoint every other step."""
+    """What makes the recipe tiny: pairs under `data`, where `again` has the conditions of `held_out`, from the model
+    `start`, a checkpoint every other step."""
     changes = {
         "trainer": {
             "accelerator": "cpu",
@@ -47,7 +48,7 @@ def overlay(data: Path, start: Path, runs: Path, steps: int = 5, **model: Any) -
         "data": {
             "init_args": {
                 "sources": [shards(str(data / "train"))],
-                "val_sources": [shards(str(data / "held_out"))],
+                "val_sources": [shards(str(data / name)) for name in ("held_out", "again")],
                 "buckets": [BUCKET],
                 "batch_size": 4,
                 "val_batch_size": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from _dpo_worker import RECIPE, DPOFit, overlay
-from _grpo_worker import save_start
-from _sft_worker import ROOT, WORLD, fit_here, scalars
-from lightning.pytorch import Trainer
+from _grpo_worker import QUIET, save_start
+from _grpo_worker import stage as online_stage
+from _rewards import Fixed
+from _sft_worker import ROOT, WORLD, fit_here, one_thread, scalars
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from idc.data.corruptions import TurnedColours
@@ -24,9 +27,14 @@ from idc.data.sources import ShardSource, ToyShards
 from idc.errors import UserError
 from idc.flow.path import interpolate, velocity_target
 from idc.flow.times import LogitNormal, noise_like
+from idc.metrics.base import Clip, Score
 from idc.models.sampling import SamplingChanges
 from idc.models.spec import Lora
+from idc.rewards.base import Reward
+from idc.rewards.composite import Composite, Term
 from idc.rewards.measures import Brightness
+from idc.rewards.runner import RewardRunner
+from idc.stages.base import Stage
 from idc.stages.dpo import DPO
 from idc.stages.generate import Encoding, Generate
 from idc.stages.pairs import CorruptedPairs, MinedPairs
@@ -42,11 +50,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pairs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of real clips against clips of other colours: 12 to train on and 6 held out."""
+    """Pairs of real clips against clips of other colours: 12 to train on and 6 held out, each of which has two."""
     folder = tmp_path_factory.mktemp("pairs")
-    for name, count in (("train", 12), ("held_out", 6)):
-        source = ShardSource(str(toy_data / name))
-        CorruptedPairs(str(folder / name), source, TurnedColours(), limit=count, encoding=LOSSLESS).prepare()
+    for name, clips, count in (("train", "train", 12), ("held_out", "held_out", 6), ("again", "held_out", 6)):
+        source, seed = ShardSource(str(toy_data / clips)), int(name == "again")
+        CorruptedPairs(str(folder / name), source, TurnedColours(), count, seed=seed, encoding=LOSSLESS).prepare()
     return folder
 
 
@@ -178,6 +186,10 @@ def test_a_run_prefers_the_winners_more_and_logs_what_a_person_looks_at(uninterr
     assert logged["val/accuracy"][-1][1] > 0.5  # what it is at the reference
     assert logged["val/loss"][-1][1] < math.log(2)
     assert "train/grad_norm" in logged
+    for name in ("reward", "reward/face", "reward/motion", "reward/sharpness", "reward/saturation", "without_reward"):
+        curve = logged[f"val/{name}"]
+        assert [step for step, _ in curve] == [0, *(step for step, _ in logged["val/accuracy"])], name
+        assert curve[-1][1] == pytest.approx(uninterrupted.validation()[4][f"val/{name}"], rel=1e-6)  # ranks compare it
     assert len(list(uninterrupted.run.glob("samples/step-000004/*.mp4"))) == 1
 
 
@@ -227,6 +239,114 @@ def test_ordinary_shards_are_refused_before_anything_is_encoded(
     assert fit_here(run) == 2
     assert "data.init_args.val_sources: 8 samples without a second clip, such as held_out/" in capsys.readouterr().err
     assert not (tmp_path / "features").exists()
+
+
+# Rewards of the held-out pairs' conditions ----------------------------------------------------------------------------
+
+
+def held_out_data(pairs: Path, *names: str) -> VideoDataModule:
+    sources = [ShardSource(str(pairs / name)) for name in names]
+    return VideoDataModule([ShardSource(str(pairs / "train"))], [[5, 32, 32]], 4, val_sources=sources, val_batch_size=4)
+
+
+def judged_stage(start: Path, reward: Reward | None, **settings: Any) -> DPO:
+    runner = RewardRunner(Composite([Term(reward)]), where="process", **settings) if reward is not None else None
+    return DPO(checkpoint=str(start), sampling=SamplingChanges(steps=2), reward=runner)
+
+
+def validated(stage: Stage, data: VideoDataModule) -> dict[str, float]:
+    with one_thread():
+        trainer = Trainer(**{**QUIET, "limit_val_batches": 1.0, "devices": 1})
+        (found,) = trainer.validate(stage, datamodule=data, verbose=False)
+    return dict(found)
+
+
+class Counted(Brightness):
+    """Counts what it judges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+
+    def score(self, clip: Clip) -> Score:
+        self.ids.append(clip.id)
+        return super().score(clip)
+
+
+def test_held_out_rewards_are_those_of_grpo_and_a_condition_of_several_pairs_counts_once(
+    start: Path, pairs: Path
+) -> None:
+    """The same checkpoint, conditions and seeds through both stages, to the bit; and a second pair of each condition
+    changes nothing of it."""
+    rewards = [Counted() for _ in range(3)]
+    mine = validated(judged_stage(start, rewards[0]), held_out_data(pairs, "held_out"))
+    online = online_stage(
+        start,
+        reward=RewardRunner(Composite([Term(rewards[1])]), where="process"),
+        sampling=SamplingChanges(steps=2),
+    )
+    theirs = validated(online, held_out_data(pairs, "held_out"))
+    assert set(theirs) == {"val/reward", "val/reward/brightness", "val/without_reward"}
+    assert {name: mine[name] for name in theirs} == theirs
+    assert 0 < mine["val/reward"] < 1
+    assert len(set(rewards[0].ids)) == len(rewards[0].ids) == 6
+    both = validated(judged_stage(start, rewards[2]), held_out_data(pairs, "held_out", "again"))
+    assert rewards[2].ids == rewards[0].ids
+    assert {name: both[name] for name in theirs} == pytest.approx(theirs, rel=1e-6)
+
+
+def test_without_a_reward_nothing_is_sampled_and_with_one_the_losses_are_the_same(
+    start: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = held_out_data(pairs, "held_out")
+    judged = validated(judged_stage(start, Brightness()), data)
+    monkeypatch.setattr(Stage, "sample_videos", None)
+    plain = validated(judged_stage(start, None), data)
+    assert set(judged) - set(plain) == {"val/reward", "val/reward/brightness", "val/without_reward"}
+    assert plain == {name: judged[name] for name in plain}
+
+
+def test_videos_without_a_reward_are_counted_and_too_many_end_the_run(start: Path, pairs: Path) -> None:
+    data = held_out_data(pairs, "held_out")
+    seen = Counted()
+    validated(judged_stage(start, seen), data)
+    partly = Fixed({"*": 0.25, seen.ids[0]: "cannot be judged"})
+    found = validated(judged_stage(start, partly), data)
+    assert (found["val/reward"], found["val/without_reward"]) == (0.25, pytest.approx(1 / 6))
+    with pytest.raises(UserError, match=r"1 of 6 samples has no reward.*max_failure_rate=0.1.*cannot be judged"):
+        validated(judged_stage(start, partly, max_failure_rate=0.1), data)
+
+
+class CutsFirst(Callback):
+    """Ends the first validation after one batch, as a signal does, and keeps what each has logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.callback_metrics.clear()
+
+    def on_validation_batch_start(self, trainer: Trainer, module: Any, batch: Any, index: int, *_: Any) -> None:
+        if not self.logged and index == 1:
+            raise StopIteration
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        values = trainer.callback_metrics.items()
+        self.logged.append({name: float(value) for name, value in values if name.startswith("val/")})
+
+
+def test_a_validation_that_is_cut_short_logs_nothing_and_the_next_one_judges_all(start: Path, pairs: Path) -> None:
+    reward, cuts, data = Counted(), CutsFirst(), held_out_data(pairs, "held_out", "again")
+    stage = judged_stage(start, reward)
+    stage.optimizer_factory = functools.partial(torch.optim.SGD, lr=0.0)  # type: ignore[assignment]
+    settings = {**QUIET, "limit_val_batches": 1.0, "devices": 1, "max_steps": 2, "val_check_interval": 1}
+    with one_thread():
+        Trainer(callbacks=[cuts], **settings).fit(stage, datamodule=data)
+    assert cuts.logged[0] == {}
+    assert len(reward.ids) == 1 + 6  # the first batch is two pairs of one condition
+    assert reward.ids[0] == reward.ids[1]
+    whole = validated(judged_stage(start, Brightness()), data)
+    assert cuts.logged[1]["val/reward"] == pytest.approx(whole["val/reward"], rel=1e-6)
 
 
 # Pairs that the recipe mines ----------------------------------------------------------------------------------------
@@ -288,6 +408,9 @@ def test_the_recipe_mines_from_the_model_that_it_trains_and_rewards_held_out_con
     train, held_out = (recipe["data"]["init_args"][name][0]["init_args"] for name in ("sources", "val_sources"))
     differing = {name for name in train if train[name] != held_out[name]}
     assert differing == {"path", "items"}
+    reward = recipe["model"]["init_args"]["reward"]["init_args"]["composite"]
+    watched = [entry["class_path"].rpartition(".")[2] for entry in reward["init_args"].pop("watched")]
+    assert (reward, watched) == (train["reward"], ["Motion", "Sharpness", "Saturation"])
     assert train["checkpoint"] == "${model.init_args.checkpoint}"
     seeds = [part["items"]["init_args"]["shards"]["init_args"] for part in (train, held_out)]
     ranges = [set(range(each["seed"], each["seed"] + each["count"])) for each in seeds]

@@ -19,6 +19,7 @@ from idc.errors import UserError, nearest
 
 ON_ALARM = ("warn", "stop")
 SURE = 2.0  # standard errors by which windows must differ
+LOOKS = ("sharpness", "saturation")
 DIVERSITY, WATCHED_DIVERSITY = "diversity", "watch/diversity"
 SMOOTHED = ("policy/kl", "train/zero_variance_groups")
 MEANINGS = {
@@ -100,6 +101,7 @@ class HackingMonitor(Callback):
         fall: of a measure that counts, as a share of its start.
         falls: shares by name, for measures with one of their own.
         both_ways: measures whose rise by as much counts as well: rewards of looks often oversharpen and oversaturate.
+            By default sharpness and saturation, where the run watches them.
         window: iterations at either end.
         val_window: validations at either end. They sample the same conditions from the same noise, so 1 is enough.
         max_ratio_error: of |ratio - 1| on the first update; 0 in float32. None for no bound, as all below.
@@ -117,7 +119,7 @@ class HackingMonitor(Callback):
         rise: float = 0.02,
         fall: float = 0.2,
         falls: Mapping[str, float] | None = None,
-        both_ways: Sequence[str] = ("sharpness", "saturation"),
+        both_ways: Sequence[str] | None = None,
         window: int = 10,
         val_window: int = 1,
         max_ratio_error: float | None = 0.0,
@@ -140,7 +142,10 @@ class HackingMonitor(Callback):
                 raise UserError(f"HackingMonitor: the bound of {name} is {bound}: must be 0 or more, or null for none")
         if on_alarm not in ON_ALARM:
             raise UserError(f"HackingMonitor: on_alarm={on_alarm!r}{nearest(on_alarm, ON_ALARM)}")
-        self.rise, self.fall, self.falls, self.both_ways = rise, fall, falls, tuple(both_ways)
+        self.rise, self.fall, self.falls = rise, fall, falls
+        self.both_ways = LOOKS if both_ways is None else tuple(both_ways)
+        self._named = {f"falls.{name}": name for name in falls}
+        self._named |= {f"both_ways: {name}": name for name in both_ways or ()}
         self.windows = {"train": window, "val": val_window}
         self.on_alarm = on_alarm
         self.watched: tuple[str, ...] = ()
@@ -158,17 +163,18 @@ class HackingMonitor(Callback):
             )
         self.watched = tuple(runner.composite.watched)
         known = (*self.watched, DIVERSITY)
-        for name in self.falls:
+        for setting, name in self._named.items():
             if name not in known:
                 raise UserError(
-                    f"HackingMonitor: falls.{name}: the run does not watch it; it watches {', '.join(known)}"
+                    f"HackingMonitor: {setting}: the run does not watch it; it watches {', '.join(known)}"
                     f"{nearest(name, known)}"
                 )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        present = self._look(trainer, "train")
+        # What held-out rewards were bought with stays true until the next validation, and is all that DPO has.
+        present = [*self._look(trainer, "train"), *self._bought("val")]
         pl_module.log("watch/alarm", float(len(present)))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

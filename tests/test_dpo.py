@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from idc.data.corruptions import TurnedColours
 from idc.data.item_sources import Shards
 from idc.data.module import VideoDataModule
-from idc.data.pairs import PAIR, Pair
+from idc.data.pairs import PAIR, RECORD, Pair
 from idc.data.shards import read_sample
 from idc.data.sources import ShardSource, ToyShards
 from idc.errors import UserError
@@ -227,6 +228,18 @@ def test_two_ranks_are_one(strategy: str, uninterrupted: DPOFit, start: Path, pa
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         DPO(checkpoint="toy", **settings)
+
+
+def test_what_chose_the_pairs_of_shards_is_a_reward_of_the_run(start: Path, tmp_path: Path) -> None:
+    stage = stage_of(start)
+    for name, models in (("a", ["sface", "clip"]), ("b", ["clip"]), ("c", None)):
+        (tmp_path / name).mkdir()
+        if models:
+            (tmp_path / name / RECORD).write_text(json.dumps({"by": "composite", "models": models}))
+    data = VideoDataModule([ShardSource(str(tmp_path / name)) for name in "cba"], [[5, 32, 32]], 1)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.datamodule, stage.trainer = data, trainer
+    assert stage.own_rewards == ("clip", "sface")
 
 
 def test_ordinary_shards_are_refused_before_anything_is_encoded(

@@ -20,7 +20,7 @@ from idc.data.index import ShardIndex, build_index
 from idc.data.loader import PlanLoader
 from idc.data.module import VideoDataModule
 from idc.data.output import FAILURES
-from idc.data.pairs import PAIR, Pair, Side, check_pairs, is_pair
+from idc.data.pairs import PAIR, RECORD, Pair, Side, check_pairs, is_pair, rewards_of_pairs
 from idc.data.plan import HeldOutPlan, MixSource
 from idc.data.quarantine import Quarantine
 from idc.data.reader import ReadSettings
@@ -202,6 +202,32 @@ def test_a_failed_score_is_dropped_with_its_reason(tmp_path: Path) -> None:
     assert [(d.reason, d.detail) for d in report.drops] == [("no score", "counted: too dark")]
 
 
+class Judged(Brightness):
+    """Has its networks' names from elsewhere, as a reward behind HTTP has."""
+
+    models = ()
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        self.models = ("sface",)
+
+
+def test_pairs_say_what_chose_them_and_whoever_trains_on_the_shards_knows(tmp_path: Path) -> None:
+    """Also where all scores were kept by a call before, which alone loaded the reward."""
+    folders = [folder(tmp_path / f"s{i}", {"x": 100 * i}) for i in range(2)]
+    for name in ("first", "second"):
+        reward = Composite([Term(Judged(), 2.0, name="light")])
+        mine(folders, FromReward(reward, tmp_path / "scores", shown=False), tmp_path / name)
+        record = json.loads((tmp_path / name / RECORD).read_text())
+        assert (record["by"], record["models"]) == ("composite", ["sface"])
+        (term,) = record["reward"]["terms"]
+        assert (term["name"], term["weight"], term["reward"]["class"]) == ("light", 2.0, "test_pairs.Judged")
+        assert rewards_of_pairs(ShardSource(str(tmp_path / name)).path) == ["sface"]
+    assert reward.models == ()  # the second was never loaded
+    assert rewards_of_pairs(str(tmp_path)) == []
+    (tmp_path / RECORD).write_text("[]")
+    assert rewards_of_pairs(str(tmp_path)) == []
+
+
 def test_a_composite_that_normalises_does_so_within_each_condition(tmp_path: Path) -> None:
     prompts = {"x": "one", "y": "two"}
     folders = [folder(tmp_path / f"s{i}", {"x": 100 + 10 * i, "y": 200 * i + 1}, prompts) for i in range(2)]
@@ -258,10 +284,15 @@ def test_the_command_computes_a_reward_and_refuses_what_it_cannot_use(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "toy-000000.tar").write_bytes(b"")
     capsys.readouterr()
+    new = ["--out", str(tmp_path / "out2")]
     wrong = {
         "holds finished pairs": [*videos, *reward, *out],
         "holds other shards (toy-000000.tar)": [*videos, *reward, "--out", str(tmp_path / "other")],
         "neither --metric nor --reward": [*videos, "--out", str(tmp_path / "new")],
+        "new: no such folder; give folders": [str(tmp_path / "new"), *reward, "--out", str(tmp_path / "out2")],
+        "new: no such folder; give runs": [str(tmp_path / "new"), "--metric", "a", "--out", str(tmp_path / "out2")],
+        "toy=nan: the weight must be": [str(tmp_path / "run"), "--metric", "toy=nan", "--out", str(tmp_path / "out2")],
+        "--device cuda:99: not on this machine": [*videos, *reward, "--device", "cuda:99", *new],
         "no items.jsonl": [str(tmp_path), *reward, "--out", str(tmp_path / "new")],
         "no run.json": [*videos, "--metric", "face", "--out", str(tmp_path / "new")],
         "'lots' is no number": [str(tmp_path / "run"), "--metric", "face=lots", "--out", str(tmp_path / "new")],

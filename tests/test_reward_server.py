@@ -446,6 +446,32 @@ def test_settings_that_cannot_work_are_named(make: Callable[[], Any], match: str
 # The command
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "rewrd.yaml"], "--config rewrd.yaml: no such file; did you mean 'reward.yaml'?"),
+        (["--config", "."], "--config .: is a folder"),
+        (["--config", "reward.yaml", "--max-mb", "inf"], "max_megabytes=inf: must be a positive number (--max-mb)"),
+        (["--config", "reward.yaml", "--max-mb", "nan"], "max_megabytes=nan: must be a positive number (--max-mb)"),
+        (["--config", "reward.yaml", "--device", "cuda:99"], "--device cuda:99: not on this machine"),
+        (["--config", "reward.yaml", "--device", "gpu"], "--device gpu: not on this machine"),
+    ],
+)
+def test_what_the_command_cannot_use_is_named(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("reward.yaml").write_text("reward: {class_path: idc.rewards.Brightness}\n")
+    assert main(["rewards", "serve", "--port", "0", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"idc rewards serve: {message}")
+    assert "Errno" not in said
+
+
 def test_the_command_serves_what_its_file_says_until_it_is_ended(tmp_path: Path) -> None:
     config = tmp_path / "reward.yaml"
     config.write_text("reward: {class_path: idc.rewards.ToyFace, init_args: {min_weight: 1.0}}\n")

@@ -668,6 +668,28 @@ def test_a_call_that_hangs_costs_its_own_sample_alone(where: str, workers: int) 
         assert runner.collect()["a"].total == 9
 
 
+def test_a_hanging_reward_that_keeps_the_turn_is_named_to_those_that_wait_for_it() -> None:
+    go = threading.Event()
+
+    class Hangs(Fixed):
+        thread_safe = False
+
+        def score(self, clip: Clip) -> Score:
+            go.wait(60)
+            return super().score(clip)
+
+    reward = Composite([Term(Hangs({"a": 1}, "hangs")), Term(Texture())])
+    try:
+        with RewardRunner(reward, "threads", 2, retries=0, timeout=0.3, max_failure_rate=1) as runner:
+            for name in "ab":  # nothing but the texture applies to b
+                runner.submit(name, grey(name))
+            found = runner.collect()
+            said = "no score within 0.3 s; 'hangs' does not return, and it is not thread-safe"
+            assert [found[name].reason.startswith(said) for name in "ab"] == [True, True]
+    finally:
+        go.set()
+
+
 def test_a_worker_process_that_dies_costs_the_sample_that_killed_it_alone() -> None:
     with RewardRunner(composite(Troubled()), "pool", 2, retries=1) as runner:
         for name in ("a", "poison", "b"):

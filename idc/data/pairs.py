@@ -7,15 +7,18 @@ quarantine and the features cache are those of any sample, and a pair with a bro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from idc.data import storage
 from idc.data.index import Entry
 from idc.data.shards import LOSER, clip_ext
 from idc.errors import UserError, counted
 
 PAIR = "pair"  # key in `Sample.meta`
+RECORD = "pairs.json"  # beside finished shards: what chose the pairs, and the networks that it stands on
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,13 @@ def check_pairs(entries: Iterable[Entry], where: str) -> None:
             f"data.init_args.{where}: {counted(len(lone), 'sample')} without a second clip, such as {lone[0]}; "
             "preference shards are made by idc pairs mine, or from real clips by idc pairs corrupt"
         )
+
+
+def rewards_of_pairs(root: str) -> list[str]:
+    """The networks that chose between the clips of the pairs in a folder or at a URL; none where nothing tells."""
+    try:
+        with storage.open_read(storage.join(root, RECORD)) as stream:
+            record = json.loads(stream.read())
+        return [str(model) for model in record["models"]]
+    except (OSError, ValueError, KeyError, TypeError):  # shards that something else made
+        return []

@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,26 @@ from idc.metrics.base import Clip, Score, VideoMetric, checked
 
 # OpenCV's networks and many models keep state between calls, and two rewards may share one.
 _ONE_AT_A_TIME = threading.RLock()
+_in_turn: list[str] = []  # names of the rewards in it, changed by who holds the lock alone
+
+
+def in_turn() -> str:
+    """The reward that the others which are not thread-safe wait for at this moment; "" for none."""
+    names = _in_turn[:1]
+    return names[0] if names else ""
+
+
+@contextlib.contextmanager
+def _turn(reward: Reward) -> Iterator[None]:
+    if reward.thread_safe:
+        yield
+        return
+    with _ONE_AT_A_TIME:
+        _in_turn.append(reward.name)
+        try:
+            yield
+        finally:
+            _in_turn.pop()
 
 
 class Reward(ABC):
@@ -76,8 +97,7 @@ class Reward(ABC):
 def call(reward: Reward, clip: Clip) -> Score:
     """`reward.score(clip)` as it is wherever it runs: without gradients, outside any autocast of the training step,
     one thread at a time unless the reward is thread-safe, with plain details; a failure if outside of its bounds."""
-    turn = contextlib.nullcontext() if reward.thread_safe else _ONE_AT_A_TIME
-    with turn, torch.no_grad(), torch.autocast("cpu", enabled=False), contextlib.ExitStack() as stack:
+    with _turn(reward), torch.no_grad(), torch.autocast("cpu", enabled=False), contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))
         return checked(reward.score(clip), reward.bounds)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from idc.errors import UserError, counted
+from idc.errors import UserError, counted, nearest
 
 if TYPE_CHECKING:
     from idc.rewards.base import Reward
@@ -82,7 +82,9 @@ def read_reward(path: Path) -> Reward:
 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"--config {path}: {_why(path, error)}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or set(tree) != {"reward"}:
         found = ", ".join(map(repr, tree)) if isinstance(tree, dict) and tree else "nothing such"
@@ -97,6 +99,34 @@ def read_reward(path: Path) -> Reward:
         raise UserError(f"--config {path}: {finish(str(error), tree=tree)}") from None
 
 
+def _why(path: Path, error: OSError) -> str:
+    """Why a file cannot be read, in words."""
+    if isinstance(error, FileNotFoundError):
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        return f"no such file{nearest(path.name, [name for name in names if name.endswith(('.yaml', '.yml'))])}"
+    return "is a folder; give a file" if isinstance(error, IsADirectoryError) else f"cannot be read ({error.strerror})"
+
+
+def check_device(name: str) -> str:
+    """The device that `--device` names; "auto" is the GPU where there is one.
+
+    Raises:
+        UserError: for none of torch's, or one that this machine lacks.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = f"{torch.cuda.device_count()} of CUDA" if torch.cuda.is_available() else "no CUDA"
+        why = " ".join(str(error).split(". ")[0].split())[:120]
+        raise UserError(f"--device {name}: not on this machine, which has the CPU and {found} ({why})") from None
+    return name
+
+
 def _hints(parser: Any) -> tuple[list[str], dict[str, Any]]:
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions if action.dest != "help"}
     return list(hints), hints
@@ -105,13 +135,10 @@ def _hints(parser: Any) -> tuple[list[str], dict[str, Any]]:
 def _serve(arguments: argparse.Namespace) -> int:
     reward = read_reward(arguments.config)
 
-    import torch
+    device = check_device(arguments.device)
 
     from idc.rewards.server import RewardServer
 
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = arguments.max_mb, arguments.concurrency
     with RewardServer(reward, arguments.host, arguments.port, *sizes, arguments.token_env) as server:
         reward.load(device)

@@ -21,7 +21,7 @@ import torch
 
 from idc.errors import UserError, counted
 from idc.metrics.base import Clip, Score, reason_of
-from idc.rewards.base import Reward, call
+from idc.rewards.base import Reward, call, in_turn
 from idc.rewards.composite import Breakdown, Composite
 
 _LONGEST_PAUSE = 60.0
@@ -144,7 +144,8 @@ class Inline(Workers):
 
 class Threads(Workers):
     """In threads of this process, while its own thread goes on. A call that hangs cannot be ended: its thread is left
-    behind, its sample has no reward, and the others go to new threads."""
+    behind, its sample has no reward, and the others go to new threads. If its reward is not thread-safe it keeps the
+    turn, and all others that are not wait in vain, which their reason says."""
 
     def __init__(self, scoring: Scoring, workers: int, timeout: float | None) -> None:
         super().__init__(scoring, workers, timeout)
@@ -177,6 +178,16 @@ class Threads(Workers):
 
     def _result(self, future: Future[Breakdown], clip: Clip) -> Breakdown:
         return future.result() if future.done() else Breakdown.failed(self._too_slow)
+
+    @property
+    def _too_slow(self) -> str:
+        reason, name = super()._too_slow, in_turn()
+        if not name:
+            return reason
+        return (
+            f"{reason}; {name!r} does not return, and it is not thread-safe, so that all such rewards wait for it from "
+            "now on: where='pool' ends such calls"
+        )
 
     def _end(self) -> None:
         for _ in range(self.workers):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from idc.data.pairs import check_pairs
+from idc.data.pairs import check_pairs, rewards_of_pairs
 from idc.errors import UserError
 from idc.flow.objectives import dpo_loss, velocity_error
 from idc.flow.path import interpolate, velocity_target
@@ -62,6 +62,8 @@ class DPO(Aligned):
         UserError: for a number out of its range.
     """
 
+    can_stop = True  # `idc.errors.StoppedError`, of held-out rewards
+
     def __init__(
         self,
         *,
@@ -100,7 +102,9 @@ class DPO(Aligned):
     def own_rewards(self) -> tuple[str, ...]:
         """Of what chose between the clips of the pairs, where the data module had them chosen."""
         sources = getattr(getattr(self.trainer, "datamodule", None), "sources", ())
-        return tuple(model for source in sources if hasattr(source, "reward") for model in source.reward.models)
+        rewards = [source.reward for source in sources if hasattr(source, "reward")]
+        told = [model for source in sources for model in rewards_of_pairs(source.path)]
+        return tuple(dict.fromkeys([*told, *(model for reward in rewards for model in reward.models)]))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

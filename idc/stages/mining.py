@@ -21,7 +21,7 @@ import torch
 from idc.data import storage
 from idc.data.benchmark import ITEMS, Item, file_name, read_items
 from idc.data.index import INDEX_NAME, ShardIndex, build_index
-from idc.data.pairs import PAIR, Pair, Side
+from idc.data.pairs import PAIR, RECORD, Pair, Side
 from idc.data.plan import stable_hash
 from idc.data.shards import Reference, ShardWriter
 from idc.data.video import VideoError, VideoInfo, probe
@@ -31,7 +31,7 @@ from idc.metrics.base import Score
 from idc.models.sampling import to_uint8
 from idc.pictures import read_picture
 
-PREFIX, DROPS, RECORD = "pairs", "drops.jsonl", "pairs.json"
+PREFIX, DROPS = "pairs", "drops.jsonl"
 MARGIN = 0.05
 
 
@@ -65,6 +65,10 @@ class Scorer(Protocol):
     """Where the scores come from."""
 
     by: str
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """After `scores`: what it is as plain JSON, and the networks that it stands on under "models"."""
 
     def scores(self, candidates: Sequence[Candidate]) -> list[Score]:
         """One for each, in order, comparable within a condition; a failed one has its reason."""
@@ -114,6 +118,8 @@ def gather(folders: Sequence[str | Path]) -> tuple[list[Candidate], list[Drop]]:
     first: dict[tuple[str, str], str] = {}  # (condition, bytes) -> whose
     condition = _Conditions()
     for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give folders of videos as idc generate makes them")
         if not (folder / ITEMS).is_file():
             raise UserError(f"{folder}: no {ITEMS} here; give folders of videos as idc generate makes them")
         items = read_items(folder / ITEMS)
@@ -246,7 +252,7 @@ def mine(
     with ShardWriter(out, PREFIX) as writer:
         for key, choice in zip(_keys(choices), choices, strict=True):
             write_choice(writer, key, choice)
-    counts = {"by": scorer.by, "margin": margin, "pairs": len(choices), "clips": len(candidates)}
+    counts = {"by": scorer.by, "margin": margin, "pairs": len(choices), "clips": len(candidates), **scorer.record}
     finish(out, {**counts, **(record or {})})
     return report
 

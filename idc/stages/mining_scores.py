@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from idc.data.storage import open_atomic
 from idc.data.video import VideoError, decode_video
 from idc.data.videos import fingerprint
 from idc.errors import UserError, nearest
@@ -20,6 +24,7 @@ from idc.stages.judged import clip_of, describe, digest
 from idc.stages.mining import Candidate
 
 SCORES = "scores"
+_MODELS = "reward.json"
 
 
 class FromRuns:
@@ -36,6 +41,9 @@ class FromRuns:
     def __init__(self, runs: Sequence[str | Path], weights: Mapping[str, float]) -> None:
         if not weights:
             raise UserError("metrics={}: name at least one metric of the runs")
+        for name, weight in weights.items():
+            if not math.isfinite(weight) or not weight:
+                raise UserError(f"--metric {name}={weight:g}: the weight must be a number other than 0")
         self.weights = dict(weights)
         self.by = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
         self._runs: dict[Path, Run] = {}
@@ -51,6 +59,15 @@ class FromRuns:
             if other is not run:
                 raise UserError(f"{path}: judges the same videos as {other.path}; give one of the two")
         self.folders = [Path(run.info.videos) for run in self._runs.values()]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        metrics = {name: [run.info.metrics[name] for run in self._runs.values()] for name in self.weights}
+        models = [model for described in metrics.values() for each in described for model in each.get("models", ())]
+        return {
+            "models": list(dict.fromkeys(models)),
+            "metrics": {name: {"weight": weight, **metrics[name][0]} for name, weight in self.weights.items()},
+        }
 
     def scores(self, candidates: Sequence[Candidate]) -> list[Score]:
         return [self._score(candidate, self._runs[candidate.video.parent.resolve()]) for candidate in candidates]
@@ -94,7 +111,12 @@ class FromReward:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # What fails is dropped with its reason; whether enough is left shows in the pairs.
         self.runner = RewardRunner(self.composite, where, workers, max_failure_rate=1.0)
-        self._config = digest({"reward": describe(reward, 8)})
+        self._described = describe(reward, 8)
+        self._config = digest({"reward": self._described})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"models": self._models(), "reward": self._described}
 
     def scores(self, candidates: Sequence[Candidate]) -> list[Score]:
         kept = {c.name: self._kept(c) for c in candidates}
@@ -112,6 +134,20 @@ class FromReward:
             Score(total, details=breakdown.as_dict()) if total is not None else Score.failed(breakdown.reason)
             for total, breakdown in zip(totals, found, strict=True)
         ]
+
+    def _models(self) -> list[str]:
+        """Those of a reward on another machine are known once it was asked, maybe by the call that scored the clips."""
+        path, models = self.keep / _MODELS, list(self.composite.models)
+        if models:
+            self.keep.mkdir(parents=True, exist_ok=True)
+            with open_atomic(str(path)) as stream:
+                stream.write(json.dumps({"config": self._config, "models": models}).encode())
+            return models
+        try:
+            kept = json.loads(path.read_bytes())
+            return [str(model) for model in kept["models"]] if kept["config"] == self._config else []
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
     def _compute(self, runner: RewardRunner, candidates: Sequence[Candidate]) -> dict[str, Breakdown | None]:
         broken: dict[str, Breakdown | None] = {}

@@ -26,7 +26,7 @@ from idc.data.benchmark import file_name
 from idc.data.corruptions import Corruption, frames_of
 from idc.data.index import Entry, ShardIndex
 from idc.data.item_sources import ItemSource
-from idc.data.pairs import PAIR, Pair, Side, is_pair
+from idc.data.pairs import PAIR, RECORD, Pair, Side, is_pair
 from idc.data.plan import seed_for
 from idc.data.requests import GenerationData
 from idc.data.shards import SampleError, ShardWriter, clip_ext, parse_sample, read_members
@@ -46,7 +46,6 @@ from idc.stages.judged import describe
 from idc.stages.mining import (
     MARGIN,
     PREFIX,
-    RECORD,
     Drop,
     Mined,
     check_free,

@@ -110,16 +110,18 @@ def _from_runs(arguments: argparse.Namespace) -> FromRuns:
     from idc.stages.mining_scores import FromRuns
 
     for folder in arguments.folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give runs of idc evaluate")
         if not (folder / RUN_FILE).is_file():
             raise UserError(f"{folder}: no {RUN_FILE} here; --metric takes runs of idc evaluate, --reward also videos")
     return FromRuns(arguments.folders, dict(_weighted(text) for text in arguments.metric))
 
 
 def _from_reward(arguments: argparse.Namespace) -> FromReward:
-    from idc.rewards.cli import read_reward
+    from idc.rewards.cli import check_device, read_reward
     from idc.stages.mining_scores import SCORES, FromReward
 
-    device = None if arguments.device == "auto" else arguments.device
+    device = check_device(arguments.device)
     keep = arguments.out / SCORES
     return FromReward(read_reward(arguments.reward), keep, arguments.where, arguments.workers, device)
 

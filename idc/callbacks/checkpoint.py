@@ -48,7 +48,8 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoint(lightning_callbacks.Checkpoint):
-    """Saves every so many optimiser steps or minutes, at the end of training, and on request (`request`).
+    """Saves every so many optimiser steps or minutes, at the end of training, on request (`request`), and where a stage
+    stops its run (`idc.errors.StoppedError`), which keeps the last complete step.
 
     Saves happen at the end of a training batch that stepped the optimiser, after all other callbacks (Lightning moves
     subclasses of its `Checkpoint` to the end), so the state is one from which training continues exactly. The
@@ -59,7 +60,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         every_n_steps: optimiser steps between saves; None for no saves by steps.
         every_n_minutes: minutes since the last save, by the clock of any rank; None for no saves by time.
         keep_last: how many of the newest checkpoints stay; a save needs room for one more.
-        save_on_end: save at the last step of the run too.
+        save_on_end: save at the last step of the run too, also of one that was stopped.
 
     Raises:
         UserError: bad arguments, another run writes to the same directory, or hyperparameters that could not be

@@ -58,9 +58,9 @@ class RewardRunner:
         for name, value, choices in (("where", where, tuple(PLACES)), ("on_failure", on_failure, ON_FAILURE)):
             if value not in choices:
                 raise UserError(f"{name}={value!r}: no such choice{nearest(value, choices)}")
-        for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
-            if value < least:
-                raise UserError(f"{name}={value}: must be at least {least}")
+        for name, number, least in (("workers", workers, 1), ("retries", retries, 0)):
+            if number < least:
+                raise UserError(f"{name}={number}: must be at least {least}")
         if not 0 <= pause < math.inf:
             raise UserError(f"pause={pause}: must be 0 or more seconds")
         if timeout is not None and not 0 < timeout < math.inf:

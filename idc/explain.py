@@ -112,8 +112,20 @@ def finish(
     _, key, *names = cause.split(_UNKNOWN_AT)
     full = as_typed(f"{place}.{key}" if place else key, tree)
     parent = as_typed(place, tree, inside=True) + "." if place else ""
-    hint = _nearest_setting(full, [parent + name for name in names], [*settings, *flatten(tree)], command)
+    given = [name for name in flatten(tree) if _may_exist(name, full, settings)]
+    hint = _nearest_setting(full, [parent + name for name in names], [*settings, *given], command)
     return f"there is no setting {full!r}{hint}"
+
+
+def _may_exist(name: str, unknown: str, settings: Sequence[str]) -> bool:
+    """Whether a setting that was given can be one: not a part of the unknown one, nor of a group that the recipe's own
+    classes lack, such as a second mistake beside the first."""
+    if name == unknown or name.startswith(unknown + "."):
+        return False
+    if not settings or not name.startswith(("model.init_args.", "data.init_args.")):
+        return True
+    group = ".".join(name.split(".")[:3])
+    return any(known == group or known.startswith(group + ".") for known in settings)
 
 
 def _reword(lines: list[str], given: str | None, settings: list[str], hint: Any) -> str:

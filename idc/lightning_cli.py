@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
@@ -20,7 +21,7 @@ from idc.errors import UserError
 from idc.explain import explain, finish
 from idc.recipes import merged, no_recipe
 from idc.stage_help import stage_settings
-from idc.stages.base import Stage
+from idc.stages.base import Stage, check_precision
 
 
 class Parser(LightningArgumentParser):
@@ -45,6 +46,23 @@ class Parser(LightningArgumentParser):
         return {action.dest: getattr(action, "_typehint", None) for action in actions if action.dest not in hidden}
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml as early as Lightning does; of a run that resumes, once its checkpoint was taken.
+
+    Generation and export read the model from that file: a resume that is refused must leave it as it was.
+    """
+
+    resumes = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.resumes:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.resumes:
+            super().setup(trainer, pl_module, "fit")
+
+
 class CLI(LightningCLI):
     """`--ckpt_path last` continues the newest run of the recipe; `auto` does so if there is one."""
 
@@ -59,6 +77,13 @@ class CLI(LightningCLI):
             if isinstance(error, UserError) or "Does not validate" not in str(error):
                 raise
             raise UserError(explain(str(error))) from None
+        except RuntimeError as error:
+            if (twice := _TWICE.search(str(error))) is None:
+                raise
+            raise UserError(
+                f"trainer.callbacks: {twice[1]} is there twice, and its state is saved under one name; "
+                "--trainer.callbacks+ adds to the recipe's; to change one of those, write the whole list into a file"
+            ) from None
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's old settings override the recipe and the command line."""
@@ -68,6 +93,8 @@ class CLI(LightningCLI):
         if self.subcommand is None:  # used as a library, with run=False
             return
         config = self.config[self.subcommand]
+        if self.subcommand in ("fit", "validate"):
+            check_precision(config.trainer.precision)  # as it was given: Lightning may take another, with a warning
         wanted, logger = config.get("ckpt_path"), config.trainer.logger
         if logger is False:
             _leave_out_rates(config.trainer)
@@ -107,7 +134,17 @@ class CLI(LightningCLI):
             raise UserError(
                 f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"
             )
+        if subcommand == "fit":
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's Trainer has them
+                if isinstance(callback, SaveConfig):
+                    callback.resumes = kwargs.get("ckpt_path") is not None
+            if isinstance(self.model, Stage):
+                self.model.check_run(self.trainer, self.datamodule)
         return kwargs
+
+
+# Lightning's words for two callbacks of a class whose state has one name.
+_TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
 
 
 def _leave_out_rates(trainer: Any) -> None:
@@ -168,6 +205,7 @@ def run(command: str, args: Sequence[str], typed: str | None = None) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "idc"},

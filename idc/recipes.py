@@ -36,6 +36,8 @@ _STAGES = {
     "idc.stages.evaluate.Evaluate": ("evaluate", "test"),
 }
 _TRAINED = ("fit", "validate", "test", "predict")
+# The only recipe that a folder's overlays lie over, where there is but one, and its stage.
+_OVER = dict.fromkeys(("alignment", "rewards"), ("recipes/grpo.yaml", "idc.stages.grpo.GRPO"))
 # The command whose stages an overlay changes, by its folder; those of other folders may go with any.
 _OVERLAYS = {"protocols": "evaluate", **dict.fromkeys(("scale", "data", "alignment", "rewards", "ablations"), "fit")}
 
@@ -118,6 +120,13 @@ def check_stage(args: Sequence[str], command: str) -> None:
             raise UserError(
                 f"--config {path}: overlays in {path.parent.name}/ change stages of idc {owner}, not of idc {command}"
                 + hint
+            )
+        recipe, wanted = _OVER.get(_layer(path, content) or "", ("", full))
+        if wanted not in (full, full.rpartition(".")[2]):
+            base = next((str(p) for p, c in contents.items() if _layer(p, c) == "stage"), stage)
+            raise UserError(
+                f"--config {path}: files of recipes/{path.parent.name}/ lie over {recipe} and not over {base}; "
+                f"write idc {command} --config {recipe} --config {path}"
             )
 
 

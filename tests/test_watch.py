@@ -362,7 +362,9 @@ def test_a_resumed_monitor_alarms_as_the_undisturbed_one() -> None:
         ({"window": 0}, "window=0"),
         ({"max_kl": -1.0}, "policy/kl is -1.0"),
         ({"on_alarm": "stpo"}, "stop"),
-        ({"falls": {"motoin": 0.2}}, "motion"),
+        ({"falls": {"motoin": 0.2}}, "falls.motoin: the run does not watch it; .*did you mean 'motion'"),
+        ({"both_ways": ["saturatoin"]}, "both_ways: saturatoin: the run does not watch it; .*'saturation'"),
+        ({"both_ways": ["saturation", "sharpness"]}, "both_ways: sharpness: the run does not watch it"),
     ],
 )
 def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:

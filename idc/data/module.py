@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from idc.data.buckets import Assignment, BucketRule, assign
 from idc.data.cache import FeatureCache
 from idc.data.features import feature_key
 from idc.data.index import Entry
 from idc.data.loader import PlanLoader, check_divisible
-from idc.data.plan import HeldOutPlan, MixSource, Plan
+from idc.data.plan import HeldOutPlan, MixSource, Plan, groups_of
 from idc.data.quarantine import CorruptRate, Quarantine
 from idc.data.ranks import of_all_ranks, several_ranks
 from idc.data.reader import ReadSettings
@@ -127,6 +128,7 @@ class VideoDataModule(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise UserError(f"{name}={value}: must be {least} or more")
+        groups_of(batch_size, group_size)
         CorruptRate(0, max_corrupt_rate)
         self.rule = BucketRule(tuple(map(tuple, buckets)), max_subjects, max_upscale, max_crop)
         self.sources, self.val_sources = list(sources), list(val_sources or ())
@@ -163,6 +165,8 @@ class VideoDataModule(LightningDataModule):
             self.plan()
         if self.val_sources:
             self._read("held out", self.val_sources)
+            if "train" in self._splits:
+                self._warn_of_the_same_samples()
         elif stage not in (None, "fit"):
             raise UserError(f"val_sources=[]: {stage} runs on held-out data; name at least one source")
 
@@ -170,6 +174,19 @@ class VideoDataModule(LightningDataModule):
         if name not in self._splits:
             self._splits[name] = Split(sources, self.rule)
             self._show(name)
+
+    @rank_zero_only
+    def _warn_of_the_same_samples(self) -> None:
+        """Of those that a run trains on and is validated on: its held-out curves would only show what it has learned by
+        heart. A warning, because an overfitting run is a wanted thing."""
+        held_out = {entry.sha256: entry.id for _, entry, _ in self._splits["held out"].kept()}
+        both = {entry.sha256 for _, entry, _ in self._splits["train"].kept() if entry.sha256 in held_out}
+        if both:
+            first = min(held_out[sha256] for sha256 in both)
+            rank_zero_warn(
+                f"data.init_args.val_sources: {len(both)} of {len(held_out)} held-out samples are in sources too, byte "
+                f"for byte, such as {first}: what is measured on them is not held out; split them apart"
+            )
 
     @rank_zero_only
     def _show(self, name: str) -> None:

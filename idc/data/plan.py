@@ -122,7 +122,7 @@ class Plan:
         group_size: int = 1,
     ) -> None:
         self.buckets, self.global_batch, self.seed = tuple(buckets), global_batch, seed
-        self.group_size, self._draws = group_size, _groups_of(global_batch, group_size)
+        self.group_size, self._draws = group_size, groups_of(global_batch, group_size)
         kept = np.array([int(np.count_nonzero(source.buckets >= 0)) for source in sources])
         size = int(kept.sum()) if epoch_size is None else epoch_size
         if size < self._draws:
@@ -250,7 +250,7 @@ class HeldOutPlan:
         return 0
 
 
-def _groups_of(batch: int, group: int) -> int:
+def groups_of(batch: int, group: int) -> int:
     """How many samples are drawn for a batch."""
     if batch < 1:
         raise UserError(f"batch_size={batch}: must be 1 or more")

@@ -48,11 +48,20 @@ class IDBlocks:
 
 @dataclass
 class Lora:
-    """Low-rank adapters, for `trainable: id_blocks+lora` (on the backbone) and `lora` (on our blocks, too)."""
+    """Low-rank adapters, for `trainable: id_blocks+lora` (on the backbone) and `lora` (on our blocks, too).
+
+    Raises:
+        UserError: for a rank or an alpha below 1.
+    """
 
     rank: int = 32
     alpha: int = 64
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"lora.{name}={value}: must be 1 or more")
 
 
 @dataclass

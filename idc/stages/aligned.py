@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +63,8 @@ class Aligned(Stage):
         text: TextConditioner | None = None,
         vlm: VLMConditioner | None = None,
     ) -> None:
-        if not gradient_norm > 0:
-            raise UserError(f"gradient_norm={gradient_norm}: must be positive; the paper's is 1")
+        if not 0 < gradient_norm < math.inf:
+            raise UserError(f"gradient_norm={gradient_norm}: must be positive and finite; the paper's is 1")
         self.system = system = open_system(checkpoint, Parts(transformer, codec, text, vlm), weights)
         super().__init__(
             transformer=system.spec,
@@ -108,9 +110,9 @@ class Aligned(Stage):
         """Those of this run."""
         return ()
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """They go beside config.yaml, from where `idc generate` takes them, and `idc evaluate` from its videos."""
-        super().on_fit_start()
+        super().on_train_start()
         folder = self.trainer.log_dir  # the same call on all ranks
         if folder and self.trainer.logger is not None and self.rewards_used and self.trainer.is_global_zero:
             with open_atomic(str(Path(folder) / REWARDS)) as stream:
@@ -122,14 +124,28 @@ class Aligned(Stage):
         return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_START] = json.dumps(self.system.identity, sort_keys=True)
+        checkpoint[_START] = json.dumps({**self.system.identity, "path": self._start_path}, sort_keys=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises `UserError` where the run did not start from the present `checkpoint`."""
-        started = checkpoint.get(_START)
-        if started is not None and json.loads(started)["weights"] != self.system.identity["weights"]:
+        if _START not in checkpoint:
+            return
+        started, weights = json.loads(checkpoint[_START]), self.system.identity["weights"]
+        if started["weights"] != weights:
             raise UserError(
                 "model.init_args.checkpoint: other weights than those that the resumed run started from, which are "
-                f"its reference: {self.system.identity['weights']} and not {json.loads(started)['weights']}; "
-                "give the very checkpoint (a step-* folder) of the start, or begin a new run"
+                f"its reference: {_short(weights)} ({self._start_path}) and not {_short(started['weights'])} "
+                f"({started.get('path', 'of an unknown place')}); give the very checkpoint (a step-* folder) of the "
+                "start, or begin a new run"
             )
+
+    @property
+    def _start_path(self) -> str:
+        return str(self.system.checkpoint.state if self.system.checkpoint else self.spec.pretrained)
+
+
+def _short(weights: Any) -> str:
+    """A hash of what identifies weights, of which files and their config are a part, in 16 hex digits."""
+    if isinstance(weights, str):
+        return weights
+    return hashlib.blake2b(json.dumps(weights, sort_keys=True).encode(), digest_size=8).hexdigest()

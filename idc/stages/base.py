@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from idc.data.ranks import of_all_ranks
 from idc.errors import UserError
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
@@ -26,6 +27,16 @@ from idc.models.vlm import VLMConditioner
 from idc.types import Batch, Bucket, Condition, Sample
 
 PRECISIONS = ("32-true", "bf16-mixed")  # of the trainer; batches and float32 islands survive these alone
+_NAMED = 8  # samples of a batch that a message lists
+
+
+def check_precision(precision: Any) -> None:
+    """Raises `UserError` for a precision, as it was given to the trainer, which stages do not take; None is unset."""
+    if precision is not None and str(precision) not in (*PRECISIONS, "32", "bf16"):
+        raise UserError(
+            f"trainer.precision={str(precision)!r}: converts what the stages keep exact; take "
+            f"{' or '.join(map(repr, PRECISIONS))}, and model.init_args.compute_dtype=bfloat16 for a network in it"
+        )
 
 
 @dataclass
@@ -64,7 +75,15 @@ class Stage(LightningModule):
         trainable: `full`, `id_blocks`, `id_blocks+lora` or `lora`.
         compute_dtype: `bfloat16` runs the transformer under autocast with float32 weights; its float32 islands stay.
         sampling: how previews (and generation) sample.
+
+    Attributes:
+        groups: it takes every sample several times, as `data.init_args.group_size` says.
+
+    Raises:
+        UserError: for settings that the optimiser does not take.
     """
+
+    groups: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -83,11 +102,13 @@ class Stage(LightningModule):
         self.spec = transformer
         self.encoders = Encoders(codec, text, vlm if transformer.id_blocks.use_vlm else None)
         self.trainable_set, self.lora = trainable, lora or Lora()
+        _check_optimizer(optimizer)
         self.optimizer_factory = optimizer
         self.schedule = schedule or Schedule()
         self.compute_dtype = getattr(torch, compute_dtype)
         self.sampling = sampling or Sampling()
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on
+        self._training_on: tuple[str, ...] = ()
 
     # Building -------------------------------------------------------------------------------------------------
 
@@ -117,18 +138,29 @@ class Stage(LightningModule):
         return self.spec.build(self.encoders.text.dim, vlm_dim, device)
 
     def setup(self, stage: str) -> None:
-        if (precision := str(self.trainer.precision)) not in PRECISIONS:
-            raise UserError(
-                f"trainer.precision={precision!r}: converts what the stages keep exact; take "
-                f"{' or '.join(map(repr, PRECISIONS))}, and model.init_args.compute_dtype=bfloat16 for a network in it"
-            )
-        self.encoders.place(self.trainer.strategy.root_device)
+        check_precision(self.trainer.precision)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            self.check_run(self.trainer, datamodule)
+        self.encoders.place(self.trainer.strategy.root_device)
         self._check(datamodule)
         if getattr(datamodule, "features", None) is not None:
             from idc.stages.features import fill_cache
 
             fill_cache(self.trainer, self.encoders)
+
+    def check_run(self, trainer: Any, datamodule: Any) -> None:
+        """Name settings that training cannot work with, before any data is read; `datamodule` may be None.
+
+        Raises:
+            UserError: for such a setting.
+        """
+        size = getattr(datamodule, "group_size", 1)
+        if size > 1 and not self.groups:
+            raise UserError(
+                f"data.init_args.group_size={size}: {type(self).__name__} would train on every sample {size} times in "
+                "a row; groups are GRPO's, and 1 is right here"
+            )
 
     def _check(self, datamodule: Any) -> None:
         """Name what does not fit together before the features cache is filled: the structure costs nothing on meta."""
@@ -167,21 +199,42 @@ class Stage(LightningModule):
         if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed clips inside its engine
             norm = engine.get_global_grad_norm()
             if norm is not None:
+                self._check_gradient(float(norm))
                 self.log("train/grad_norm", norm)
             return
         self.clip_to_norm(optimizer, gradient_clip_val)
 
     def clip_to_norm(self, optimizer: Any, max_norm: float | None) -> None:
-        """Clip by the global norm, and log the norm before clipping at the steps that are logged."""
+        """Clip by the global norm, and log the norm before clipping at the steps that are logged.
+
+        Raises:
+            UserError: on all ranks alike where the norm is not finite, before the optimiser makes every weight NaN.
+        """
         # The optimiser's own list: to walk the module's tree for it takes as long as the clipping of a small model.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+        if hasattr(norm, "full_tensor"):  # a DTensor under FSDP2: an exchange between the ranks
+            norm = norm.full_tensor()
+        self._check_gradient(float(norm))
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps
         if every and (trainer.global_step + 1) % every == 0:  # Lightning writes at these steps alone
-            if hasattr(norm, "full_tensor"):  # a DTensor under FSDP2: an exchange between the ranks
-                norm = norm.full_tensor()
             self.log("train/grad_norm", norm.detach())
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._training_on = tuple(dict.fromkeys(getattr(batch, "ids", ())))
+
+    def _check_gradient(self, norm: float) -> None:
+        """The global norm is equal on all ranks, so all of them raise or none."""
+        if math.isfinite(norm):
+            return
+        ids = [id for own in of_all_ranks(list(self._training_on)) for id in own]
+        samples = ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if ids[_NAMED:] else "")
+        raise UserError(
+            f"step {self.trainer.global_step + 1}: the gradient's norm is {norm:g}, and no weight was changed; its "
+            f"last batch holds {samples or 'no samples with ids'}; go on from the last checkpoint with a lower rate or "
+            "lower loss weights, or look at these samples"
+        )
 
     # Running the transformer --------------------------------------------------------------------------------
 
@@ -211,3 +264,15 @@ class Stage(LightningModule):
             return sample.video_CTHW
         latents_CTHW = (sample.features or {}).get("latents")
         return None if latents_CTHW is None else self.encoders.codec.decode(latents_CTHW[None])[0]
+
+
+def _check_optimizer(factory: OptimizerCallable) -> None:
+    """Its settings, on a parameter of no matter, before anything is read or built."""
+    try:
+        optimizer = factory([torch.nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:  # torch's: "Invalid learning rate: -1"
+        raise UserError(f"model.init_args.optimizer: {' '.join(str(error).split())}") from None
+    for name in ("lr", "weight_decay"):
+        value = optimizer.defaults.get(name, 0.0)
+        if not math.isfinite(float(value)):
+            raise UserError(f"model.init_args.optimizer.init_args.{name}={float(value)}: must be finite")

@@ -68,6 +68,8 @@ class GRPO(Aligned):
 
     can_stop = True  # `idc.errors.StoppedError`
 
+    groups = True
+
     def __init__(
         self,
         *,
@@ -88,17 +90,17 @@ class GRPO(Aligned):
         rules = {
             "updates": (updates >= 1, "1 or more optimiser steps an iteration"),
             "contrast_weight": (0 <= contrast_weight < math.inf, "0 or more"),
-            "advantage_clip": (advantage_clip is None or advantage_clip > 0, "positive, or null for none; 5 is usual"),
+            "advantage_clip": (
+                advantage_clip is None or 0 < advantage_clip < math.inf,
+                "positive and finite, or null for none; 5 is usual",
+            ),
             "rollouts_a_step": (rollouts_a_step is None or rollouts_a_step >= 1, "1 or more, or null for no warning"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise UserError(f"{name}={locals()[name]}: must be {rule}")
-        if self.objective.log_probs and not self.rollouts.stochastic:
-            raise UserError(
-                f"rollouts.kernel={self.rollouts.kernel!r}, noise_level={self.rollouts.noise_level}: no step of such "
-                "rollouts has a log-probability, which this objective trains on; choose kernel flow, noise_level 1.0"
-            )
+        for objective in self.objectives:
+            objective.check_rollouts(self.rollouts)
         self.automatic_optimization = False
         self.runner, self.advantage_clip = reward, advantage_clip
         self.updates, self.rollouts_a_step = updates, rollouts_a_step
@@ -115,14 +117,26 @@ class GRPO(Aligned):
     def own_rewards(self) -> tuple[str, ...]:
         return tuple(self.runner.composite.models)
 
+    def check_run(self, trainer: Any, datamodule: Any) -> None:
+        super().check_run(trainer, datamodule)
+        for setting, given, ours in (
+            ("accumulate_grad_batches", trainer.accumulate_grad_batches != 1, "updates"),
+            ("gradient_clip_val", bool(trainer.gradient_clip_val), "gradient_norm"),
+        ):
+            if given:
+                raise UserError(
+                    f"trainer.{setting}={getattr(trainer, setting)}: GRPO makes its optimiser steps itself; leave it "
+                    f"out and set model.init_args.{ours}"
+                )
+        if datamodule.group_size < 2:
+            raise UserError("data.init_args.group_size=1: advantages are relative to a group of 2 or more")
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
         world = self.trainer.world_size
         if stage == "fit":
             size, batch = data.group_size, data.batch_size
-            if size < 2:
-                raise UserError("data.init_args.group_size=1: advantages are relative to a group of 2 or more")
             at_once = portions(batch // world, size, self.rollouts.batch)
             chunks = batch // world // at_once
             if chunks % self.updates:

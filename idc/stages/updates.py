@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,14 @@ class Objective(ABC):
     def points(self, rollout: Rollout) -> list[Point]:
         """Where the velocity is trained: the same number for every rollout of an iteration."""
 
+    def check_rollouts(self, settings: Rollouts) -> None:
+        """Raises `UserError` for rollouts that the objective cannot train on."""
+        if self.log_probs and not settings.stochastic:
+            raise UserError(
+                f"rollouts.kernel={settings.kernel!r}, noise_level={settings.noise_level}: no step of such "
+                "rollouts has a log-probability, which this objective trains on; choose kernel flow, noise_level 1.0"
+            )
+
     def weights(self, points: Sequence[tuple[float, float, float]]) -> list[float]:
         """A weight for each of all points of the global batch, given as `describe` gives them."""
         return [1.0] * len(points)
@@ -107,10 +116,10 @@ class PolicyGradient(Objective):
     log_probs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise UserError(f"objective: clip={self.clip}: must be positive; 1e-3 to 1e-5 are usual")
-        if not self.kl >= 0:
-            raise UserError(f"objective: kl={self.kl}: must be 0 or more; 0.004 is usual")
+        if not 0 < self.clip < math.inf:
+            raise UserError(f"objective: clip={self.clip}: must be positive and finite; 1e-3 to 1e-5 are usual")
+        if not 0 <= self.kl < math.inf:
+            raise UserError(f"objective: kl={self.kl}: must be 0 or more and finite; 0.004 is usual")
         for name, choices in (("ratio", ("plain", "guard")), ("step_weight", ("none", "rectified"))):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"objective: {name}={value!r}{nearest(value, choices)}")
@@ -120,6 +129,14 @@ class PolicyGradient(Objective):
     @property
     def needs_reference(self) -> bool:
         return self.kl > 0
+
+    def check_rollouts(self, settings: Rollouts) -> None:
+        super().check_rollouts(settings)
+        if self.step_weight == "rectified" and settings.kernel == "cps":
+            raise UserError(
+                "objective.step_weight='rectified': its formula is that of kernels whose noise enters the mean as in "
+                "Eq. 4, and rollouts.kernel='cps' is none; choose step_weight none, or kernel flow, wan or dance"
+            )
 
     def points(self, rollout: Rollout) -> list[Point]:
         return [Point(record.x, record.t, i) for i, record in enumerate(rollout.records)]
@@ -194,9 +211,9 @@ class Contrast(Objective):
         shared_noise: bool = True,
     ) -> None:
         rules = {
-            "beta": (beta > 0, "positive; 1 is usual"),
-            "kl": (kl >= 0, "0 or more; 1e-4 is usual"),
-            "bound": (bound > 0, "positive; 5 is usual"),
+            "beta": (0 < beta < math.inf, "positive and finite; 1 is usual"),
+            "kl": (0 <= kl < math.inf, "0 or more and finite; 1e-4 is usual"),
+            "bound": (0 < bound < math.inf, "positive and finite; 5 is usual"),
             "draws": (draws >= 1, "1 or more"),
         }
         for name, (holds, rule) in rules.items():

@@ -37,7 +37,7 @@ def begin(module, folder: Path) -> Path:
     trainer.strategy.connect(module)
     module.trainer = trainer
     Path(trainer.log_dir).mkdir(parents=True)
-    module.on_fit_start()
+    module.on_train_start()
     return Path(trainer.log_dir)
 
 

@@ -57,4 +57,8 @@ def overlay(data: Path, start: Path, runs: Path, steps: int = 5, **model: Any) -
             }
         },
     }
-    return merge(changes, callbacks(save_every=2, count=1))
+    own = callbacks(save_every=2, count=1)
+    own["trainer"]["callbacks"].append(
+        {"class_path": "idc.callbacks.hacking.HackingMonitor", "init_args": {"rise": 10.0}}
+    )
+    return merge(changes, own)

@@ -19,6 +19,7 @@ from _sft_worker import ROOT, WORLD, fit_here, one_thread, scalars
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from idc.callbacks.hacking import HackingMonitor
 from idc.data.corruptions import TurnedColours
 from idc.data.item_sources import Shards
 from idc.data.module import VideoDataModule
@@ -35,6 +36,7 @@ from idc.rewards.base import Reward
 from idc.rewards.composite import Composite, Term
 from idc.rewards.measures import Brightness
 from idc.rewards.runner import RewardRunner
+from idc.rewards.watch import Motion
 from idc.stages.base import Stage
 from idc.stages.dpo import DPO
 from idc.stages.generate import Encoding, Generate
@@ -191,6 +193,7 @@ def test_a_run_prefers_the_winners_more_and_logs_what_a_person_looks_at(uninterr
         curve = logged[f"val/{name}"]
         assert [step for step, _ in curve] == [0, *(step for step, _ in logged["val/accuracy"])], name
         assert curve[-1][1] == pytest.approx(uninterrupted.validation()[4][f"val/{name}"], rel=1e-6)  # ranks compare it
+    assert {value for _, value in logged["watch/alarm"]} == {0.0}
     assert len(list(uninterrupted.run.glob("samples/step-000004/*.mp4"))) == 1
 
 
@@ -328,6 +331,16 @@ def test_videos_without_a_reward_are_counted_and_too_many_end_the_run(start: Pat
     assert (found["val/reward"], found["val/without_reward"]) == (0.25, pytest.approx(1 / 6))
     with pytest.raises(UserError, match=r"1 of 6 samples has no reward.*max_failure_rate=0.1.*cannot be judged"):
         validated(judged_stage(start, partly, max_failure_rate=0.1), data)
+
+
+def test_the_monitor_watches_dpo_with_a_reward_and_refuses_it_without(start: Path) -> None:
+    monitor = HackingMonitor(falls={"motion": 0.1})
+    watched = Composite([Term(Brightness()), Term(Motion(), 0, monitor=True)])
+    stage = DPO(checkpoint=str(start), reward=RewardRunner(watched, where="process"))
+    monitor.setup(Trainer(accelerator="cpu", logger=False), stage, "fit")
+    assert monitor.watched == ("motion",)
+    with pytest.raises(UserError, match=r"DPO has no rewards to watch; give DPO model\.init_args\.reward"):
+        monitor.setup(Trainer(accelerator="cpu", logger=False), judged_stage(start, None), "fit")
 
 
 class CutsFirst(Callback):

@@ -336,6 +336,8 @@ def test_held_out_rewards_are_judged_against_their_first_validation() -> None:
     with pytest.warns(UserWarning, match="val/reward/motion"):
         curves.validate(reward=0.5, motion=0.5)
     assert curves.monitor.reported == ["val/motion"]
+    curves.train()  # of DPO, whose iterations have no reward of their own
+    assert curves.alarms == [1.0]
 
 
 def test_a_resumed_monitor_alarms_as_the_undisturbed_one() -> None:

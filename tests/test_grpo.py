@@ -19,6 +19,7 @@ from _grpo_worker import (
     Contrasty,
     KeepingContrast,
     KeepingPolicy,
+    Kept,
     Pass,
     data,
     fit,
@@ -33,7 +34,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributions import Normal
 
-from idc.errors import UserError
+from idc.callbacks.checkpoint import Checkpoint
+from idc.callbacks.ema import EMA
+from idc.errors import StoppedError, UserError
 from idc.metrics.base import Clip
 from idc.models.sampling import to_uint8
 from idc.models.spec import IDBlocks, Lora, TransformerSpec
@@ -293,6 +296,22 @@ def test_a_run_ends_above_the_rate_of_failures(
     module = stage(start, reward=runner(ByPlace(failing=(0, 5)), **settings))
     with pytest.raises(UserError, match=rule):
         fit(module, data(toy_data))
+
+
+def test_a_run_that_stops_in_validation_saves_its_weights_and_not_the_averages_that_stand_in_for_them(
+    start: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    module, kept = stage(start, reward=runner(ByPlace(dead_after=BATCH)), optimizer=ADAM), Kept()
+    callbacks = [kept, EMA(decay=0.5), Checkpoint(dirpath=str(tmp_path), every_n_steps=None)]
+    settings = {**QUIET, "enable_checkpointing": True, "limit_val_batches": 1, "val_check_interval": 1}
+    with one_thread(), pytest.raises(StoppedError, match="the judge is gone"):
+        Trainer(callbacks=callbacks, devices=1, max_steps=9, **settings).fit(module, datamodule=data(toy_data))
+    saved = torch.load(tmp_path / "step-00000001" / "state.ckpt", weights_only=True)["state_dict"]
+    averages = 0
+    for name, value in kept.weights[0].items():
+        assert torch.equal(saved[f"transformer.{name}"], value)
+        averages += any(not torch.equal(other, value) for key, other in saved.items() if "ema" in key and name in key)
+    assert averages  # they were others
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from _grpo_worker import data, fit, rollouts, save_start, stage
+from _grpo_worker import GROUP, Run, data, fit, rollouts, save_start, stage
 from _sft_worker import ROOT, Fit, callbacks, fit_here, merge, one_thread, tiny_overlay, written
 from test_grpo_recipe import overlay
 
@@ -21,8 +21,8 @@ from idc.errors import UserError
 from idc.explain import explain, finish
 from idc.models.spec import Lora
 from idc.stages.base import check_precision
-from idc.stages.rollouts import Rollouts
-from idc.stages.updates import Contrast, PolicyGradient
+from idc.stages.rollouts import Rollout, Rollouts
+from idc.stages.updates import Contrast, Given, Loss, Point, PolicyGradient
 
 GRPO, SFT, DPO = ("recipes/grpo.yaml", "recipes/sft.yaml", "recipes/dpo.yaml")
 
@@ -108,6 +108,26 @@ def test_a_gradient_of_nan_ends_a_run_of_grpo_before_it_reaches_the_weights(star
         fit(module, data(toy_data))
     assert module.transformer is not None
     assert all(parameter.isfinite().all() for parameter in module.transformer.parameters())
+
+
+class BrokenOnTheSecondRank(PolicyGradient):
+    """The loss of the second group, which is another rank's where there are two, is NaN."""
+
+    def loss(self, velocity: torch.Tensor, rollout: Rollout, point: Point, given: Given, settings: Rollouts) -> Loss:
+        found = super().loss(velocity, rollout, point, given, settings)
+        return found._replace(loss_B=found.loss_B * (math.nan if rollout.first >= GROUP else 1.0))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_gradient_of_nan_on_one_rank_ends_all_of_them_with_the_same_words(
+    strategy: str, start: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    model = {"objective": BrokenOnTheSecondRank(), "gradient_norm": 1.0}
+    run = Run(str(tmp_path / "run"), str(toy_data), str(start), ranks=2, strategy=strategy, model=model)
+    assert run.finish() == [2, 2], run.error()
+    assert run.error().startswith("step 1: the gradient's norm is nan")
+    assert run.error(0) == run.error(1)
+    assert run.error().count("train/") == 2, "a condition of each rank"
 
 
 def test_a_run_of_sft_that_diverges_stops_with_finite_weights_in_its_checkpoints(

@@ -17,6 +17,7 @@ from idc.cli import main
 from idc.data.benchmark import Item, write_items
 from idc.data.corruptions import ShuffledFrames, SwappedSubjects, TurnedColours, frames_of
 from idc.data.index import ShardIndex, build_index
+from idc.data.item_sources import Shards
 from idc.data.loader import PlanLoader
 from idc.data.module import VideoDataModule
 from idc.data.output import FAILURES
@@ -39,6 +40,7 @@ from idc.stages import pairs
 from idc.stages.mining import DROPS, Candidate, choose, gather, mine
 from idc.stages.mining_scores import FromReward, FromRuns
 from idc.stages.pairs import CorruptedPairs, Regenerate
+from idc.stages.rewarded import clip_of_sample
 from idc.types import Bucket
 
 
@@ -101,6 +103,29 @@ def test_the_best_stands_against_the_worst_of_each_condition_and_the_shards_say_
     assert pair.margin == x.meta[PAIR]["margin"] == pytest.approx(150 / 255, abs=0.01)
     assert all(map(is_pair, index.entries))
     assert main(["shards", "lint", str(out)]) == 0
+
+
+def test_a_pair_of_people_is_judged_as_the_samples_that_it_was_asked_for_are(tmp_path: Path) -> None:
+    """What references show and the category go from shards through generated videos into the shards of the pairs."""
+    meta = {"kinds": {"anna": "human", "kite": "object"}, "category": "humanobj"}
+    subjects = [(name, picture(colour), "png") for name, colour in (("anna", "red"), ("kite", "blue"))]
+    with ShardWriter(tmp_path / "people", "people") as writer:
+        writer.write("p0", clip(1, 9), "words", subjects, fps=8, frames=9, height=32, width=32, meta=meta)
+    build_index(tmp_path / "people").save()
+    folders = []
+    for name, level in (("s0", 10), ("s1", 200)):
+        folders.append(tmp_path / name)
+        items, _ = Shards(ShardSource(str(tmp_path / "people"))).items(folders[-1])
+        write_items(folders[-1], items)
+        (folders[-1] / "p0.mp4").write_bytes(grey(level))
+    out = tmp_path / "out"
+    mine(folders, brightness(tmp_path), out)
+    found = []
+    for root in (tmp_path / "people", out):
+        sample = read_sample(root, ShardIndex.load(root).entries[0])
+        judged = clip_of_sample(sample, sample.video_CTHW, "one")
+        found.append((judged.prompt, judged.category, [(r.name, r.kind) for r in judged.references]))
+    assert found[0] == found[1] == ("words", "humanobj", [("anna", "human"), ("kite", "object")])
 
 
 def test_what_makes_no_pair_is_named_with_its_reason(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from idc.data import storage
-from idc.data.benchmark import Item, check_unique, file_name, read_benchmark, read_items
+from idc.data.benchmark import KINDS, Item, check_unique, file_name, read_benchmark, read_items
 from idc.data.index import Entry
 from idc.data.scan import VIDEO_EXTS
 from idc.data.sources import Source
@@ -154,13 +154,18 @@ class Shards(ItemSource):
         )
         source = _write(clip, folder / "sources" / f"{name}.{suffix}", replace) if clip else None
         toy = "toy" in sample.meta
+        known = sample.meta.get("kinds")
+        told = [known.get(subject.name) if isinstance(known, dict) else None for subject in sample.subjects]
+        kinds = tuple(kind if kind in KINDS else "object" for kind in told) if any(told) else ()
         item = Item(
             id=name,
             prompt=sample.caption,
             references=pictures,
             labels=tuple(subject.name for subject in sample.subjects),
-            kinds=("object",) * len(pictures) if toy else (),
-            category={1: "single", 2: "two", 3: "three"}.get(len(pictures), "") if toy else "",
+            kinds=("object",) * len(pictures) if toy else kinds,
+            category={1: "single", 2: "two", 3: "three"}.get(len(pictures), "")
+            if toy
+            else str(sample.meta.get("category", "")),
             meta={"toy": sample.meta["toy"]} if toy else {},
             source=source,
         )

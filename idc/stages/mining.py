@@ -276,6 +276,8 @@ def check_free(out: Path) -> None:
 def write_choice(writer: ShardWriter, key: str, choice: Choice) -> None:
     """One pair into a shard: the videos' own bytes, and the references as the model sees them."""
     item, info = choice.winner.item, choice.winner.info
+    # As rewards ask for them: a sample of the pair is judged like the candidates were.
+    told = {"kinds": dict(zip(item.labels, item.kinds, strict=False)), "category": item.category}
     writer.write(
         key,
         choice.winner.video.read_bytes(),
@@ -286,7 +288,7 @@ def write_choice(writer: ShardWriter, key: str, choice: Choice) -> None:
         height=info.height,
         width=info.width,
         source="generated",
-        meta={**item.meta, PAIR: choice.pair.to_json()},
+        meta={**{name: value for name, value in told.items() if value}, **item.meta, PAIR: choice.pair.to_json()},
         loser=choice.loser.video.read_bytes(),
     )
 

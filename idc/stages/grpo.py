@@ -67,7 +67,6 @@ class GRPO(Aligned):
     """
 
     can_stop = True  # `idc.errors.StoppedError`
-
     groups = True
 
     def __init__(

@@ -237,5 +237,5 @@ def _background(frames: NDArray[np.float32], clear: NDArray[np.bool_], spec: Toy
     if not clear.any():
         return None
     asked = render.background(spec.background_colour, spec.background_pattern, spec.height, spec.width)
-    near = np.asarray(np.abs(frames - asked) <= BACKGROUND_TOLERANCE).all(-1)
+    near: NDArray[np.bool_] = np.logical_and.reduce(np.abs(frames - asked) <= BACKGROUND_TOLERANCE, axis=-1)
     return float(near[clear].mean())

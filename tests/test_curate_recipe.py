@@ -108,7 +108,6 @@ def test_its_shards_train(curated: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "trainer.logger.init_args.save_dir": tmp_path,
         "data.init_args.batch_size": 4,
         "data.init_args.features": "null",
-        "model.init_args.transformer.num_layers": 1,
     }
     recipes = ["--config", str(ROOT / "recipes/sft.yaml"), "--config", str(ROOT / "recipes/data/curated.yaml")]
     with one_thread():

@@ -13,6 +13,7 @@ import pytest
 from _curated_people import FPS, drive, embedded, known, nods, save
 from _people import FACES, largest, photos, scene
 from _people import head as at_height
+from _sft_worker import one_thread
 from _tiny_embedders import save_clip
 from _tiny_grounding import save_sam
 
@@ -415,6 +416,7 @@ def test_faces_are_embedded_by_track_by_box_and_by_reference(pair):
     assert np.array_equal(same.subjects[1].embedding, found.subjects[3].embedding)
 
 
+@one_thread()  # as the engine runs it
 def test_things_are_embedded_alike_whoever_comes_with_them(tmp_path):
     embedder = CLIPEmbedder(str(save_clip(tmp_path / "clip")), batch=4)
     step = EmbedSubjects(embedder, batch=8)

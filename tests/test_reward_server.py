@@ -503,7 +503,7 @@ FILE = "reward: {{class_path: idc.rewards.{}, init_args: {{{}}}}}"
         (FILE.format("ToyFace", "min_weight: 3"), "min_weight=3.0: must lie between 0 and 1"),
         ("rewards: 1", "must hold one key, 'reward', with a class_path; it has 'rewards'"),
         ("[", "cannot be read"),
-        (None, "cannot be read"),
+        (None, "no such file"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_answered_in_one_line(

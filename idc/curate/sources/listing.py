@@ -108,7 +108,7 @@ def _walk_local(root: Path, folder: str, leave_out: Path | None) -> Iterator[lis
             if entry.is_dir(follow_symlinks=False):
                 if leave_out is None or Path(entry.path).resolve() != leave_out:
                     folders.append(f"{folder}{entry.name}/")
-            elif not entry.is_dir():
+            elif not _leads_to_a_folder(entry):
                 try:
                     size = entry.stat().st_size
                 except OSError:
@@ -118,6 +118,13 @@ def _walk_local(root: Path, folder: str, leave_out: Path | None) -> Iterator[lis
         yield sorted(files)
     for below in sorted(folders):
         yield from _walk_local(root, below, leave_out)
+
+
+def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: a file that cannot be had
+        return False
 
 
 def _walk_url(fs: Any, inner: str, folder: str) -> Iterator[list[File]]:

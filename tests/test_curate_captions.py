@@ -15,54 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 from _judge_server import Server, chat, chat_server
+from _scripted import GOOD, Scripted, candidate, one
 from _tiny_judges import save_qwen_judge
 
 from idc.curate.candidate import Candidate, Dropped
 from idc.curate.captions import Caption
 from idc.curate.prose import CaptionError, check_caption, cut_at_sentence, plain_text, repeated_share, words_of
 from idc.errors import UserError
-from idc.models.judges import ImageTextJudge, Judge, JudgeError
-
-GOOD = "A man in a red coat walks a brown dog through a park while a woman with grey hair watches them from a bench."
-
-
-def candidate(number: int = 0, caption: str = "", frames: int = 5, **more: Any) -> Candidate:
-    clip = np.full((frames, 32, 48, 3), number, np.uint8)
-    return Candidate(f"clip-{number}", "films", "film", "", clip=clip, fps=16.0, caption=caption, **more)
-
-
-class Scripted(Judge):
-    """A judge that says what it is told to."""
-
-    name = "scripted"
-    max_tokens = 1000
-
-    def __init__(self, *texts: str | Exception) -> None:
-        self.texts, self.asked = list(texts), []  # type: ignore[var-annotated]
-
-    def load(self, device: Any = "cpu") -> None:
-        pass
-
-    def unload(self) -> None:
-        pass
-
-    def answers(self, images: Any, prompt: str, seeds: Any) -> list[str]:
-        self.asked.append((len(images), prompt))
-        text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
-        if isinstance(text, Exception):
-            raise text
-        return [text]
+from idc.models.judges import ImageTextJudge, JudgeError
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     with chat_server() as running:
         yield running
-
-
-def one(outcomes: list[Any]) -> Any:
-    ((outcome,),) = outcomes
-    return outcome
 
 
 # What is a caption

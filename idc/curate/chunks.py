@@ -93,7 +93,7 @@ class Work:
                 step.load(device)
             except UserError as error:
                 raise UserError(f"step {step.name!r}: {error}") from error
-            except Exception as error:
+            except Exception as error:  # of whatever library the network comes from
                 raise UserError(f"step {step.name!r} cannot be loaded: {one_line(error)}") from error
 
     def opened(self, task: Task, folder: str) -> Outcomes:
@@ -193,7 +193,7 @@ def _opening(source: Source, unit: Unit, count: Count) -> Iterator[Outcome]:
         raise
     except VideoError as error:
         yield Dropped(source.name, unit.id, "", OPEN, "unreadable video", str(error))
-    except Exception as error:
+    except Exception as error:  # a source's fault costs its unit, with the reason, and not the run
         yield Dropped(source.name, unit.id, "", OPEN, SOURCE_FAILED, one_line(error))
     count.seconds += time.monotonic() - began
 
@@ -227,10 +227,10 @@ def _call(step: Step, batch: Sequence[Candidate]) -> list[Sequence[Outcome]]:
         found = [list(outcomes) for outcomes in step(batch)]
         if len(found) != len(batch) or not all(found):
             raise ValueError(f"gave {sum(map(bool, found))} answers for {len(batch)} candidates")
-        return found  # type: ignore[return-value]
+        return found  # type: ignore[return-value]  # a list of lists is invariant
     except UserError as error:
         raise UserError(f"step {step.name!r}: {error}") from error
-    except Exception as error:
+    except Exception as error:  # a step's fault costs its candidate, counted: too many stop the run
         if len(batch) > 1:
             return [_call(step, [candidate])[0] for candidate in batch]
         reason = "unreadable video" if isinstance(error, VideoError) else STEP_FAILED

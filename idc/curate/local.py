@@ -107,7 +107,7 @@ class _Pool:
                         self._give(worker, waiting)
                 busy = {worker.connection: worker for worker in self._workers if worker.task}
                 for connection in wait(list(busy)):
-                    done = self._hear(busy[connection], waiting)  # type: ignore[index]
+                    done = self._hear(busy[connection], waiting)  # type: ignore[index]  # `wait` is typed for sockets, too
                     if done is not None:
                         yield done
         finally:

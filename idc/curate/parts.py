@@ -87,7 +87,7 @@ def write_part(stream: IO[bytes], outcomes: Outcomes) -> int:
     keys: list[str] = []
     with tempfile.SpooledTemporaryFile(SPOOLED) as body:
         # Never closed, which would write the end of a tar between its members.
-        tar = tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        tar = tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - not ended: its end blocks come with the whole
         for candidate in outcomes.candidates:
             record, blobs = take_apart(candidate)
             places = {}
@@ -109,7 +109,7 @@ def write_part(stream: IO[bytes], outcomes: Outcomes) -> int:
             _add(whole, CANDIDATES, b"".join(lines))
             _add(whole, DROPS, b"".join(dumps(drop_record(drop)).encode() + b"\n" for drop in outcomes.drops))
             body.seek(0)
-            shutil.copyfileobj(_Limited(body, end), whole.fileobj)  # type: ignore[arg-type]
+            shutil.copyfileobj(_Limited(body, end), whole.fileobj)  # type: ignore[arg-type]  # reads like a file, which is all that is used
             whole.offset += end
     return len(lines)
 

@@ -87,7 +87,7 @@ class Shots(Step):
         self.min_seconds, self.trim, self.search_given = min_seconds, trim, search_given
 
     @property
-    def heavy(self) -> bool:  # type: ignore[override]
+    def heavy(self) -> bool:  # type: ignore[override]  # its detector tells, where others have a constant
         """Whether the detector is a network."""
         return self.detector.heavy
 

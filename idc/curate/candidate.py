@@ -261,13 +261,22 @@ class Step:
     @property
     def models(self) -> tuple[str, ...]:
         """Networks and tools with their versions; they go into each sample's provenance under the step's name."""
+        return tuple(map(model_version, self.networks))
+
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        """What is loaded and freed with the step, where it says no more than that of itself."""
         return ()
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load the networks; idempotent. Once a worker."""
+        for network in self.networks:
+            network.load(device)
 
     def unload(self) -> None:
         """Free them."""
+        for network in self.networks:
+            network.unload()
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
         """For each candidate what became of it: itself, changed; several; or a drop. Never nothing.

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from idc.curate.candidate import Candidate, Dropped, Outcome, Pixels, Step, model_version
 from idc.curate.prose import CaptionError, check_caption, check_language, cut_at_sentence, plain_text, words_of
 from idc.curate.reading import clip_frames
@@ -117,14 +115,8 @@ class Caption(Step):
         self.long, self.language, self.given, self.batch = long, language, given, batch
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return (model_version(self.judge),)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.judge.load(device)
-
-    def unload(self) -> None:
-        self.judge.unload()
+    def networks(self) -> tuple[Any, ...]:
+        return (self.judge,)
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
         return [[outcome] for outcome in side_by_side(self.judge, self.apply, candidates)]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from idc.curate.candidate import (
     Box,
@@ -23,7 +22,6 @@ from idc.curate.candidate import (
     Reference,
     Step,
     encode_png,
-    model_version,
 )
 from idc.curate.embed import picture_of
 from idc.curate.geometry import box_of_mask, view_of, within
@@ -216,16 +214,8 @@ class FoundAgain(Step):
         self.looks, self.gap, self.in_clip, self.min_likeness = looks, gap, in_clip, min_likeness
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return model_version(self.detector), model_version(self.segmenter)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.detector.load(device)
-        self.segmenter.load(device)
-
-    def unload(self) -> None:
-        self.detector.unload()
-        self.segmenter.unload()
+    def networks(self) -> tuple[Any, ...]:
+        return self.detector, self.segmenter
 
     def apply(self, candidate: Candidate) -> Outcome:
         wanted = [n for n, subject in enumerate(candidate.subjects) if self._wants(subject)]

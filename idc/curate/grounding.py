@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from idc.curate.candidate import Box, Candidate, CuratedSubject, Mask, Outcome, Pixels, Step, model_version
+from idc.curate.candidate import Box, Candidate, CuratedSubject, Mask, Outcome, Pixels, Step
 from idc.curate.embed import picture_of
 from idc.curate.geometry import view_of, within
 from idc.curate.reading import clip_box, clip_frames, size_of, span_of
@@ -93,16 +92,8 @@ class Ground(Step):
         self.min_subjects, self.batch = min_subjects, batch
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return model_version(self.detector), model_version(self.segmenter)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.detector.load(device)
-        self.segmenter.load(device)
-
-    def unload(self) -> None:
-        self.detector.unload()
-        self.segmenter.unload()
+    def networks(self) -> tuple[Any, ...]:
+        return self.detector, self.segmenter
 
     def apply(self, candidate: Candidate) -> Outcome:
         given = [s.box is not None and not s.track for s in candidate.subjects]

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Step, model_version
 from idc.curate.captions import side_by_side
 from idc.curate.nouns import NounPhrase, find_phrases
@@ -148,14 +146,8 @@ class SubjectWords(_SubjectNames):
         self.prompt, self.otherwise, self.batch = prompt, otherwise, batch
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return (model_version(self.judge),)
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.judge.load(device)
-
-    def unload(self) -> None:
-        self.judge.unload()
+    def networks(self) -> tuple[Any, ...]:
+        return (self.judge,)
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
         return [[outcome] for outcome in side_by_side(self.judge, self.apply, candidates)]

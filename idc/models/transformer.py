@@ -27,6 +27,7 @@ from idc.models.frozen import aligned, check_complete
 from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
 from idc.models.id_settings import check_settings, complete_settings
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
+from idc.models.sequence_parallel import SequenceParallel
 from idc.models.subject_cache import SubjectCache
 from idc.models.subjects import JointAttnProcessor, JointSequence, SubjectSide, embed_references
 from idc.types import Condition
@@ -97,6 +98,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         super().__init__(**{name: arguments[name] for name in WAN_SETTINGS})
         dim = num_attention_heads * attention_head_dim
         self.condition_embedder.time_embedder = TimeEmbedding(freq_dim, dim)
+        self.sequence_parallel: SequenceParallel | None = None
         stages = (id_intra_subject, id_inter_subject, id_cross_modal)
         self.id_blocks = nn.ModuleList(
             HierarchyBlock(dim, num_attention_heads, eps, *stages) for _ in range(id_layers if any(stages) else 0)
@@ -268,6 +270,10 @@ class IDCrafterTransformer(WanTransformer3DModel):
         if self.config["id_joint_references"] and side.layout is not None:
             joint = JointSequence.build(self.rope, rotary, video, side.layout, timestep, hidden_states.shape[2])
             rotary = joint.rotary
+        if self.sequence_parallel is not None:
+            video, rotary, joint = self.sequence_parallel.enter(video, rotary, joint)
+            if timestep.ndim == 2:
+                temb, modulation = self.sequence_parallel.split(temb), self.sequence_parallel.split(modulation)
 
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         run: Any = self._gradient_checkpointing_func if checkpointing else _call
@@ -352,6 +358,8 @@ class IDCrafterTransformer(WanTransformer3DModel):
         video = self.proj_out((self.norm_out(video.float()) * (1 + scale) + shift).type_as(video))
         patch = self.config["patch_size"]
         grid = [size // p for size, p in zip(sizes, patch, strict=True)]
+        if self.sequence_parallel is not None:
+            video = self.sequence_parallel.gather(video, grid[0] * grid[1] * grid[2])
         video = video.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
         # One reshape, which copies: FSDP puts a hook on the output and warns where that is a view.
         return video.reshape(*video.shape[:2], *(g * p for g, p in zip(grid, patch, strict=True)))

@@ -1,0 +1,89 @@
+"""What ranks compute in the tests of scale-out, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _tiny_wan import VLM_DIM, WAN, condition, randomise
+from torch import Tensor
+
+from idc.models.sequence_parallel import spread_over
+from idc.models.transformer import IDCrafterTransformer
+from idc.types import Condition
+
+HEADS = 4
+# Name -> (settings of the model, latent frames of 4x6, time per token). Over 4 ranks: 18 tokens leave the last rank 3
+# of 5, 6 tokens leave it none at all.
+CASES: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "padded": ({}, 3, False),
+    "a rank of padding alone": ({}, 1, False),
+    "a time per token": ({}, 3, True),
+    "joint references": ({"id_joint_references": True}, 3, False),
+    "even": ({"id_layers": 0}, 4, False),
+}
+
+
+def model_of(settings: dict[str, Any]) -> IDCrafterTransformer:
+    """Of three layers with four heads; every parameter counts."""
+    torch.manual_seed(0)
+    arguments = {**WAN, "num_attention_heads": HEADS, "id_layers": 2, "vlm_dim": VLM_DIM, **settings}
+    model = IDCrafterTransformer(**arguments)
+    model.init_weights(0)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.2)
+    randomise(model)
+    return model.train()
+
+
+def case(name: str, data_rank: int) -> tuple[list[Tensor], Condition | None, Tensor]:
+    """(latents, timestep and text; condition; target) of two samples, others for each data-parallel rank."""
+    settings, frames, per_token = CASES[name]
+    g = torch.Generator().manual_seed(10 + data_rank)
+    latents = torch.randn(2, 4, frames, 4, 6, generator=g)
+    times = (2, frames * 6) if per_token else (2,)
+    arguments = [latents, torch.rand(times, generator=g) * 1000, torch.randn(2, 5, 16, generator=g)]
+    given = None
+    if settings.get("id_layers") != 0:
+        given = condition(seed=data_rank)
+        sizes = torch.tensor([[[4, 4], [2, 6]], [[2, 4], [2, 2]]])  # the second sample's are padded
+        given = Condition(**{**vars(given), "reference_sizes_BN2": sizes})
+    return arguments, given, torch.randn(latents.shape, generator=g)
+
+
+def loss_of(model: IDCrafterTransformer, name: str, data_rank: int) -> tuple[Tensor, Tensor]:
+    """(output, loss)."""
+    arguments, given, target = case(name, data_rank)
+    output = model(*arguments, condition=given).sample
+    return output, (output - target).square().mean()
+
+
+def spread(rank: int, world: int, port: int, out: str) -> None:
+    """Every case on sequences of 4 ranks, and of 2 with different data: outputs, and gradients averaged over ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    results = {}
+    for ranks, group, data_rank in _groups(rank, world):
+        for name, (settings, _, _) in CASES.items():
+            model = model_of(settings)
+            spread_over(model, group)
+            if name == "padded":
+                model.enable_gradient_checkpointing()
+            output, loss = loss_of(model, name, data_rank)
+            loss.backward()
+            gradients = {}
+            for parameter_name, parameter in model.named_parameters():
+                assert parameter.grad is not None, parameter_name
+                dist.all_reduce(parameter.grad)
+                gradients[parameter_name] = parameter.grad / world
+            results[ranks, name] = (output.detach(), gradients)
+    torch.save(results, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _groups(rank: int, world: int) -> Iterator[tuple[int, dist.ProcessGroup, int]]:
+    """(ranks of a sequence, this rank's group, its data-parallel rank)."""
+    yield world, dist.group.WORLD, 0
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    yield 2, pairs[rank // 2], rank // 2

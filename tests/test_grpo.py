@@ -39,7 +39,8 @@ from idc.callbacks.ema import EMA
 from idc.errors import StoppedError, UserError
 from idc.metrics.base import Clip
 from idc.models.sampling import to_uint8
-from idc.models.spec import IDBlocks, Lora, TransformerSpec
+from idc.models.spec import Lora
+from idc.models.speed import Speed
 from idc.models.weight_copy import WeightCopy
 from idc.rewards.composite import Composite, Term
 from idc.rewards.measures import Brightness
@@ -87,8 +88,7 @@ def test_before_an_update_the_ratio_is_one_to_the_bit(settings: dict[str, Any], 
     if settings.pop("lora", False):
         model |= {"trainable": "lora", "lora": Lora(rank=2, alpha=4)}
     if checkpointing:
-        blocks = IDBlocks(layers=1)
-        model["transformer"] = TransformerSpec(str(start), gradient_checkpointing=True, id_blocks=blocks)
+        model["speed"] = Speed(checkpointing="attention")
     module = stage(start, rollouts=rollouts(**settings), **model, optimizer=ADAM)
     kept = fit(module, data(toy_data), 2)
     assert module.transformer.gradient_checkpointing == checkpointing

@@ -387,7 +387,7 @@ def test_the_1_3b_recipe_trains_the_real_classes_from_local_folders(
         assert len(list(run.run.glob("samples/step-000002/*.mp4"))) == 1
         used = yaml.safe_load((run.run / "config.yaml").read_text())["model"]["init_args"]
         assert used["compute_dtype"] == "bfloat16"
-        assert used["transformer"]["gradient_checkpointing"] is True
+        assert used["speed"]["checkpointing"] == "attention"
         found.append(run)
     live, cached = found
     assert [step["ids"] for step in live.steps().values()] == [step["ids"] for step in cached.steps().values()]

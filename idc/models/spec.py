@@ -76,8 +76,6 @@ class TransformerSpec:
         num_layers, num_attention_heads, attention_head_dim, ffn_dim, patch_size, freq_dim, in_channels: of the
             backbone; read only where `pretrained` is None. The defaults are Wan2.1-1.3B's.
         id_blocks: the hierarchical attention.
-        gradient_checkpointing: recompute each layer in the backward pass.
-        attention_backend: one of diffusers' attention backends ("_native_cudnn", "_flash_3", ...); None is SDPA.
         init_seed: seeds a from-scratch initialisation and that of new blocks, the same on every rank.
 
     Raises:
@@ -94,8 +92,6 @@ class TransformerSpec:
     freq_dim: int = 256
     in_channels: int = 16
     id_blocks: IDBlocks = field(default_factory=IDBlocks)
-    gradient_checkpointing: bool = False
-    attention_backend: str | None = None
     init_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,8 +114,7 @@ class TransformerSpec:
         """The `IDCrafterTransformer` in float32 on `device` ("meta" for the structure alone).
 
         Raises:
-            UserError: where the weights of `pretrained` are missing, incomplete, broken or of other settings, or the
-                attention backend cannot run here.
+            UserError: where the weights of `pretrained` are missing, incomplete, broken or of other settings.
         """
         from idc.models.transformer import IDCrafterTransformer
 
@@ -143,16 +138,6 @@ class TransformerSpec:
                     **settings,
                 )
                 model.init_weights(self.init_seed)
-        if self.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        if self.attention_backend is not None:
-            try:
-                model.set_attention_backend(self.attention_backend)
-            except (RuntimeError, ValueError, ImportError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"attention_backend={self.attention_backend!r}: {reason}; null takes PyTorch's SDPA"
-                ) from None
         return model
 
     def _load(self, settings: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from idc.models.sampling import Sampling, SamplingChanges
 from idc.models.saved import MODEL_INDEX, RECORD, read_pipeline_folder
 from idc.models.shipped import resolve_shipped
 from idc.models.spec import IDBlocks, Lora, Trainable, TransformerSpec
+from idc.models.speed import Speed
 from idc.models.vlm import VLMConditioner
 
 
@@ -36,6 +37,7 @@ class Parts:
     lora: Lora | None = None
     compute_dtype: str = "float32"
     sampling: Sampling | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class System:
         which: "ema" or "raw".
         alpha: of the run's LoRA, None without.
         rewards: networks that it was rewarded by in training: a metric on the same is flagged.
+        speed: how it ran.
     """
 
     spec: TransformerSpec
@@ -60,6 +63,7 @@ class System:
     which: Which = "ema"
     alpha: float | None = None
     rewards: tuple[str, ...] = ()
+    speed: Speed = field(default_factory=Speed)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,7 +72,7 @@ class System:
         weights: Any = self.checkpoint.fingerprint if self.checkpoint else None
         if weights is None and self.spec.pretrained is not None:
             weights = weights_identity(self.spec.pretrained, self.spec.subfolder)
-        settings = {f.name: getattr(self.spec, f.name) for f in fields(self.spec) if f.name not in _SPEED}
+        settings = {f.name: getattr(self.spec, f.name) for f in fields(self.spec) if f.name not in _ELSEWHERE}
         if self.spec.pretrained is not None:  # what it was saved with wins over the spec's sizes
             own = weights_config(self.spec.pretrained, self.spec.subfolder) or {}
             settings = {name: value for name, value in settings.items() if name not in _SIZES}
@@ -98,7 +102,7 @@ class System:
         return model
 
 
-_SPEED = ("pretrained", "subfolder", "id_blocks", "gradient_checkpointing", "init_seed")
+_ELSEWHERE = ("pretrained", "subfolder", "id_blocks", "init_seed")
 _SIZES = (
     *("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim"),
     *("patch_size", "freq_dim", "in_channels"),
@@ -157,6 +161,7 @@ def _with(given: Parts, own: Parts, note: str, checkpoint: Checkpoint | None, wh
         checkpoint=checkpoint,
         which=which,
         alpha=None if lora is None else lora.alpha,
+        speed=given.speed or own.speed or Speed(),
     )
 
 
@@ -177,7 +182,7 @@ def _from_config(config: Mapping[str, Any] | None) -> tuple[Parts, str]:
         ) from None
     changes = {name: value for name, value in (init_args.get("sampling") or {}).items() if value is not None}
     parts = _parsed({name: value for name, value in init_args.items() if name != "sampling" and value is not None})
-    for name in ("transformer", "codec", "text", "vlm"):
+    for name in ("transformer", "codec", "text", "vlm", "speed"):
         setattr(parts, name, getattr(parts, name) or getattr(start, name))
     if init_args.get("compute_dtype") is None:
         parts.compute_dtype = start.compute_dtype
@@ -193,7 +198,8 @@ def _parsed(init_args: Mapping[str, Any]) -> Parts:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Parts)
-    known = {field.name for field in fields(Parts)}
+    known = {f.name for f in fields(Parts)}
+    init_args = _renamed(init_args)
     try:
         parsed = parser.parse_object({name: value for name, value in init_args.items() if name in known})
         made = parser.instantiate_classes(parsed)
@@ -205,6 +211,17 @@ def _parsed(init_args: Mapping[str, Any]) -> Parts:
     if parts.trainable.endswith("lora") and parts.lora is None:
         parts.lora = Lora()
     return parts
+
+
+def _renamed(init_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are now, of a run whose `transformer` still held those of speed."""
+    spec = dict(init_args.get("transformer") or {})
+    old = {name: spec.pop(name) for name in ("gradient_checkpointing", "attention_backend") if name in spec}
+    if not old:
+        return dict(init_args)
+    speed = {"checkpointing": "full" if old.get("gradient_checkpointing") else "none"}
+    speed["attention"] = old.get("attention_backend") or "auto"
+    return {**init_args, "transformer": spec, "speed": {**speed, **(init_args.get("speed") or {})}}
 
 
 def _from_pipeline(folder: Path) -> tuple[Parts, str]:

@@ -23,11 +23,13 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from idc.errors import UserError
+from idc.models.checkpointing import run_layers
 from idc.models.frozen import aligned, check_complete
 from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
 from idc.models.id_settings import check_settings, complete_settings
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
 from idc.models.sequence_parallel import SequenceParallel
+from idc.models.speed import Checkpointing
 from idc.models.subject_cache import SubjectCache
 from idc.models.subjects import JointAttnProcessor, JointSequence, SubjectSide, embed_references
 from idc.types import Condition
@@ -222,6 +224,15 @@ class IDCrafterTransformer(WanTransformer3DModel):
 
     # Running --------------------------------------------------------------------------------------------------------
 
+    def run_layers(self, checkpointing: Checkpointing = "none", compiled: bool = False) -> None:
+        """How the repeated layers run from now on (`idc.models.checkpointing`); before or after sharding."""
+        self.gradient_checkpointing = checkpointing != "none"
+        run_layers([*self.blocks, *self.id_blocks], checkpointing, compiled)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        """Behind diffusers' `enable_gradient_checkpointing`, which has no choice between kinds."""
+        self.run_layers("full" if enable else "none")
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -275,17 +286,15 @@ class IDCrafterTransformer(WanTransformer3DModel):
             if timestep.ndim == 2:
                 temb, modulation = self.sequence_parallel.split(temb), self.sequence_parallel.split(modulation)
 
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-        run: Any = self._gradient_checkpointing_func if checkpointing else _call
         for index, block in enumerate(self.blocks):
             if joint is None:
-                video = run(block, video, text, modulation, rotary)
+                video = block(video, text, modulation, rotary)
             else:
-                video, subjects = joint.split(run(block, joint.join(video, subjects), text, modulation, rotary))
+                video, subjects = joint.split(block(joint.join(video, subjects), text, modulation, rotary))
             if index < len(self.id_blocks):
                 # A block with nothing to read is called as well: FSDP's ranks gather the same layers in step.
-                video, subjects, _ = run(
-                    self.id_blocks[index], video, subjects, side.layout, side.vlm_BMD, mask_BM, memories[index]
+                video, subjects, _ = self.id_blocks[index](
+                    video, subjects, side.layout, side.vlm_BMD, mask_BM, memories[index]
                 )
         output = self._unpatchify(video, temb, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
@@ -395,10 +404,6 @@ class IDCrafterTransformer(WanTransformer3DModel):
                 f"set vlm_dim={vlm_BLD.shape[-1]}, or id_use_vlm=False to leave the VLM out"
             )
         return True
-
-
-def _call(module: nn.Module, *arguments: Any) -> Any:
-    return module(*arguments)
 
 
 ID_SETTINGS = tuple(inspect.signature(IDCrafterTransformer.__init__).parameters)[len(WAN_SETTINGS) + 1 :]

@@ -18,6 +18,7 @@ from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
 from idc.models.sampling import SamplingChanges
 from idc.models.spec import Lora, Trainable, TransformerSpec
+from idc.models.speed import Speed
 from idc.models.system import Parts, open_system
 from idc.models.vlm import VLMConditioner
 from idc.models.weight_copy import WeightCopy
@@ -41,7 +42,7 @@ class Aligned(Stage):
         gradient_norm: gradients are clipped to this global norm.
         compute_dtype: in place of the run's own.
         sampling: what differs from how the run itself samples, for validation and previews.
-        transformer, codec, text, vlm: in place of the run's own, or for a checkpoint without config.yaml.
+        transformer, codec, text, vlm, speed: in place of the run's own, or for a checkpoint without config.yaml.
 
     Raises:
         UserError: where there is no model in all that, or a value breaks its rule.
@@ -62,10 +63,11 @@ class Aligned(Stage):
         codec: Codec | None = None,
         text: TextConditioner | None = None,
         vlm: VLMConditioner | None = None,
+        speed: Speed | None = None,
     ) -> None:
         if not 0 < gradient_norm < math.inf:
             raise UserError(f"gradient_norm={gradient_norm}: must be positive and finite; the paper's is 1")
-        self.system = system = open_system(checkpoint, Parts(transformer, codec, text, vlm), weights)
+        self.system = system = open_system(checkpoint, Parts(transformer, codec, text, vlm, speed=speed), weights)
         super().__init__(
             transformer=system.spec,
             codec=system.encoders.codec,
@@ -77,6 +79,7 @@ class Aligned(Stage):
             schedule=schedule,
             compute_dtype=compute_dtype or system.compute_dtype,  # type: ignore[arg-type]  # a run's own is one of the two
             sampling=(sampling or SamplingChanges()).over(system.sampling),
+            speed=system.speed,
         )
         self.gradient_norm = gradient_norm
         self.reference: WeightCopy | None = None

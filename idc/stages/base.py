@@ -23,6 +23,7 @@ from idc.models.conditioners import TextConditioner
 from idc.models.conditioning import Encoders
 from idc.models.sampling import Sampler, Sampling
 from idc.models.spec import Lora, Trainable, TransformerSpec
+from idc.models.speed import Speed
 from idc.models.vlm import VLMConditioner
 from idc.types import Batch, Bucket, Condition, Sample
 
@@ -75,6 +76,7 @@ class Stage(LightningModule):
         trainable: `full`, `id_blocks`, `id_blocks+lora` or `lora`.
         compute_dtype: `bfloat16` runs the transformer under autocast with float32 weights; its float32 islands stay.
         sampling: how previews (and generation) sample.
+        speed: how fast and in how much memory the transformer runs.
 
     Attributes:
         groups: it takes every sample several times, as `data.init_args.group_size` says.
@@ -97,6 +99,7 @@ class Stage(LightningModule):
         schedule: Schedule | None = None,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
         sampling: Sampling | None = None,
+        speed: Speed | None = None,
     ) -> None:
         super().__init__()
         self.spec = transformer
@@ -107,6 +110,7 @@ class Stage(LightningModule):
         self.schedule = schedule or Schedule()
         self.compute_dtype = getattr(torch, compute_dtype)
         self.sampling = sampling or Sampling()
+        self.speed = speed or Speed()
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on
         self._training_on: tuple[str, ...] = ()
 
@@ -126,6 +130,7 @@ class Stage(LightningModule):
 
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
+        self.transformer.run_layers(self.speed.checkpointing, self.speed.compile)
 
     @property
     def has_weights(self) -> bool:

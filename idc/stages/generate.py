@@ -29,6 +29,7 @@ from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
 from idc.models.sampling import Sampler, Sampling, SamplingChanges, Source, to_uint8
 from idc.models.spec import Lora, TransformerSpec
+from idc.models.speed import Speed
 from idc.models.system import Parts, System, open_system
 from idc.models.vlm import VLMConditioner
 
@@ -63,7 +64,7 @@ class Generate(LightningModule):
         existing: refuse or replace videos in `out` that were made by another model or with other settings.
         encoding: of the MP4 files.
         baseline: another system in place of ours.
-        transformer, codec, text, vlm, lora: in place of the run's own, or for a checkpoint without config.yaml.
+        transformer, codec, text, vlm, lora, speed: in place of the run's own, or for a checkpoint without config.yaml.
         compute_dtype: in place of the run's own.
 
     Raises:
@@ -85,6 +86,7 @@ class Generate(LightningModule):
         vlm: VLMConditioner | None = None,
         lora: Lora | None = None,
         compute_dtype: Literal["float32", "bfloat16"] | None = None,
+        speed: Speed | None = None,
     ) -> None:
         super().__init__()
         changes = sampling or SamplingChanges()
@@ -93,7 +95,7 @@ class Generate(LightningModule):
         self.baseline = baseline
         self.system: System | None = None
         if baseline is None:
-            system = open_system(checkpoint, Parts(transformer, codec, text, vlm, lora=lora), weights)
+            system = open_system(checkpoint, Parts(transformer, codec, text, vlm, lora=lora, speed=speed), weights)
             self.compute_dtype = getattr(torch, compute_dtype or system.compute_dtype)
             self.system, base = system, system.sampling
         elif checkpoint is not None:
@@ -134,6 +136,7 @@ class Generate(LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
         self.transformer.requires_grad_(False)
+        self.transformer.run_layers("none", self.system.speed.compile)
 
     def setup(self, stage: str) -> None:
         from idc.stages.sharding import is_sharding

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from idc.callbacks import checkpoint as checkpoint_module
+from idc.callbacks import writing
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.ema import EMA, ema_state_dict
 from idc.callbacks.preemption import Preemption
@@ -35,6 +35,7 @@ SAMPLES, GLOBAL_BATCH, WIDTH = 48, 4, 6
 STEPS = 20  # of 12 in an epoch
 SAVE_EVERY = 4
 PLACES = ("step", "state", "seal", "manifest", "publish", "prune")
+_IN_WRITING = {"seal": "_seal_own_files", "publish": "_publish", "prune": "_prune"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Run:
     accumulate: int = 1
     ema: bool = True
     dtype: str = "32-true"
+    asynchronous: bool = False
 
 
 class Block(nn.Module):
@@ -230,7 +232,7 @@ def make_trainer(run: Run, extra: list[Callback]) -> Trainer:
         accumulate_grad_batches=run.accumulate,
         gradient_clip_val=1.0,
         callbacks=[
-            Checkpoint(every_n_steps=SAVE_EVERY, keep_last=2),
+            Checkpoint(every_n_steps=SAVE_EVERY, keep_last=2, asynchronous=run.asynchronous),
             *([EMA(decay=0.9)] if run.ema else []),
             Preemption(),
             *extra,
@@ -256,8 +258,8 @@ def place_kill(run: Run) -> None:
 
     "full" raises the error of a full disk instead.
     """
-    owners = {"seal": (checkpoint_module, "_seal_own_files"), "manifest": (Manifest, "write")}
-    owners |= {"publish": (checkpoint_module, "_publish"), "prune": (Checkpoint, "_prune")}
+    owners: dict[str | None, tuple[Any, str]] = {"manifest": (Manifest, "write")}
+    owners |= {place: (writing, name) for place, name in _IN_WRITING.items()}
     name_of_step = f"step-{run.kill_step:08d}"
     if run.kill_place in owners:
         owner, name = owners[run.kill_place]

@@ -1,4 +1,4 @@
-"""Checkpoints that exist entirely or not at all, sharded ones too.
+"""Checkpoints that exist entirely or not at all, sharded ones too, written while training goes on.
 
 A save goes into a new directory `step-00001234.tmp-<nonce>/`; when all ranks have written and hashed their files,
 rank 0 writes the manifest and renames the directory. A kill at any moment leaves the older checkpoints as they were.
@@ -17,34 +17,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
-import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-import lightning
-import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-import idc
+from idc.callbacks.background import Background
 from idc.callbacks.ema import original_name, tolerate
 from idc.callbacks.plain import plain
-from idc.callbacks.resume import CHECKPOINTS, CONVERTED
+from idc.callbacks.resume import CHECKPOINTS
+from idc.callbacks.snapshot import Snapshot
+from idc.callbacks.writing import CheckpointError, Save, describe
 from idc.errors import StoppedError, UserError
-from idc.models.checkpoints import step_directories
-from idc.models.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 
+__all__ = ["Checkpoint", "CheckpointError", "is_dry_run"]
 
-class CheckpointError(RuntimeError):
-    """A save failed; the message says why and which older checkpoint is left."""
+_GROUP_TIMEOUT = timedelta(hours=2)  # a rank may wait so long for the slowest one's files
 
 
 class Checkpoint(lightning_callbacks.Checkpoint):
@@ -55,12 +52,20 @@ class Checkpoint(lightning_callbacks.Checkpoint):
     subclasses of its `Checkpoint` to the end), so the state is one from which training continues exactly. The
     LightningModule's own `on_train_batch_end` runs after it.
 
+    With `asynchronous`, training waits while the state is copied to host memory (`idc.callbacks.snapshot`), and for the
+    save before if that is still being written; the rest happens in a thread. A save that fails there ends the run at
+    the end of the next step, on all ranks with one message. However a run ends, but for kill -9, it waits for the save
+    that is under way. Logged for each save, at its step: `perf/checkpoint_stall_seconds`, which training waited for
+    it, and `perf/checkpoint_write_seconds`, which its writing took.
+
     Args:
         dirpath: where checkpoints go; None for `checkpoints` in the run's folder (the logger's).
         every_n_steps: optimiser steps between saves; None for no saves by steps.
         every_n_minutes: minutes since the last save, by the clock of any rank; None for no saves by time.
         keep_last: how many of the newest checkpoints stay; a save needs room for one more.
         save_on_end: save at the last step of the run too, also of one that was stopped.
+        asynchronous: write in the background. Takes host memory for one copy of what is saved (on one GPU and with DDP
+            on rank 0 alone; under FSDP2 each rank's shards). DeepSpeed's own saves stay synchronous.
 
     Raises:
         UserError: bad arguments, another run writes to the same directory, or hyperparameters that could not be
@@ -75,6 +80,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         every_n_minutes: float | None = None,
         keep_last: int = 2,
         save_on_end: bool = True,
+        asynchronous: bool = False,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
             if value is not None and value <= 0:
@@ -86,7 +92,12 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         self.every_n_minutes = every_n_minutes
         self.keep_last = keep_last
         self.save_on_end = save_on_end
+        self.asynchronous = asynchronous
         self.last_saved: Path | None = None
+        self._snapshot = Snapshot()
+        self._under_way: tuple[Save, Background] | None = None
+        self._stalled = 0.0  # seconds that training has waited for the save that is under way
+        self._group: Any = None
         self._directory: Path | None = None
         self._lock: IO[str] | None = None
         self._requested = False
@@ -123,6 +134,8 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         problem = self._open_directory() if trainer.is_global_zero else None
         if problem := trainer.strategy.broadcast(problem):
             raise UserError(problem)
+        if self._in_background(trainer) and trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = self._saved_step = trainer.global_step
@@ -134,6 +147,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         step = trainer.global_step
         if step == self._seen_step:  # accumulating gradients: they are not part of a checkpoint
             return
+        self._look(trainer)
         due = self.every_n_steps is not None and step // self.every_n_steps > self._seen_step // self.every_n_steps
         self._seen_step = step
         if getattr(pl_module, "can_stop", False):
@@ -148,19 +162,22 @@ class Checkpoint(lightning_callbacks.Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.save_on_end and trainer.global_step > self._saved_step:
             self.save(trainer)
+        self.settle(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the last complete step of a run that `StoppedError`; its error is what the user sees, not the save's."""
+        """Finish the save that is under way, and save the last complete step of a run that `StoppedError`; the error
+        of the run is what the user sees, not a save's."""
         try:
             if isinstance(exception, StoppedError) and not is_dry_run(trainer):
                 step, loops = self._loops or (0, None)
                 if self.save_on_end and loops and step == trainer.global_step > self._saved_step:
                     self.save(trainer, loops)
-                if self._saved_step:
-                    rank_zero_info(f"--ckpt_path last goes on from step {self._saved_step}")
+            self.settle(trainer)
+            if isinstance(exception, StoppedError) and self._saved_step:
+                rank_zero_info(f"--ckpt_path last goes on from step {self._saved_step}")
         except CheckpointError as error:
             rank_zero_warn(str(error))
         finally:
@@ -192,88 +209,103 @@ class Checkpoint(lightning_callbacks.Checkpoint):
     def save(self, trainer: Trainer, loops: dict[str, Any] | None = None) -> Path | None:
         """Save now; all ranks call it together. Returns the new directory, or None in a fast_dev_run.
 
+        When it returns, an asynchronous save is under way and its directory is not there yet: see `settle`.
+
         Args:
             loops: state of the loops and loaders in place of the present one.
 
-        Raises `CheckpointError` on all ranks if any rank failed; the unfinished directory is removed.
+        Raises `CheckpointError` on all ranks if any rank failed, in this save or in the one that was under way; the
+        unfinished directory is removed.
         """
         if is_dry_run(trainer):
             return None
-        step, strategy = trainer.global_step, trainer.strategy
-        final = self.directory / f"step-{step:08d}"
-        unfinished = final.with_name(strategy.broadcast(f"{final.name}.tmp-{secrets.token_hex(4)}"))
-        problem, records = None, {}
-        # Whatever fails on one rank is told to all, or the others would wait for it.
-        try:
+        began = time.monotonic()
+        background = self._in_background(trainer)
+        self._wait(trainer)
+        save = self._new_save(trainer)
+        state: dict[str, Any] = {}
+
+        def copy_state() -> None:
             if trainer.is_global_zero:
-                unfinished.mkdir()
-            # Trainer.save_checkpoint ends in a barrier, where the others would wait for a rank that failed; here the
-            # exchange of errors below is that barrier.
-            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                save.unfinished.mkdir(exist_ok=True)
+            with _on_device(trainer) if background else contextlib.nullcontext():
+                state.update(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
             state["loops"] = loops or state["loops"]
-            _write(trainer, state, unfinished / STATE)
-            del state
-        except Exception as error:
-            problem = _describe(error)
-        self._raise_together(trainer, problem, unfinished)
-        try:
-            records = _seal_own_files(unfinished, trainer.global_rank)
-        except Exception as error:
-            problem = _describe(error)
-        shares = self._raise_together(trainer, problem, unfinished, records)
-        try:
-            if trainer.is_global_zero:
-                _check_loadable(unfinished / STATE)
-                self._manifest(trainer, shares).write(unfinished)
-                _publish(unfinished, final)
-                self._prune()
-        except Exception as error:
-            problem = _describe(error)
-        self._raise_together(trainer, problem, unfinished)
-        self.last_saved, self._saved_step, self._saved_at = final, step, time.monotonic()
-        self._requested = False
-        rank_zero_info(f"Saved {final}")
-        return final
+            if not background:
+                return
+            if save.kind == "sharded" or trainer.is_global_zero:
+                state.update(self._snapshot.take(state))
+            else:
+                state.clear()  # rank 0 alone writes it
 
-    def _raise_together(
-        self, trainer: Trainer, problem: str | None, unfinished: Path, records: Mapping[str, FileRecord] | None = None
-    ) -> dict[str, FileRecord]:
-        """Exchange errors and hashes between the ranks: all go on, with all hashes, or all raise."""
-        mine = (problem, dict(records or {}))
-        everyone = [mine]
-        if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            everyone = [mine] * trainer.world_size
-            dist.all_gather_object(everyone, mine)
-        problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(everyone) if text]
-        if not problems:
-            return {name: record for _, share in everyone for name, record in share.items()}
-        if trainer.is_global_zero:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        left = self.last_saved or next((path for _, path in reversed(step_directories(self.directory))), None)
-        raise CheckpointError(
-            f"Saving step {trainer.global_step} to {self.directory} failed ({'; '.join(problems)}). "
-            + (f"The newest checkpoint is still {left}" if left else "There is no older checkpoint")
-        )
+        save.agree(describe(copy_state))
+        self._saved_step, self._saved_at, self._requested = save.step, time.monotonic(), False
+        if background:
+            self._under_way = save, Background(f"checkpoint of step {save.step}", lambda: save.write(state))
+            self._stalled = time.monotonic() - began
+        else:
+            save.write(state, trainer.strategy.save_checkpoint if save.kind == "deepspeed" else None)
+            self._stalled = time.monotonic() - began
+            self._tell(trainer, save, self._stalled)
+        return save.final
 
-    def _manifest(self, trainer: Trainer, files: Mapping[str, FileRecord]) -> Manifest:
-        return Manifest(
+    def settle(self, trainer: Trainer) -> Path | None:
+        """Wait for the save that is under way; the directory of the newest save of this run. Every rank waits for its
+        own part, so that one may call it alone.
+
+        Raises:
+            CheckpointError: it failed, on all ranks alike.
+        """
+        self._wait(trainer)
+        return self.last_saved
+
+    def _look(self, trainer: Trainer) -> None:
+        """Take note of a finished save, on all ranks in the same step: what failed on one must end all of them."""
+        if self._under_way is not None:
+            began = time.monotonic()
+            done = trainer.strategy.reduce_boolean_decision(self._under_way[1].done, all=True)
+            self._stalled += time.monotonic() - began
+            if done:
+                self._wait(trainer)
+
+    def _wait(self, trainer: Trainer) -> None:
+        if self._under_way is None:
+            return
+        began = time.monotonic()
+        save, background = self._under_way
+        background.wait()  # interrupted by Ctrl-C, it stays under way
+        self._under_way = None
+        self._stalled += time.monotonic() - began
+        if background.error is not None:
+            if isinstance(background.error, CheckpointError):
+                raise background.error
+            raise CheckpointError(f"Saving step {save.step} to {self.directory} failed ({background.error})")
+        self._tell(trainer, save, background.seconds)
+
+    def _tell(self, trainer: Trainer, save: Save, seconds: float) -> None:
+        self.last_saved = save.final
+        for logger in trainer.loggers:
+            values = {"perf/checkpoint_stall_seconds": self._stalled, "perf/checkpoint_write_seconds": seconds}
+            logger.log_metrics(values, step=save.step)
+        rank_zero_info(f"Saved {save.final}")
+
+    def _in_background(self, trainer: Trainer) -> bool:
+        return self.asynchronous and _kind(trainer) != "deepspeed"
+
+    def _new_save(self, trainer: Trainer) -> Save:
+        name = f"step-{trainer.global_step:08d}.tmp-{secrets.token_hex(4)}"
+        return Save(
+            directory=self.directory,
+            unfinished=self.directory / trainer.strategy.broadcast(name),
             kind=_kind(trainer),
-            serial=1 + max((manifest.serial for manifest, _ in step_directories(self.directory)), default=0),
             step=trainer.global_step,
             epoch=trainer.current_epoch,
-            world_size=trainer.world_size,
             strategy=type(trainer.strategy).__name__,
-            versions={"idc": idc.__version__, "torch": str(torch.__version__), "lightning": lightning.__version__},
-            files=files,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            keep_last=self.keep_last,
+            group=self._group,
         )
-
-    def _prune(self) -> None:
-        """Remove all but the newest `keep_last`; a directory is renamed before its files go."""
-        shutil.rmtree(self.directory / CONVERTED, ignore_errors=True)
-        for _, path in step_directories(self.directory)[: -self.keep_last]:
-            doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
 
     def _open_directory(self) -> str | None:
         """Rank 0: create the directory, claim it for this run, remove unfinished saves. Returns the problem, if any."""
@@ -301,6 +333,12 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         return None
 
     def _close(self) -> None:
+        if self._under_way is not None:  # an error or Ctrl-C came between: the process does not end before it
+            self._under_way[1].wait()
+            self._under_way = None
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -325,50 +363,19 @@ def _kind(trainer: Trainer) -> str:
     return "deepspeed" if "DeepSpeed" in type(trainer.strategy).__name__ else "file"
 
 
-def _write(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    if _kind(trainer) != "file":
-        trainer.strategy.save_checkpoint(state, path)
-    elif trainer.is_global_zero:
-        # Lightning's writer makes two copies in memory and a third in the system's temporary folder.
-        torch.save(state, path)
+@contextlib.contextmanager
+def _on_device(trainer: Trainer) -> Iterator[None]:
+    """FSDP2's state as it lies on the device, within the block: Lightning copies it to pageable host memory, from where
+    a snapshot would copy it once more."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        yield
+        return
+    strategy: Any = trainer.strategy
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-
-def _seal_own_files(directory: Path, rank: int) -> dict[str, FileRecord]:
-    """Flush to disk and hash the files that this rank wrote; DCP's are named `__<rank>_<n>.distcp`, others rank 0's."""
-
-    def writer(name: str) -> int:
-        match = re.match(r"__(\d+)_", Path(name).name)
-        return int(match[1]) if match else 0
-
-    own = [name for name in list_files(directory) if writer(name) == rank]
-    for name in own:
-        fsync_file(directory / name)
-    return hash_files(directory, own)
-
-
-def _check_loadable(state: Path) -> None:
-    """Load what a resume will load with `weights_only`: a checkpoint that cannot be loaded is none."""
-    path = state / "meta.pt" if state.is_dir() else state
-    if path.is_file():
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-
-def _publish(unfinished: Path, final: Path) -> None:
-    """Make a complete directory visible under its name, then move the `last` link."""
-    fsync_directory(unfinished)
-    if final.exists():  # this step again, after a rewind
-        replaced = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
-        final.rename(replaced)
-        unfinished.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        unfinished.rename(final)
-    fsync_directory(final.parent)
-    link = final.parent / f"last.tmp-{secrets.token_hex(4)}"
-    with contextlib.suppress(OSError):  # not every file system has links, and nothing but people follows this one
-        link.symlink_to(final.name)
-        os.replace(link, final.parent / "last")
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    strategy.lightning_module_state_dict = lambda: get_model_state_dict(strategy.model)
+    strategy.optimizer_state = lambda optimizer: get_optimizer_state_dict(strategy.model, optimizer)
+    try:
+        yield
+    finally:
+        del strategy.lightning_module_state_dict, strategy.optimizer_state

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from idc.callbacks.preemption import requested
 from idc.callbacks.progress import show
+from idc.data.ranks import data_place
 from idc.models.sampling import to_uint8
 from idc.types import Batch, Bucket, Sample
 
@@ -107,7 +108,7 @@ class Previews(Callback):
     ) -> None:
         # Ranks go through the same buckets, so the sampling below runs the same forwards on all of them.
         kept = self._batches.setdefault(batch.bucket, [])
-        if sum(map(len, kept)) < -(-self.count // trainer.world_size):
+        if sum(map(len, kept)) < -(-self.count // data_place(trainer).ranks):
             kept.append(batch)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +137,7 @@ class Previews(Callback):
             return
         self._last_step = step
         self._enter(trainer)
-        chosen = list(self._chosen(-(-self.count // trainer.world_size)))
+        chosen = list(self._chosen(-(-self.count // data_place(trainer).ranks)))
         done, total = 0, sum(count for _, count in chosen)
         for batch, count in chosen:
             show(trainer, "sampling previews", done, total)
@@ -169,6 +170,8 @@ class Previews(Callback):
             self._write(trainer, stage, sample, to_uint8(video_CTHW))
 
     def _write(self, trainer: Trainer, stage: Any, sample: Sample, video_THWC: np.ndarray) -> None:
+        if not data_place(trainer).leads:
+            return
         from idc.data.video import encode_video
 
         name = hashlib.sha256(f"{sample.id}\n{sample.caption}".encode()).hexdigest()[:12]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from idc.data.ranks import data_place
 from idc.types import Batch
 
 
@@ -43,7 +44,7 @@ class Throughput(Callback):
         now = time.perf_counter()
         self._busy += now - self._batch_started
         self._batch_ended = now
-        self._clips += len(batch) * trainer.world_size
+        self._clips += len(batch) * data_place(trainer).ranks
         steps = trainer.global_step - self._step
         every = trainer.log_every_n_steps  # 0 logs nothing
         if steps and every and trainer.global_step % every == 0:

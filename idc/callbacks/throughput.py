@@ -47,7 +47,10 @@ class Throughput(Callback):
         self._clips += len(batch) * data_place(trainer).ranks
         steps = trainer.global_step - self._step
         every = trainer.log_every_n_steps  # 0 logs nothing
-        if steps and every and trainer.global_step % every == 0:
+        if steps < 0:  # rolled back
+            self._reset(now)
+            self._step = trainer.global_step
+        elif steps and every and trainer.global_step % every == 0:
             total = max(self._busy + self._waited, 1e-9)
             metrics = {
                 "perf/clips_per_second": self._clips / total,

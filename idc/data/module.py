@@ -18,7 +18,7 @@ from idc.data.index import Entry
 from idc.data.loader import PlanLoader, check_divisible
 from idc.data.plan import HeldOutPlan, MixSource, Plan, groups_of
 from idc.data.quarantine import CorruptRate, Quarantine
-from idc.data.ranks import of_all_ranks, several_ranks
+from idc.data.ranks import DataPlace, data_place, of_all_ranks, several_ranks
 from idc.data.reader import ReadSettings
 from idc.data.sources import Catalogue, Source, source_name
 from idc.errors import UserError
@@ -158,9 +158,8 @@ class VideoDataModule(LightningDataModule):
             UserError: a source without index or usable samples, or an epoch that does not fill one batch. It is raised
                 here so that it comes before the stage fills the features cache, which may take hours.
         """
-        _, world = self._place()
         if stage in (None, "fit"):
-            check_divisible(self.batch_size, world)
+            check_divisible(self.batch_size, data_place(self.trainer).ranks)
             self._read("train", self.sources)
             self.plan()
         if self.val_sources:
@@ -203,12 +202,6 @@ class VideoDataModule(LightningDataModule):
             for _, entry, _ in split.kept():
                 yield name, entry
 
-    def _place(self) -> tuple[int, int]:
-        """(rank, ranks) among the data-parallel processes."""
-        strategy = getattr(self.trainer, "strategy", None)
-        place = getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        return place["rank"], place["num_replicas"]
-
     # Features -------------------------------------------------------------------------------------------------
 
     def feature_cache(self, encoders: Mapping[str, str]) -> FeatureCache:
@@ -231,12 +224,12 @@ class VideoDataModule(LightningDataModule):
         missing = {name: self._missing(split, cache) for name, split in self._splits.items()}
         if self.trainer is not None:
             missing = self.trainer.strategy.broadcast(missing)
-        loaders = []
+        loaders, place = [], data_place(self.trainer).alone
         for name, split in self._splits.items():
             for parts, refs in missing[name].items():
                 size = self.batch_size if name == "train" else self.val_batch_size
                 settings = ReadSettings(self.reference_area, random_window=False, decode_video="latents" in parts)
-                loaders.append((parts, self._held_out_loader(split, size, split.only(refs), settings)))
+                loaders.append((parts, self._held_out_loader(split, size, split.only(refs), settings, place)))
         return loaders
 
     def attach_features(self, cache: FeatureCache) -> None:
@@ -309,22 +302,32 @@ class VideoDataModule(LightningDataModule):
         return ReadSettings(self.reference_area, random_window and self._cache is None, self._cache)
 
     def _held_out_loader(
-        self, split: Split, size: int, sources: Sequence[MixSource], settings: ReadSettings
+        self,
+        split: Split,
+        size: int,
+        sources: Sequence[MixSource],
+        settings: ReadSettings,
+        place: DataPlace | None = None,
     ) -> PlanLoader:
-        _, world = self._place()
-        plan = HeldOutPlan(sources, split.assignment.buckets, size, self.seed, world)
-        return self._loader(plan, split.catalogue, settings)
+        place = place or data_place(self.trainer)
+        plan = HeldOutPlan(sources, split.assignment.buckets, size, self.seed, place.ranks)
+        return self._loader(plan, split.catalogue, settings, place)
 
     def _loader(
-        self, plan: Plan | HeldOutPlan, catalogue: Catalogue, settings: ReadSettings, **kwargs: Any
+        self,
+        plan: Plan | HeldOutPlan,
+        catalogue: Catalogue,
+        settings: ReadSettings,
+        place: DataPlace | None = None,
+        **kwargs: Any,
     ) -> PlanLoader:
-        rank, world = self._place()
+        place = place or data_place(self.trainer)
         loader = PlanLoader(
             plan,
             catalogue,
             settings,
-            rank=rank,
-            world=world,
+            rank=place.rank,
+            world=place.ranks,
             num_workers=self.num_workers,
             prefetch=self.prefetch,
             quarantine=self.quarantine,

@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+
+
+class DataPlace(NamedTuple):
+    """Where a process stands among those that get samples of their own.
+
+    Attributes:
+        rank, ranks: its data-parallel rank, and how many there are.
+        number, together: which of so many neighbouring processes it is that compute the same samples together, as the
+            ranks of one sequence do (`idc.models.sequence_parallel`).
+    """
+
+    rank: int
+    ranks: int
+    number: int = 0
+    together: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it writes what comes out of them."""
+        return self.number == 0
+
+    @property
+    def alone(self) -> DataPlace:
+        """Its place in work that each of them does by itself, such as encoding."""
+        return DataPlace(self.rank * self.together + self.number, self.ranks * self.together)
+
+
+def data_place(trainer: Any) -> DataPlace:
+    """Of a trainer's process; the only one without a trainer."""
+    strategy = getattr(trainer, "strategy", None)
+    given = getattr(strategy, "distributed_sampler_kwargs", None)
+    if not given:
+        return DataPlace(0, 1)
+    rank, ranks = given["rank"], given["num_replicas"]
+    together = getattr(strategy, "world_size", ranks) // ranks
+    if together < 2:
+        return DataPlace(rank, ranks)
+    return DataPlace(rank, ranks, trainer.global_rank % together, together)
 
 
 def several_ranks() -> bool:

@@ -208,12 +208,17 @@ class GenerationData(LightningDataModule):
     def prepare_data(self) -> None:
         self.source.prepare()
 
-    def choose(self, items: Sequence[Item], rank: int, world: int, equal: bool = False) -> None:
-        """Take this rank's share of `items`; `equal` repeats the last ones until all ranks have as many."""
+    def choose(self, items: Sequence[Item], rank: int, world: int, equal: bool = False, writes: bool = True) -> None:
+        """Take this rank's share of `items`.
+
+        Args:
+            equal: repeat the last ones, as padding, until all ranks have as many.
+            writes: False makes all of them padding: another process makes the same videos with this one.
+        """
         chosen = [(item, False) for item in items]
         if equal and chosen and len(chosen) % world:
             chosen += [(items[-1], True)] * (world - len(chosen) % world)
-        self._mine = chosen[rank::world]
+        self._mine = [(item, padding or not writes) for item, padding in chosen[rank::world]]
 
     def predict_dataloader(self) -> Requests:
         """This rank's items."""

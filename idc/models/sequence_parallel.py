@@ -173,7 +173,7 @@ class SequenceAttnProcessor(WanAttnProcessor):
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
 
-def check_heads(heads: int, ranks: int, setting: str = "tensor_parallel_size") -> None:
+def check_heads(heads: int, ranks: int, setting: str = "trainer.strategy.init_args.tensor_parallel_size") -> None:
     """Raises `UserError` where the heads of the self-attention cannot be shared out equally."""
     if heads % ranks == 0:
         return

@@ -7,9 +7,9 @@ a stage before the strategy has started; frozen encoders stay outside the module
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule
@@ -112,7 +112,10 @@ class Stage(LightningModule):
         self.sampling = sampling or Sampling()
         self.speed = speed or Speed()
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on
-        self._training_on: tuple[str, ...] = ()
+        # Of a callback: whether the optimiser may step at this gradient norm. It raises to end the run, on all ranks.
+        self.guard: Callable[[float], bool] | None = None
+        self.took_step: bool | None = None  # in this batch; None before its optimiser has been asked to
+        self._training_on: tuple[int, list[str]] = 0, []
 
     # Building -------------------------------------------------------------------------------------------------
 
@@ -169,8 +172,12 @@ class Stage(LightningModule):
 
     def _check(self, datamodule: Any) -> None:
         """Name what does not fit together before the features cache is filled: the structure costs nothing on meta."""
+        from idc.stages.sharding import check_sequence
+
         blocks = self.spec.id_blocks
-        channels = self.build_transformer("meta").config["in_channels"]
+        structure = self.build_transformer("meta").config
+        check_sequence(structure["num_attention_heads"], self.trainer.strategy)
+        channels = structure["in_channels"]
         if channels != self.encoders.codec.channels:
             raise UserError(
                 f"transformer.in_channels={channels}: the codec's latents have {self.encoders.codec.channels} channels"
@@ -204,39 +211,59 @@ class Stage(LightningModule):
         if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed clips inside its engine
             norm = engine.get_global_grad_norm()
             if norm is not None:
-                self._check_gradient(float(norm))
+                self._check_gradient(optimizer, float(norm))
                 self.log("train/grad_norm", norm)
             return
         self.clip_to_norm(optimizer, gradient_clip_val)
 
     def clip_to_norm(self, optimizer: Any, max_norm: float | None) -> None:
-        """Clip by the global norm, and log the norm before clipping at the steps that are logged.
+        """Clip by the global norm, and log the norm before clipping at the steps that are logged. Where `guard` refuses
+        the step, the gradients are dropped, and the optimiser, which is called all the same, changes nothing.
 
         Raises:
-            UserError: on all ranks alike where the norm is not finite, before the optimiser makes every weight NaN.
+            UserError: on all ranks alike where the norm is not finite, before the optimiser makes every weight NaN,
+                unless `guard` knows better.
         """
         # The optimiser's own list: to walk the module's tree for it takes as long as the clipping of a small model.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
         if hasattr(norm, "full_tensor"):  # a DTensor under FSDP2: an exchange between the ranks
             norm = norm.full_tensor()
-        self._check_gradient(float(norm))
+        self._check_gradient(optimizer, float(norm))
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps
         if every and (trainer.global_step + 1) % every == 0:  # Lightning writes at these steps alone
             self.log("train/grad_norm", norm.detach())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._training_on = tuple(dict.fromkeys(getattr(batch, "ids", ())))
+        self.took_step = None
+        step, known = self._training_on
+        ids = known if step == self.trainer.global_step + 1 else []  # micro-batches of one step
+        self._training_on = self.trainer.global_step + 1, list(dict.fromkeys([*ids, *getattr(batch, "ids", ())]))
 
-    def _check_gradient(self, norm: float) -> None:
-        """The global norm is equal on all ranks, so all of them raise or none."""
-        if math.isfinite(norm):
-            return
-        ids = [id for own in of_all_ranks(list(self._training_on)) for id in own]
+    def samples_of_step(self) -> list[list[str]]:
+        """Ids of the samples that this optimiser step is on, by rank. All ranks call it together."""
+        return of_all_ranks(self._training_on[1])
+
+    def _check_gradient(self, optimizer: Any, norm: float) -> None:
+        """The global norm is equal on all ranks, so all of them raise, or drop their gradients, or none."""
+        if self.guard is None and not math.isfinite(norm):
+            self.end_run(f"the gradient's norm is {norm:g}")
+        takes = self.guard is None or self.guard(norm)
+        self.took_step = bool(self.took_step) or takes
+        if not takes:
+            optimizer.zero_grad(set_to_none=True)  # optimisers pass over parameters without a gradient
+
+    def end_run(self, reason: str) -> NoReturn:
+        """End this step and the run on all ranks, which call it together, and name its samples.
+
+        Raises:
+            UserError: always.
+        """
+        ids = [id for own in self.samples_of_step() for id in own]
         samples = ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if ids[_NAMED:] else "")
         raise UserError(
-            f"step {self.trainer.global_step + 1}: the gradient's norm is {norm:g}, and no weight was changed; its "
+            f"step {self.trainer.global_step + 1}: {reason}, and no weight was changed; its "
             f"last batch holds {samples or 'no samples with ids'}; go on from the last checkpoint with a lower rate or "
             "lower loss weights, or look at these samples"
         )

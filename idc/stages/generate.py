@@ -19,6 +19,7 @@ from torch import Tensor
 
 from idc.data.benchmark import Item
 from idc.data.output import Existing, OutputFolder
+from idc.data.ranks import data_place
 from idc.data.requests import GenerationData, Request
 from idc.data.video import PIXEL_FORMATS, encode_video
 from idc.errors import UserError, counted, nearest
@@ -154,7 +155,8 @@ class Generate(LightningModule):
         chosen = [item for item in self._items if item.id in set(todo)]
         if chosen and self.baseline is not None:
             self.baseline.load(device)  # here, where weights that are missing end the run, and not each item
-        data.choose(chosen, self.trainer.global_rank, self.trainer.world_size, is_sharding(self.trainer.strategy))
+        place = data_place(self.trainer)
+        data.choose(chosen, place.rank, place.ranks, is_sharding(self.trainer.strategy), place.leads)
 
     def _plan(self, data: GenerationData) -> tuple[list[Item], dict[str, str], list[str], dict[str, Any]]:
         """On rank 0: the items, those known to fail, the ids that have no video yet, and the settings of all."""

@@ -28,6 +28,7 @@ from idc.stages.aligned import Aligned
 from idc.stages.held_out import HeldOutRewards
 from idc.stages.rewarded import Drops, advantages_of, clip_of_sample, means
 from idc.stages.rollouts import Place, Rollout, Rollouts, portions, roll_out
+from idc.stages.sharding import sequence_ranks
 from idc.stages.updates import Contrast, Given, Objective, Point, PolicyGradient
 from idc.stages.watched import watch
 from idc.types import Batch, Sample
@@ -127,6 +128,11 @@ class GRPO(Aligned):
                     f"trainer.{setting}={getattr(trainer, setting)}: GRPO makes its optimiser steps itself; leave it "
                     f"out and set model.init_args.{ours}"
                 )
+        if (ranks := sequence_ranks(trainer.strategy)) > 1:
+            raise UserError(
+                f"trainer.strategy.init_args.tensor_parallel_size={ranks}: a rank makes GRPO's rollouts alone; "
+                "set it to 1 (recipes/hardware/fsdp_grpo.yaml); sequences over ranks are for SFT, DPO and generation"
+            )
         if datamodule.group_size < 2:
             raise UserError("data.init_args.group_size=1: advantages are relative to a group of 2 or more")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from idc.data.ranks import of_all_ranks
+from idc.data.ranks import DataPlace, data_place, of_all_ranks
 from idc.models.sampling import to_uint8
 from idc.rewards.runner import RewardRunner
 from idc.stages.base import Stage
@@ -36,16 +36,17 @@ class HeldOutRewards:
     @torch.no_grad()
     def judge(self, stage: Stage, batch: Batch) -> None:
         """Sample a batch's conditions as the stage samples, and submit the videos; padding is left out."""
+        where = data_place(stage.trainer)
         judged = list(range(len(batch) - batch.padding))
         if self.once:
-            own, of_all = self._new([batch.samples[place] for place in judged], stage.global_rank)
+            own, of_all = self._new([batch.samples[place] for place in judged], where)
             if not of_all:
                 return
             judged = own
         places = judged or [0]  # a rank without any makes the same passes, as sharded weights need
         samples = [batch.samples[place] for place in places]
         videos = stage.sample_videos(samples, batch.bucket, batch.seeds_B[places])
-        for sample, video in list(zip(samples, videos, strict=True))[: len(judged)]:
+        for sample, video in list(zip(samples, videos, strict=True))[: len(judged) if where.leads else 0]:
             self.runner.submit(sample.id, clip_of_sample(sample, video, sample.id))
 
     def end(self, stage: Stage, split: str, complete: bool) -> None:
@@ -73,16 +74,17 @@ class HeldOutRewards:
         for key, value in values.items():
             stage.log(key, value, prog_bar=key == f"{split}/reward", rank_zero_only=False)
 
-    def _new(self, samples: Sequence[Sample], rank: int) -> tuple[list[int], int]:
+    def _new(self, samples: Sequence[Sample], where: DataPlace) -> tuple[list[int], int]:
         """Places of this rank's samples whose condition no earlier sample has, and how many all ranks have."""
+        keys_of_all = of_all_ranks([condition_key(sample) for sample in samples])
         found: list[list[int]] = []
-        for keys in of_all_ranks([condition_key(sample) for sample in samples]):
+        for keys in keys_of_all[:: len(keys_of_all) // where.ranks]:  # neighbours have the same samples
             found.append([])
             for place, key in enumerate(keys):
                 if key not in self._seen:
                     self._seen.add(key)
                     found[-1].append(place)
-        return found[rank], sum(map(len, found))
+        return found[where.rank], sum(map(len, found))
 
 
 def condition_key(sample: Sample) -> str:

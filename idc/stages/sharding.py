@@ -1,42 +1,177 @@
-"""FSDP2: build a transformer sharded over ranks, with its weights loaded on one rank alone."""
+"""FSDP2: weights sharded over ranks, replicated over nodes if wanted, and sequences spread over ranks.
+
+    ranks = data_parallel_size x tensor_parallel_size      who gets a batch of its own, and who shares it (a sequence)
+    ranks = replicas x shards                              where the weights lie
+
+The two layouts are independent. Weights are sharded over the ranks of a sequence, too: all of them hold a part of every
+layer, and FSDP's mean of the gradients over all ranks is the one that `idc.models.sequence_parallel` is made for.
+Lightning's tensor-parallel dimension carries the sequence; its weights are not split by tensor parallelism.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from idc.errors import UserError, counted
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from idc.models.transformer import IDCrafterTransformer
 
 
-def is_sharding(strategy: Any) -> bool:
-    """Whether the strategy is Lightning's FSDP2 (`ModelParallelStrategy`)."""
-    from lightning.pytorch.strategies import ModelParallelStrategy
+class FSDP2(ModelParallelStrategy):
+    """Lightning's FSDP2 whose sizes follow from the devices and nodes, with hybrid sharding (HSDP).
 
+    Args:
+        replicas: copies of the weights, each sharded over the neighbouring `ranks / replicas`; gradients are scattered
+            within a copy and averaged between copies. 1 shards over all ranks; "nodes" keeps one copy a node, so that
+            weights are gathered within nodes alone.
+        data_parallel_size: ranks with batches of their own; "auto" is `ranks / tensor_parallel_size`.
+        tensor_parallel_size: neighbouring ranks over which the tokens of one sample are spread (sequence parallelism);
+            must divide the transformer's attention heads.
+        process_group_backend: of torch.distributed; None takes NCCL on GPUs and gloo on CPUs.
+        timeout: after which a collective that waits for another rank fails.
+
+    Raises:
+        UserError: where the sizes do not fit the number of ranks; before any process is started.
+    """
+
+    def __init__(
+        self,
+        replicas: int | Literal["nodes"] = 1,
+        data_parallel_size: int | Literal["auto"] = "auto",
+        tensor_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        for name, value in (
+            ("replicas", replicas),
+            ("data_parallel_size", data_parallel_size),
+            ("tensor_parallel_size", tensor_parallel_size),
+        ):
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"trainer.strategy.init_args.{name}={value}: must be 1 or more")
+        self._replicas = replicas
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the weights; known once the trainer has told the number of nodes."""
+        return self.num_nodes if self._replicas == "nodes" else self._replicas
+
+    def _configure_launcher(self) -> None:
+        # Lightning calls it when devices and nodes are known, before it starts processes: one message, not one a rank.
+        self._settle(self.num_nodes * self.num_processes)
+        super()._configure_launcher()
+
+    def _settle(self, ranks: int) -> None:
+        sequence: Any = self._tensor_parallel_size
+        for name, size in (("tensor_parallel_size", sequence), ("replicas", self.replicas)):
+            if ranks % size:
+                raise UserError(
+                    f"trainer.strategy.init_args.{name}={size}: must divide the {ranks} ranks ({self._place}); the "
+                    f"nearest valid choice is {nearest_divisor(ranks, size)}"
+                )
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = ranks // sequence
+        if self._data_parallel_size != ranks // sequence:
+            raise UserError(
+                f"trainer.strategy.init_args.data_parallel_size={self._data_parallel_size}: {ranks} ranks "
+                f"({self._place}) with tensor_parallel_size={sequence} make {ranks // sequence}; "
+                'set that, or "auto"'
+            )
+
+    @property
+    def _place(self) -> str:
+        return f"{counted(self.num_nodes, 'node')} of {counted(self.num_processes, 'device')}"
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`, the smaller of two."""
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+def is_sharding(strategy: Any) -> TypeGuard[ModelParallelStrategy]:
+    """Whether the strategy is Lightning's FSDP2 (`ModelParallelStrategy`)."""
     return isinstance(strategy, ModelParallelStrategy)
 
 
-def build_sharded(build: Callable[[str], IDCrafterTransformer], strategy: Any) -> IDCrafterTransformer:
-    """`fully_shard` every layer and the root, then fill the shards from rank 0's weights.
+def sequence_ranks(strategy: Any) -> int:
+    """Over how many ranks the tokens of a sample are spread; 1 where they are not."""
+    if not is_sharding(strategy):
+        return 1
+    size = strategy._tensor_parallel_size
+    return strategy.num_processes if size == "auto" else size
 
-    Args:
-        build: makes the model on "cpu" (with weights) or on "meta" (structure alone). Only rank 0 builds with
-            weights, so that a 14B model is in host memory once and not once a rank.
-        strategy: a `ModelParallelStrategy` whose processes have started.
+
+def check_sequence(heads: int, strategy: Any) -> None:
+    """Raises `UserError` where the transformer's attention heads do not divide over the ranks of a sequence."""
+    if (ranks := sequence_ranks(strategy)) > 1:
+        from idc.models.sequence_parallel import check_heads
+
+        check_heads(heads, ranks)
+
+
+def weights_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
+    """Over which ranks parameters are sharded, `("shard",)`, or replicated and sharded, `("replicate", "shard")`.
+
+    A mesh of its own, beside Lightning's: it spans the ranks of a sequence as well.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks, replicas = dist.get_world_size(), getattr(strategy, "replicas", 1)
+    kind = strategy.root_device.type
+    if replicas == 1:
+        return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: IDCrafterTransformer, mesh: DeviceMesh) -> None:
+    """`fully_shard` every layer and the root."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = strategy.device_mesh["data_parallel"]
-    source = build("cpu").state_dict() if dist.get_rank() == 0 else {}
-    model = build("meta")
     for layer in [*model.blocks, *model.id_blocks]:
         fully_shard(layer, mesh=mesh)
     # By default the root keeps its gathered weights after a forward without a backward (a preview), and whatever
     # reads or swaps parameters then would see stale ones.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def build_sharded(
+    build: Callable[[str], IDCrafterTransformer], strategy: ModelParallelStrategy
+) -> IDCrafterTransformer:
+    """Shard the structure, then fill the shards from rank 0's weights; spread sequences where the strategy does.
+
+    Args:
+        build: makes the model on "cpu" (with weights) or on "meta" (structure alone). Only rank 0 builds with
+            weights, so that a 14B model is in host memory once and not once a rank.
+        strategy: a `ModelParallelStrategy` whose processes have started.
+
+    Raises:
+        UserError: on all ranks alike, where the attention heads do not divide over the ranks of a sequence.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model = build("meta")
+    sequence = strategy.device_mesh["tensor_parallel"]
+    if sequence.size() > 1:
+        from idc.models.sequence_parallel import spread_over
+
+        spread_over(model, sequence.get_group())
+    source = build("cpu").state_dict() if dist.get_rank() == 0 else {}
+    shard(model, weights_mesh(strategy))
     model.to_empty(device=strategy.root_device)
     model.refresh_rotary_tables()  # in no state dict, and `to_empty` left garbage in them
     set_model_state_dict(model, source, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

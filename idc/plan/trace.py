@@ -1,0 +1,201 @@
+"""Memory of a forward and backward pass, by running the real code on tensors without content.
+
+torch's `FakeTensorMode` runs every operator for shapes, dtypes and aliases alone, and a dispatch mode follows the life
+of each storage. Whatever the model's code does is counted as it does it: autocast's copies of weights, what autograd
+keeps, what checkpointing recomputes. A deep model is traced at the depth of a few layers, since what a layer keeps is
+the same for all of a kind; a test holds that equal to tracing all layers.
+
+Weights and their gradients are there before and not counted. What is run are the operators of the CPU. Attention is PyTorch's fused one, which keeps what FlashAttention keeps (queries,
+keys, values, outputs, and one number a query and head).
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_DEPTH = 3  # layers that are traced: the second is like all that follow
+
+
+class Passed(NamedTuple):
+    """Bytes that a pass takes besides weights and gradients.
+
+    Attributes:
+        kept: what autograd holds between the forward and the backward pass, copies of weights apart.
+        kept_copies: copies of weights in the compute dtype (autocast's) that are held until the backward pass.
+        forward: the most at any moment of the forward pass.
+        backward: the most at any moment of the backward pass.
+    """
+
+    kept: int
+    kept_copies: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.forward, self.backward)
+
+    @property
+    def working(self) -> int:
+        """What the peak holds besides what is kept: recomputed layers, gradients of activations, temporary results."""
+        return self.peak - self.kept - self.kept_copies
+
+
+class Storages(TorchDispatchMode):
+    """Follows the storages that operators make: bytes that live now, and the most so far.
+
+    Attributes:
+        live, peak: bytes. copies: bytes of each living copy of a weight in another dtype, by its number.
+    """
+
+    def __init__(self, weights: nn.Module | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.copies: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._count = 0
+        parameters = () if weights is None else weights.parameters()
+        self._weights = {parameter.untyped_storage()._cdata for parameter in parameters}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage(), copy)
+        return result
+
+    def _note(self, storage: Any, copy: bool) -> None:
+        key = storage._cdata
+        if key in self._sizes or key in self._weights:
+            return
+        self._sizes[key] = size = storage.nbytes()
+        self._count += 1
+        if copy:
+            self.copies[self._count] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, self._count)
+
+    def _free(self, key: int, number: int) -> None:
+        self.live -= self._sizes.pop(key)
+        self.copies.pop(number, None)
+
+
+def trace(
+    build: Callable[[int, int], nn.Module], layers: int, id_layers: int, loss: Callable[[nn.Module], Tensor]
+) -> Passed:
+    """What a pass through a model of `layers` layers takes, of which the first `id_layers` have an id block.
+
+    Args:
+        build: makes the model on "meta" with that many layers and id blocks, ready to be trained.
+        loss: runs the forward pass on tensors it makes itself, and returns the loss without a backward pass.
+    """
+    depth, ids = min(layers, _DEPTH), min(id_layers, _DEPTH if id_layers == layers else _DEPTH - 1)
+    with _without_content() as fake:
+        model: Any = fake(build(depth, ids))
+        storages = Storages(model)
+        with storages, _watched(model, storages) as seconds:
+            result = loss(model)
+            forward, kept, copies = storages.peak, storages.live, sum(storages.copies.values())
+            kinds = {kind: layer.settled(storages.copies) for kind, layer in seconds.items()}
+            storages.peak = storages.live
+            result.backward()
+            backward = storages.peak
+    more = {"blocks": layers - depth, "id_blocks": id_layers - ids}
+    rest = _Grown(*(sum(count * getattr(kinds[kind], name) for kind, count in more.items() if kind in kinds)
+                    for name in _Grown._fields))
+    return Passed(
+        kept=kept - copies + rest.kept,
+        kept_copies=copies + rest.kept_copies,
+        forward=forward + rest.kept + rest.copies,
+        backward=backward + rest.kept + rest.kept_copies,
+    )
+
+
+class _Grown(NamedTuple):
+    """By how much a layer lets the living bytes grow: what it keeps, copies of weights apart; these copies at its end;
+    and those of them that live on until the backward pass."""
+
+    kept: int
+    copies: int
+    kept_copies: int
+
+
+class _Second:
+    """The second layer of a kind, over all passes through it: from its beginning to the beginning of what follows."""
+
+    def __init__(self, storages: Storages) -> None:
+        self._storages = storages
+        self._live = self._grown = 0
+        self._before: set[int] = set()
+        self._copies: dict[int, int] = {}
+
+    def enter(self, *_: Any) -> None:
+        self._live, self._before = self._storages.live, set(self._storages.copies)
+
+    def leave(self, *_: Any) -> None:
+        self._grown += self._storages.live - self._live
+        self._copies |= {n: size for n, size in self._storages.copies.items() if n not in self._before}
+
+    def settled(self, living: dict[int, int]) -> _Grown:
+        copies = sum(self._copies.values())
+        return _Grown(self._grown - copies, copies, sum(size for n, size in self._copies.items() if n in living))
+
+
+@contextmanager
+def _without_content() -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """A context in which tensors have no content, and what gives a model such weights, with gradients."""
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("ignore")  # of operators, on dtypes
+        yield _fake
+
+
+def _fake(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                content = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = made = nn.Parameter(content, requires_grad=parameter.requires_grad)
+                if parameter.requires_grad:
+                    # Reality adds a gradient to what is there; without content, each would be a new tensor.
+                    made.register_post_accumulate_grad_hook(_drop_gradient)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _watched(model: Any, storages: Storages) -> Iterator[dict[str, _Second]]:
+    """The second layer of each kind, watched while the context lasts; a model of fewer than three layers has none."""
+    found: dict[str, _Second] = {}
+    handles = []
+    order = [layer for pair in zip_longest(model.blocks, model.id_blocks) for layer in pair if layer is not None]
+    for kind in ("blocks", "id_blocks"):
+        layers = list(getattr(model, kind))
+        if len(model.blocks) < _DEPTH or len(layers) < 2:
+            continue
+        second = found[kind] = _Second(storages)
+        following = order[order.index(layers[1]) + 1]
+        handles.append(layers[1].register_forward_pre_hook(second.enter))
+        handles.append(following.register_forward_pre_hook(second.leave))
+    yield found
+    for handle in handles:
+        handle.remove()

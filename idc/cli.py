@@ -30,6 +30,7 @@ COMMANDS = {
     "shards": "build, index, lint, count or look at WebDataset shards: idc shards --help",
     "pairs": "preference pairs for DPO, from generated videos or real clips: idc pairs --help",
     "rewards": "serve a reward to runs on other machines: idc rewards serve --help",
+    "bench": "time of training, generation, alignment or data here, against peers: idc bench --help",
     "study": "ask people which videos are better, blind and in pairs: idc study --help",
 }
 
@@ -103,6 +104,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.rewards.cli import main as rewards
 
         return rewards(rest)
+    if command == "bench":
+        from idc.bench.cli import main as bench
+
+        return bench(rest)
     if command == "study":
         from idc.study.cli import main as study
 

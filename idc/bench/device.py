@@ -1,0 +1,150 @@
+"""The device and what it can do at best: a sweep of large matrix products in the same run; versions and the commit."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from idc.bench.cases import Clock, free
+from idc.errors import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "lightning", "triton", "flash-attn", "webdataset", "av")
+SIDES = {"cuda": (4096, 8192, 12288, 16384), "cpu": (256, 512, 1024)}
+SECONDS = 1.0  # of each side, about
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one.
+
+    Raises:
+        UserError: for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; --device cpu measures ratios")
+    return torch.device(name)
+
+
+def matrix_ceiling(device: torch.device, sides: Sequence[int] = (), repeats: int = 5) -> dict[str, Any]:
+    """The most operations a second of a square matrix product: bfloat16 on a GPU, float32 on a CPU.
+
+    On normal random numbers: zeros draw less power and clock higher. Each size runs warm and for about a second, so
+    that a short boost of the clock does not count.
+
+    Returns:
+        `tflops`, `dtype`, `side` of the best, and `sweep` with TFLOP/s by side.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sweep: dict[int, float] = {}
+    for side in sides or SIDES[device.type]:
+        generator = torch.Generator(device).manual_seed(side)
+        try:
+            a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+            sweep[side] = _tflops(a, b, device, repeats)
+        except torch.OutOfMemoryError:  # a card that others use, too
+            break
+        finally:
+            a = b = None
+            free(device)
+    if not sweep:
+        raise UserError("the device has no memory left for a matrix product; see what else runs on it")
+    best = max(sweep, key=lambda side: sweep[side])
+    return {"tflops": sweep[best], "dtype": str(dtype).removeprefix("torch."), "side": best, "sweep": sweep}
+
+
+def _tflops(a: torch.Tensor, b: torch.Tensor, device: torch.device, repeats: int) -> float:
+    flops = 2 * len(a) ** 3
+    out = a @ b
+    clock = Clock(device)
+    torch.mm(a, b, out=out)
+    once = max(clock.read()["whole"], 1e-6)
+    times = max(1, min(200, round(SECONDS / repeats / once)))
+    rates = []
+    for _ in range(repeats):
+        clock = Clock(device)
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+        rates.append(flops * times / clock.read()["whole"] / 1e12)
+    return statistics.median(rates)
+
+
+def environment(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a figure must be told with."""
+    return {
+        "device": _described(device),
+        "versions": {**_versions(), "python": platform.python_version(), "cuda": torch.version.cuda},
+        "driver": _driver() if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "command": "idc bench " + " ".join(arguments),
+        "commit": _commit(),
+    }
+
+
+def _described(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda",
+            "name": facts.name,
+            "memory_gib": facts.total_memory / 2**30,
+            "capability": f"{facts.major}.{facts.minor}",
+            "processors": facts.multi_processor_count,
+        }
+    return {"type": "cpu", "name": _processor(), "cores": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def _commit() -> str | None:
+    """Of the source tree that runs, with a + where it was changed; None for an installed package."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def command_line(arguments: Sequence[str]) -> list[str]:
+    """The arguments as they were given, or those of this process."""
+    return list(arguments) if arguments else sys.argv[2:]

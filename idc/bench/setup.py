@@ -1,0 +1,231 @@
+"""What a benchmark runs on: sizes of the model and of the video, from a name or from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from idc.errors import UserError, nearest
+from idc.models.sampling import Sampling
+from idc.models.spec import IDBlocks, TransformerSpec
+from idc.models.system import Parts
+from idc.types import SPATIAL_MULTIPLE, Bucket
+
+PAPER = {"frames": 81, "height": 480, "width": 832}
+SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes and settings that all cases of a run share.
+
+    Attributes:
+        size: a name of `SIZES`, or "recipe".
+        spec: of the transformer; its `pretrained` is never read.
+        frames, height, width: of the video. subjects: references of a video. batch: videos of a training step.
+        reference: side of a reference's picture in pixels (512 is 1024 tokens).
+        text_dim, text_length, text_tokens: width, padded length, and how many are real.
+        vlm_dim, vlm_tokens: None and 0 without a VLM.
+        vae: of diffusers' `AutoencoderKLWan` where it differs from Wan's.
+        sampling: of generation. seed: of weights and inputs.
+    """
+
+    size: str
+    spec: TransformerSpec
+    frames: int
+    height: int
+    width: int
+    subjects: int = 3
+    batch: int = 1
+    reference: int = 512
+    text_dim: int = 4096
+    text_length: int = 512
+    text_tokens: int = 128
+    vlm_dim: int | None = 3584
+    vlm_tokens: int = 512
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+
+    def check(self) -> Setup:
+        """Raises `UserError` for sizes that the model or the codec do not take."""
+        Bucket(self.frames, self.height, self.width, self.subjects).check()
+        most = self.spec.id_blocks.max_subjects
+        if not 0 <= self.subjects <= most:
+            raise UserError(f"--subjects {self.subjects}: the transformer takes 0 to {most}")
+        if self.batch < 1:
+            raise UserError(f"--batch {self.batch}: must be 1 or more")
+        return self
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(self.frames, self.height, self.width, self.subjects)
+
+    @property
+    def subject_tokens(self) -> int:
+        """Of one reference."""
+        return (self.reference // SPATIAL_MULTIPLE) ** 2
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether the aims are meant for it: the 1.3B model at 480p."""
+        sizes = {"frames": self.frames, "height": self.height, "width": self.width}
+        return sizes == PAPER and (self.spec.num_layers, self.spec.num_attention_heads) == (30, 12)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; a CPU's bfloat16 is slower than its float32, which is then the ceiling's, too."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _small(name: str, heads: int, head: int, ffn: int, layers: int, size: tuple[int, int, int], **more: Any) -> Setup:
+    spec = TransformerSpec(
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head,
+        ffn_dim=ffn,
+        freq_dim=128,
+        id_blocks=IDBlocks(layers=max(1, layers * 2 // 3)),
+    )
+    return Setup(name, spec, *size, reference=32, text_dim=64, text_length=32, text_tokens=16, vlm_dim=64,
+                 vlm_tokens=24, vae=SMALL_VAE, **more)  # fmt: skip
+
+
+def _sizes() -> dict[str, Setup]:
+    wan14b = TransformerSpec(num_layers=40, num_attention_heads=40, ffn_dim=13824)
+    return {
+        "tiny": _small("tiny", 2, 32, 128, 3, (9, 32, 32), sampling=Sampling(steps=4, scale=2.5)),
+        "toy": _small("toy", 4, 48, 512, 4, (9, 64, 64), sampling=Sampling(steps=10, scale=2.5)),
+        "1.3b": Setup("1.3b", TransformerSpec(), **PAPER),
+        "14b": Setup("14b", wan14b, **PAPER),
+    }
+
+
+SIZES = ("tiny", "toy", "1.3b", "14b")
+
+
+def named(size: str) -> Setup:
+    """The setup of that name.
+
+    Raises:
+        UserError: for another name.
+    """
+    if size not in SIZES:
+        raise UserError(f"--size {size}: no such size{nearest(size, SIZES)}")
+    return _sizes()[size]
+
+
+def default_size(device: torch.device) -> str:
+    """What the machine can run in a minute (CPU) or has memory for."""
+    if device.type == "cpu":
+        return "tiny"
+    return "1.3b" if torch.cuda.get_device_properties(device).total_memory > 70 * 2**30 else "toy"
+
+
+def from_recipes(arguments: Sequence[str]) -> tuple[Setup, dict[str, Any]]:
+    """The model, video and sampler of a recipe with its overlays, and the tree of its settings.
+
+    Args:
+        arguments: `--config FILE` and `--KEY VALUE`, as `idc fit` takes them.
+
+    Raises:
+        UserError: for files or settings that are wrong, and where no transformer is described.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from idc.recipes import check_command_line, merged
+
+    check_command_line(arguments)
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.create(merged(arguments)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"interpolation: {str(error).splitlines()[0]}") from None
+    init_args = dict((tree.get("model") or {}).get("init_args") or {})
+    parts = _parts(init_args)
+    spec = parts.transformer
+    assert spec is not None
+    text = parts.text
+    if text is None:
+        raise UserError("model.init_args.text: the recipe names none, and its width is the transformer's text_dim")
+    vlm = parts.vlm if spec.id_blocks.use_vlm else None
+    real = spec.num_attention_heads * spec.attention_head_dim >= 1024
+    base = named("1.3b" if real else "toy")
+    frames, height, width = _bucket(tree, base)
+    setup = replace(
+        base,
+        size="recipe",
+        spec=spec,
+        frames=frames,
+        height=height,
+        width=width,
+        text_dim=text.dim,
+        text_length=text.max_length,
+        text_tokens=min(base.text_tokens, text.max_length),
+        vlm_dim=None if vlm is None else vlm.dim,
+        vlm_tokens=0 if vlm is None else base.vlm_tokens,
+        subjects=min(base.subjects, spec.id_blocks.max_subjects),
+        sampling=parts.sampling or base.sampling,
+        batch=int(((tree.get("data") or {}).get("init_args") or {}).get("batch_size") or 1),
+    )
+    return setup, tree
+
+
+def _bucket(tree: Mapping[str, Any], base: Setup) -> tuple[int, int, int]:
+    buckets = ((tree.get("data") or {}).get("init_args") or {}).get("buckets")
+    if not buckets:
+        return base.frames, base.height, base.width
+    frames, height, width = buckets[0]
+    return int(frames), int(height), int(width)
+
+
+def _parts(init_args: dict[str, Any]) -> Parts:
+    """The parts of a model that a recipe describes, or that its checkpoint's run does."""
+    from jsonargparse import ArgumentParser
+
+    described = init_args.get("transformer")
+    if not isinstance(described, Mapping):
+        return _parts_of_checkpoint(init_args.get("checkpoint"))
+    # Random weights: where the real ones are does not matter, and need not be there.
+    sizes = {name: value for name, value in described.items() if name not in ("pretrained", "subfolder")}
+    known = {f.name for f in fields(Parts)}
+    given = {name: value for name, value in init_args.items() if name in known and value is not None}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Parts)
+    try:
+        made = parser.instantiate_classes(parser.parse_object({**given, "transformer": sizes}))
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, for settings that are not the stage's
+        raise UserError(f"model.init_args: {' '.join(str(error).split())[:400]}") from None
+    return Parts(**{name: made[name] for name in known if name in made})
+
+
+def _parts_of_checkpoint(checkpoint: Any) -> Parts:
+    from idc.models.system import open_system
+
+    advice = "name sizes (recipes/sft.yaml with recipes/scale/wan1.3b.yaml has them) or leave out --config for --size"
+    if checkpoint is None:
+        raise UserError(f"model.init_args.transformer: the recipe describes no transformer; {advice}")
+    try:
+        system = open_system(str(checkpoint))
+    except UserError as error:
+        raise UserError(f"{error} ({advice})") from None
+    config = system.build_transformer("meta").config
+    own = {f.name: config[f.name] for f in fields(TransformerSpec) if f.name in config}
+    blocks = {name: config[f"id_{name}"] for name in vars(IDBlocks()) if f"id_{name}" in config}
+    encoders = system.encoders
+    return Parts(
+        transformer=TransformerSpec(**own, id_blocks=IDBlocks(**blocks)),
+        codec=encoders.codec,
+        text=encoders.text,
+        vlm=encoders.vlm,
+        sampling=system.sampling,
+    )

@@ -8,15 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from idc.data import storage
 from idc.data.index import INDEX_NAME, Entry, ShardIndex, build_index
 from idc.data.plan import stable_hash
-from idc.errors import UserError
 
-if TYPE_CHECKING:
-    from idc.data.toy import ToyWorld
+# Not for type checkers alone: of a module that imports so, the command line would read and parse the whole source
+# again each time that it asks whether a class is a Source, some two hundred times a start.
+from idc.data.toy import ToyWorld
+from idc.errors import UserError
 
 TOY_RECORD = "toy.json"  # the settings that toy shards were made with; written when they are complete
 TOY_CLIPS_A_WORKER = 512  # below, starting a process takes longer than it saves
@@ -131,8 +132,6 @@ class ToyShards:
 
     def world(self) -> ToyWorld:
         """The world that the clips are drawn from. Raises `UserError` for settings it does not allow."""
-        from idc.data.toy import ToyWorld
-
         return ToyWorld(**{field.name: getattr(self, field.name) for field in fields(ToyWorld)})
 
     def _settings(self) -> dict[str, Any]:

@@ -192,12 +192,21 @@ def run(command: str, args: Sequence[str], typed: str | None = None) -> int:
 
     Returns the exit status: the stage's own, where it has one.
     """
+    return getattr(command_line(CLI, command, args, typed).model, "exit_status", 0)
+
+
+def command_line(cls: type[CLI], command: str, args: Sequence[str], typed: str | None = None) -> CLI:
+    """Lightning's command line of this class, when it has done what the class does. Arguments as in `run`.
+
+    Raises:
+        UserError: for what a user can mend.
+    """
     # Absolute interpolations (${model.x}) fail under subcommands unless they are made relative first.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
     try:
         trains = command in ("fit", "validate")
-        cli = CLI(
+        return cls(
             # Evaluation has no transformer and no data module of its own.
             Stage if trains else LightningModule,
             VideoDataModule if trains else None,
@@ -218,4 +227,3 @@ def run(command: str, args: Sequence[str], typed: str | None = None) -> int:
         raise UserError(" ".join(str(error).split()) + hint) from error
     except OmegaConfBaseException as error:
         raise UserError(f"interpolation: {str(error).splitlines()[0]}") from error
-    return getattr(cli.model, "exit_status", 0)

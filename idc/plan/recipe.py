@@ -1,0 +1,122 @@
+"""A recipe read as `idc fit` reads it, with its model and data made and its trainer left as settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from idc.data.module import VideoDataModule
+from idc.errors import UserError
+from idc.lightning_cli import CLI, command_line
+from idc.stages.base import Stage, check_precision
+
+# What a trainer would make of its settings is not needed, and may need devices that are elsewhere.
+_NOT_MADE = {"callbacks": None, "logger": False, "strategy": "auto", "plugins": None, "profiler": None}
+
+
+class _Reading(CLI):
+    """Parses and checks as `idc fit`; makes the stage and its data, and runs nothing."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        check_precision(config.trainer.precision)
+        self.trainer_settings = config.trainer.clone()
+        for name, value in _NOT_MADE.items():
+            config.trainer[name] = value
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run spreads over ranks.
+
+    Attributes:
+        strategy: "one", "ddp", "fsdp", "zero2" or "zero3".
+        ranks, nodes: processes in all, and the machines they are on.
+        shards: ranks that a copy of the weights is spread over; 1 where each has all of them.
+        sequence: ranks that share one sample's tokens.
+        accumulate: passes a step.
+    """
+
+    strategy: str = "one"
+    ranks: int = 1
+    nodes: int = 1
+    shards: int = 1
+    sequence: int = 1
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a command line says: the stage and its data, and the trainer's settings as they were parsed."""
+
+    stage: Stage
+    data: VideoDataModule
+    trainer: Any
+    layout: Layout
+    notes: tuple[str, ...]
+
+    def callback(self, name: str) -> Any:
+        """The settings of the callback of that class name; None where the recipe has none."""
+        for callback in self.trainer.callbacks or []:
+            if str(callback.class_path).rpartition(".")[2] == name:
+                return callback
+        return None
+
+
+def read(args: Sequence[str]) -> Recipe:
+    """Parse a command line as that of `idc fit`.
+
+    Raises:
+        UserError: as `idc fit` does, and for ranks that the batch does not fit.
+    """
+    cli: Any = command_line(_Reading, "fit", args, "plan")
+    layout, notes = _layout(cli.trainer_settings)
+    batch, groups = cli.datamodule.batch_size, layout.ranks // layout.sequence
+    if batch % groups:
+        raise UserError(
+            f"data.init_args.batch_size={batch}: must be a multiple of the {groups} ranks that have batches of their "
+            f"own; the nearest is {max(1, round(batch / groups)) * groups}"
+        )
+    return Recipe(cli.model, cli.datamodule, cli.trainer_settings, layout, tuple(notes))
+
+
+def _layout(trainer: Any) -> tuple[Layout, list[str]]:
+    devices, notes = _devices(trainer)
+    nodes = int(trainer.num_nodes or 1)
+    ranks, strategy = devices * nodes, trainer.strategy
+    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
+    settings = getattr(strategy, "init_args", None) or {}
+    kind, shards, sequence = "one" if ranks == 1 else "ddp", 1, 1
+    if name in ("ModelParallelStrategy", "FSDP2"):
+        kind, sequence = "fsdp", settings.get("tensor_parallel_size", 1)
+        sequence = devices if sequence == "auto" else sequence
+        replicas = settings.get("replicas", 1)
+        shards = ranks // (nodes if replicas == "nodes" else replicas)
+    elif "deepspeed" in name.lower():
+        stage = settings.get("stage", 2) if settings else 3 if "3" in name else 2
+        kind, shards = ("zero3" if stage == 3 else "zero2"), ranks
+    elif name not in ("auto", "ddp", "DDPStrategy", "SingleDeviceStrategy"):
+        notes.append(f"trainer.strategy={name}: not known here; counted as DDP")
+    return Layout(kind, ranks, nodes, shards, sequence, int(trainer.accumulate_grad_batches or 1)), notes
+
+
+def _devices(trainer: Any) -> tuple[int, list[str]]:
+    """Processes a node."""
+    devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        return len(devices), []
+    if str(devices) in ("auto", "-1", "None"):
+        return 1, [f"trainer.devices={devices}: counted as one device; say how many with --trainer.devices"]
+    return int(devices), []

@@ -65,35 +65,25 @@ class LayerForward:
         self.layer, self.checkpointing, self.compiled = layer, checkpointing, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recomputing = self.checkpointing if torch.is_grad_enabled() else "none"
-        run = _compiled(recomputing) if self.compiled else _RUN[recomputing]
-        return run(self.layer, *args, **kwargs)
+        checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
+        return _runner(type(self.layer).forward, checkpointing, self.compiled)(self.layer, *args, **kwargs)
 
 
-def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)
+@functools.cache
+def _runner(forward: Callable[..., Any], checkpointing: Checkpointing, compiled: bool) -> Callable[..., Any]:
+    """One function for all layers of a kind: they are its first argument, and share what it compiled."""
+    contexts = {"context_fn": _contexts} if checkpointing == "attention" else {}
 
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
-def _full(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(_plain, layer, *args, use_reentrant=False, **kwargs)
-
-
-def _selective(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(_plain, layer, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+    run = forward if checkpointing == "none" else recomputed
+    if not compiled:
+        return run
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILES)
+    return torch.compile(run, fullgraph=True)
 
 
 def _contexts() -> Any:
     return create_selective_checkpoint_contexts(save_attention)
-
-
-_RUN: dict[str, Callable[..., Any]] = {"none": _plain, "full": _full, "attention": _selective}
-
-
-@functools.cache
-def _compiled(checkpointing: str) -> Callable[..., Any]:
-    """One compiled function for all layers: they are arguments of it, and those of a kind share its graphs."""
-    import torch._dynamo
-
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    return torch.compile(_RUN[checkpointing], fullgraph=True)

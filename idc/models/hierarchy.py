@@ -19,10 +19,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
+
+from idc.models.attention import attend
 
 KeysValues = tuple[Tensor, Tensor]  # each [B, M, A, E]
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [1, L, 1, E], every value twice as in Wan's tables
@@ -62,7 +63,8 @@ def rotate(x_BLAE: Tensor, rotary: Rotary) -> Tensor:
 class SubjectAttention(WanAttention):
     """Wan's attention in three steps, so that keys and values can be computed apart from queries and kept.
 
-    The kernel is diffusers' dispatch: `set_attention_backend` and the `attention_backend` context reach it.
+    The kernel is diffusers' dispatch: `set_attention_backend` and the `attention_backend` context reach it, as far as
+    there is no mask (`idc.models.attention`).
     """
 
     _supports_qkv_fusion = False  # the steps below read the separate projections
@@ -87,14 +89,7 @@ class SubjectAttention(WanAttention):
             blank_B11 = ~mask_BM.any(dim=1)[:, None, None]
             mask = (mask_BM[:, None, None] | blank_B11[:, None]).contiguous()
         processor: Any = self.processor
-        out = dispatch_attention_fn(
-            query_BLAE,
-            key_BMAE,
-            value_BMAE,
-            attn_mask=mask,
-            backend=processor._attention_backend,
-            parallel_config=None,  # subject tokens are replicated: context parallelism must not shard them
-        )
+        out = attend(query_BLAE, key_BMAE, value_BMAE, mask, processor._attention_backend)
         out = self.to_out[1](self.to_out[0](out.flatten(2, 3).type_as(query_BLAE)))
         return out if blank_B11 is None else out.masked_fill(blank_B11, 0.0)
 
@@ -204,12 +199,11 @@ class HierarchyBlock(nn.Module):
         x = self.inter_norm(subjects_BSD)
         queries = layout.split(self.inter_attn.queries(x))
         keys, values = (layout.split(part) for part in self.inter_attn.keys_values(x))
-        masks = layout.split_mask()
+        masks: Any = layout.split_mask()
         outputs = []
         for i in range(count):
             others = [j for j in range(count) if j != i]
-            known = [mask for j in others if (mask := masks[j]) is not None]  # of all subjects, or of none
-            mask = torch.cat(known, dim=1) if known else None
+            mask = None if layout.mask_BS is None else torch.cat([masks[j] for j in others], dim=1)
             key, value = (torch.cat([part[j] for j in others], dim=1) for part in (keys, values))
             outputs.append(self.inter_attn.attend(queries[i], key, value, mask))
         return subjects_BSD + torch.sigmoid(self.inter_gate(x)) * torch.cat(outputs, dim=1)

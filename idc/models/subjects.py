@@ -10,7 +10,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor, nn
 
 from idc.errors import UserError
-from idc.models.hierarchy import Rotary, SubjectLayout
+from idc.models.attention import attend
+from idc.models.hierarchy import Rotary, SubjectLayout, rotate
 from idc.types import Condition
 
 
@@ -112,7 +113,7 @@ class JointSequence:
     """Video tokens, then reference tokens, as one sequence of the backbone's self-attention.
 
     Reference k stands at frame T + k with its own rows and columns. `rotary` is what a Wan block takes, with the
-    sequence's key mask as a third element where references are padded (see `JointAttnProcessor`).
+    sequence's key mask as a third element where references are padded (see `VideoAttnProcessor`).
     """
 
     rotary: tuple[Tensor, ...]
@@ -146,8 +147,11 @@ class JointSequence:
         return sequence[:, : self.video_tokens], sequence[:, self.video_tokens :]
 
 
-class JointAttnProcessor(WanAttnProcessor):
-    """Wan's self-attention with a key mask; Wan's block has no argument for one, so it comes with the rotary tables."""
+class VideoAttnProcessor(WanAttnProcessor):
+    """Wan's attention in the precision of its values, for every backend, and with a key mask for self-attention.
+
+    Wan's block has no argument for a mask, so it comes with the rotary tables (`JointSequence`).
+    """
 
     def __call__(
         self,
@@ -159,4 +163,12 @@ class JointAttnProcessor(WanAttnProcessor):
     ) -> Tensor:
         if rotary_emb is not None and len(rotary_emb) == 3:
             rotary_emb, attention_mask = rotary_emb[:2], rotary_emb[2]
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if attn.add_k_proj is not None or attn.fused_projections:  # image-to-video, and inference that fused them
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        if rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        out = attend(query, key, value, attention_mask, self._attention_backend).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](out.type_as(value)))

@@ -31,7 +31,7 @@ from idc.models.initialisation import OURS, draw_seed, initialise_backbone, init
 from idc.models.sequence_parallel import SequenceParallel
 from idc.models.speed import Checkpointing
 from idc.models.subject_cache import SubjectCache
-from idc.models.subjects import JointAttnProcessor, JointSequence, SubjectSide, embed_references
+from idc.models.subjects import JointSequence, SubjectSide, VideoAttnProcessor, embed_references
 from idc.types import Condition
 
 WAN_SETTINGS = tuple(inspect.signature(WanTransformer3DModel.__init__).parameters)[1:]
@@ -110,9 +110,9 @@ class IDCrafterTransformer(WanTransformer3DModel):
         self.id_vlm_projector: VLMProjector | None = None
         if vlm_dim is not None and id_use_vlm and id_cross_modal and id_layers > 0:
             self.id_vlm_projector = VLMProjector(vlm_dim, dim, eps)
-        if id_joint_references:
-            for block in self.blocks:
-                block.attn1.set_processor(JointAttnProcessor())  # type: ignore[union-attr, operator]  # of a ModuleList
+        for block in self.blocks:
+            for attention in (block.attn1, block.attn2):
+                attention.set_processor(VideoAttnProcessor())  # type: ignore[union-attr, operator]  # of a ModuleList
         if not self.proj_out.weight.is_meta:
             initialise_id_blocks(self, draw_seed(None), id_gate_bias)
 

@@ -1,0 +1,202 @@
+"""Which kernel computes attention: a probe at the start of a run, over the backends of diffusers' dispatcher.
+
+A backend is taken where it runs here, agrees with PyTorch's mathematical attention, has a gradient where one is needed,
+and is the fastest of those. Flash and sage backends refuse masks: attention under a mask is always PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    _maybe_download_kernel_for_backend,
+    dispatch_attention_fn,
+)
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from idc.errors import UserError
+from idc.models.speed import BACKENDS
+
+NATIVE = AttentionBackendName.NATIVE
+# Of `auto`, in the order in which ties are decided. Those of a hub fetch their kernel where `kernels` is installed.
+CANDIDATES = ("_native_cudnn", "_flash_3", "_flash_3_hub", "flash", "flash_hub", "_native_flash", "native")
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # float32's admits TF32
+ROUGH = 0.2  # of a backend that is named: those of 8 bits are inexact by design, and nobody gets one unasked
+_PROBE = (2, 160, 96)  # samples, queries, keys: neither equal nor round
+_TIMED = (1, 8192, 8)  # samples, tokens, heads: about a millisecond on an H100
+_WITHIN = 1.03  # times the fastest's time is as fast
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a probe found.
+
+    Attributes:
+        name: of the backend. error: root mean square of its difference to float32 mathematics, over that of the result
+            (the worst of output and gradients); None where it was not measured.
+        milliseconds: by backend, forward (and backward, in training) of one attention over 8192 tokens; on CUDA only.
+        skipped: why each of the others cannot be taken.
+    """
+
+    name: str
+    error: float | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {value:.2f} ms" for name, value in self.milliseconds.items())
+        return f"attention backend: {self.name}" + (f" ({times})" if times else "")
+
+
+def attend(query_BLAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask: Tensor | None, backend: Any) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V, `[B, L, A, E]` in the value's dtype, to which queries and keys are converted.
+
+    Args:
+        mask: True where a key is real, broadcast over `[B, A, L, M]`; None where all are.
+        backend: of diffusers' dispatcher, for attention without a mask; None is the active one.
+    """
+    # Under autocast the norms return float32, which only PyTorch's own backends would convert themselves.
+    return dispatch_attention_fn(
+        query_BLAE.type_as(value_BMAE),
+        key_BMAE.type_as(value_BMAE),
+        value_BMAE,
+        attn_mask=mask,
+        backend=backend if mask is None else NATIVE,
+        parallel_config=None,  # diffusers' context parallelism would shard the subjects' tokens, which are replicated
+    )
+
+
+def choose_backend(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, setting: str = "auto", training: bool = False
+) -> Choice:
+    """Probe the backends and choose.
+
+    Args:
+        dtype: in which attention computes. head_dim: E.
+        setting: `auto`, or the name of a backend, which is then checked and taken.
+        training: a backend must have gradients, too.
+
+    Raises:
+        UserError: where the named backend cannot run here, or is wrong.
+    """
+    device = torch.device(device)
+    if setting != "auto":
+        return _named(setting, device, dtype, head_dim, training)
+    if device.type != "cuda":
+        return Choice("native")
+    milliseconds, errors, skipped = {}, {}, {}
+    for name in CANDIDATES:
+        try:
+            errors[name] = _error(name, device, dtype, head_dim, training)
+            if not errors[name] <= TOLERANCE[dtype]:  # also where it is NaN
+                raise RuntimeError(f"off by {errors[name]:.2g}, more than {TOLERANCE[dtype]}")
+            milliseconds[name] = _time(name, device, dtype, head_dim, training)
+        except Exception as error:  # a package's own, of any kind: what cannot run is not taken
+            skipped[name] = _reason(error)
+    if not milliseconds:  # PyTorch's own needs no probe to be right
+        return Choice("native", skipped=skipped)
+    fastest = min(milliseconds.values())
+    name = next(name for name in milliseconds if milliseconds[name] <= _WITHIN * fastest)
+    return Choice(name, errors[name], milliseconds, skipped)
+
+
+def set_backend(model: nn.Module, name: str) -> None:
+    """Make every attention of `model` run on this backend; no other model is touched, unlike in diffusers.
+
+    Raises:
+        UserError: where it is not installed here.
+    """
+    try:
+        backend = _prepared(name)
+    except Exception as error:  # as in `choose_backend`
+        raise _refused(name, _reason(error)) from None
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = backend
+
+
+def _named(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> Choice:
+    try:
+        error = _error(name, device, dtype, head_dim, training)
+    except Exception as problem:  # as in `choose_backend`
+        raise _refused(name, _reason(problem)) from None
+    if not error <= ROUGH:
+        raise _refused(name, f"its results are off by {error:.2g} of their size")
+    return Choice(name, error)
+
+
+def _refused(name: str, reason: str) -> UserError:
+    names = ", ".join(("auto", *BACKENDS))
+    return UserError(f"speed.attention={name!r}: {reason}; auto and native run everywhere (all names: {names})")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _prepared(name: str) -> AttentionBackendName:
+    backend = AttentionBackendName(name)
+    _check_attention_backend_requirements(backend)
+    _maybe_download_kernel_for_backend(backend)
+    return backend
+
+
+def _error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> float:
+    """Of output and gradients, relative to float32 mathematics on the same values. Whatever the backend raises."""
+    backend = _prepared(name)
+    batch, queries, keys = _PROBE
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(batch, n, 2, head_dim, generator=generator) for n in (queries, keys, keys, queries)]
+    *inputs, weight = (part.to(device, dtype) for part in parts)
+
+    def results(attention: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(to).requires_grad_(training) for x in inputs]
+        with torch.set_grad_enabled(training):
+            out = attention(*leaves)
+        if not training:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(to))]
+
+    with torch.autocast(device.type, enabled=False):
+        found = results(lambda q, k, v: attend(q, k, v, None, backend), dtype)
+        expected = results(_mathematics, torch.float32)
+    ratios = [
+        ((ours.float() - theirs).norm() / theirs.norm()).item() for ours, theirs in zip(found, expected, strict=True)
+    ]
+    return max(ratios, key=lambda ratio: float("inf") if ratio != ratio else ratio)
+
+
+def _mathematics(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+
+def _time(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> float:
+    """Milliseconds of one attention, the median of five after two that warm up."""
+    batch, tokens, heads = _TIMED
+    leaves = [
+        torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=training)
+        for _ in range(3)
+    ]
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        with torch.set_grad_enabled(training):
+            out = attend(*leaves, None, AttentionBackendName(name))
+        if training:
+            torch.autograd.grad(out, leaves, out.detach())
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])

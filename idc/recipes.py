@@ -164,12 +164,17 @@ def merged(args: Sequence[str]) -> dict[str, Any]:
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
     for key, value in other.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+        if isinstance(value, dict) and isinstance(tree.get(key), dict) and not _another_class(tree[key], value):
             _merge(tree[key], value)
         elif isinstance(value, str) and isinstance(tree.get(key), dict) and "class_path" in tree[key]:
             tree[key]["class_path"] = value  # --model.init_args.optimizer NAME
         else:
             tree[key] = value
+
+
+def _another_class(node: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether `other` names a class, and not that of `node`, whose settings it may not take."""
+    return "class_path" in node and other.get("class_path", node["class_path"]) != node["class_path"]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

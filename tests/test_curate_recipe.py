@@ -128,4 +128,11 @@ def test_the_overlay_of_real_weights_changes_every_part_that_means_nothing(
     assert "practice" not in made
     for name in ("detector", "segmenter", "judge", "embedder"):
         assert any(hasattr(step, name) for step in curation.steps), name
+    judges = {id(step.judge) for step in curation.steps if hasattr(step, "judge")}
+    encoders = [step.predictor.clip for step in curation.steps if hasattr(step, "predictor")]
+    encoders += [step.embedder for step in (*curation.steps, *curation.collection) if hasattr(step, "embedder")]
+    encoders += [step.check.embedder for step in curation.steps if hasattr(step, "check")]
+    assert len(judges) == 1  # 7B are in memory once
+    assert len(encoders) == 4
+    assert len({id(encoder) for encoder in encoders}) == 1
     assert not (tmp_path / "data_shards").exists()

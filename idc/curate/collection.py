@@ -77,6 +77,13 @@ class CollectionStep(ABC):
     def decide(self, survivors: Survivors) -> Iterable[Decision]:
         """Drops and adoptions; the same for the same survivors, whatever else. At most one drop a candidate."""
 
+    def check(self) -> None:  # noqa: B027  # most need nothing
+        """Look at what it will need, before the first unit is opened.
+
+        Raises:
+            UserError: for what would stop it when all steps are done.
+        """
+
     def describe(self) -> Mapping[str, Any]:
         """Settings that decide what comes out, plain JSON."""
         return plain_settings(self)

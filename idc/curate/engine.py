@@ -25,6 +25,7 @@ from idc.curate.guard import Settings, clean, locked
 from idc.curate.local import LocalExecutor
 from idc.curate.parts import Count, Part, add_counts
 from idc.curate.plan import PLAN, Plan, make_plan
+from idc.curate.sharing import share_networks
 from idc.curate.showing import Shown
 from idc.curate.survivors import Parts
 from idc.curate.writing import STEP as WRITE
@@ -122,6 +123,7 @@ class Curation:
             if names.count(name) > 1:
                 raise UserError(f"sources: two are named {name!r}; give each a name of its own")
         self.sources, self.steps, self.collection = tuple(sources), tuple(steps), tuple(collection)
+        share_networks([*self.steps, *self.collection])
         self.out, self.writing = str(out), writing or ShardWriting()
         self.executor = executor or LocalExecutor()
         self.encoding = encoding or Encoding()
@@ -137,6 +139,8 @@ class Curation:
                 in it, a source without material, weights that are missing, too many faults.
         """
         self.executor.check()
+        for step in self.collection:
+            step.check()
         for root in (self.out, self.folder):
             if not storage.is_url(root):
                 make_folder(Path(root), "out")
@@ -168,6 +172,8 @@ class Curation:
         Raises:
             UserError: as `run`.
         """
+        for step in self.collection:
+            step.check()
         return make_plan(self.sources, self._settings().compare(), self.chunk, self.limit, self._done())
 
     def _settings(self) -> Settings:

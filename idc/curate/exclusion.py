@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +99,11 @@ class Exclude(CollectionStep):
         self.faces, self.face_cosine, self.embedder, self.cosine = faces, face_cosine, embedder, cosine
         self.whole_videos = whole_videos
 
+    def check(self) -> None:
+        """As `CollectionStep.check`: items, their pictures and the list of videos can be read."""
+        self._read_items()
+        _read_videos(self.videos)
+
     def decide(self, survivors: Survivors) -> Iterable[Dropped]:
         wanted = self.make_list()
         found: dict[str, Match] = {}
@@ -126,19 +131,7 @@ class Exclude(CollectionStep):
         Raises:
             UserError: for items or pictures that cannot be read: what is not compared might leak.
         """
-        pictures: list[tuple[str, Pixels]] = []
-        captions: dict[str, str] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for source in self.items:
-                source.prepare()
-                items, failures = source.items(Path(folder))
-                if failures:
-                    name, why = next(iter(failures.items()))
-                    raise UserError(f"exclude: item {name!r} cannot be read: {why}")
-                for item in items:
-                    if normal := normal_caption(item.prompt):
-                        captions.setdefault(normal, item.id)
-                    pictures += _pictures(item)
+        captions, pictures = self._read_items()
         hashes = [(perceptual_hash(picture), id) for id, picture in pictures] if self.bits is not None else []
         known = [(hash, id) for hash, id in hashes if hash is not None]
         return ExclusionList(
@@ -148,6 +141,22 @@ class Exclude(CollectionStep):
             [id for _, id in known],
             dict(self._vectors(pictures)),
         )
+
+    def _read_items(self) -> tuple[dict[str, str], list[tuple[str, Pixels]]]:
+        """Normalised captions -> item, and the items' pictures with their items."""
+        pictures: list[tuple[str, Pixels]] = []
+        captions: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for source in self.items:
+                items, failures = _items_of(source, Path(folder))
+                if failures:
+                    name, why = next(iter(failures.items()))
+                    raise UserError(f"exclude: item {name!r} cannot be read: {why}")
+                for item in items:
+                    if normal := normal_caption(item.prompt):
+                        captions.setdefault(normal, item.id)
+                    pictures += _pictures(item)
+        return captions, pictures
 
     def match(self, candidate: Candidate, wanted: ExclusionList) -> Match | None:
         """Why the candidate is excluded, or None."""
@@ -186,6 +195,16 @@ class Exclude(CollectionStep):
             name = model_version(self.embedder)
             self.embedder.unload()
             yield name, (vectors, [id for id, _ in pictures])
+
+
+def _items_of(source: ItemSource, folder: Path) -> tuple[list[Item], Mapping[str, str]]:
+    try:
+        source.prepare()
+        return source.items(folder)
+    except UserError as error:
+        raise UserError(
+            f"exclude: {error}; give the evaluation set, or items: [] to train on any of it"
+        ) from None
 
 
 def _faces(backend: FaceBackend, picture: Pixels) -> list[Embedding]:

@@ -71,6 +71,7 @@ class CheckReferences(Step):
 
     def apply(self, candidate: Candidate) -> Outcome:
         kept: list[CuratedSubject] = []
+        removed: dict[str, str] = {}
         reason, detail = "no subject", f"0 subjects, at least {self.min_subjects}"
         for subject in candidate.subjects:
             if self.kinds and subject.kind not in self.kinds:
@@ -86,9 +87,10 @@ class CheckReferences(Step):
             detail = f"{subject.name}: {detail}" if detail else subject.name
             if self.lacking == "drop candidate":
                 return candidate.dropped(self.name, reason, detail)
+            removed[subject.name] = reason
         if len(kept) < self.min_subjects:
             return candidate.dropped(self.name, reason, detail)
-        return candidate.changed(subjects=tuple(kept))
+        return candidate.changed(subjects=tuple(kept), meta={self.name: {"removed": removed}} if removed else {})
 
     def _sorted(self, subject: CuratedSubject) -> tuple[tuple[Reference, ...], list[tuple[str, str]]]:
         """The good references, and of each other one the reason and the detail."""

@@ -20,6 +20,7 @@ from idc.models.weight_hashes import content_hash
 
 _T = TypeVar("_T")
 _ADVICE = re.compile(r"\. If you (?:were .*?\. Otherwise, |.*)")  # what transformers and diffusers go on with
+_LITTLE = 256 << 20  # bytes that are loaded at once
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -175,7 +176,8 @@ def load_model(
     settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     settings |= {"subfolder": subfolder} if subfolder else {}
     settings["ignore_mismatched_sizes"] = True  # so that they are told below, by name
-    model, info = load_weights(path, expected, lambda: cls.from_pretrained(path, **settings))
+    with _no_bar_for_little(path):
+        model, info = load_weights(path, expected, lambda: cls.from_pretrained(path, **settings))
     drawn = {key[0] if isinstance(key, tuple) else key for key in [*info["missing_keys"], *info["mismatched_keys"]]}
     lacking = sorted(key for key in drawn if not key.startswith(unused))
     if lacking:
@@ -184,6 +186,23 @@ def load_model(
             f"says, such as {lacking[0]!r}; it should contain {expected}"
         )
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _no_bar_for_little(path: str) -> Iterator[None]:
+    """transformers shows a bar for the shortest of loadings, too."""
+    from transformers.utils import logging
+
+    folder = Path(path).expanduser()
+    little = folder.is_dir() and sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < _LITTLE
+    if not little or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -10,17 +10,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from idc.errors import make_folder
+from idc.models.aesthetic import AestheticPredictor
 from idc.models.embedders import CLIPEmbedder
 from idc.models.grounding import GroundingDino, Sam
 from idc.models.judges import ImageTextJudge
 
 FOLDER = "data_shards/practice/models"
+HEAD = "head.safetensors"
 WORDS = ["a", "red", "blue", "ball", "cube", "and", "the", "cat", "meets", "another", "on", "green", "floor"]
 NUMBERS = ["Subject", "1", "2", "3", ":"]
 TEXT_DIM, VLM_DIM = 16, 32
@@ -74,6 +77,8 @@ def save_qwen(root: Path, words: Sequence[str] = ()) -> None:
     roles = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     text = {
         "vocab_size": size,
+        "bos_token_id": special.index("<|im_end|>"),  # the published ones lie beyond this vocabulary
+        "eos_token_id": special.index("<|im_end|>"),
         "hidden_size": VLM_DIM,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
@@ -194,11 +199,28 @@ def save_clip(root: Path, width: int = 768) -> Path:
     size = save_tokenizer(root, ["<pad>", "<unk>", "</s>"], end="</s>", pad_token="<pad>", eos_token="</s>")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes["projection_dim"] = width
-    text = {**sizes, "vocab_size": size, "max_position_embeddings": 12, "eos_token_id": 2, "pad_token_id": 0}
+    text = {**sizes, "vocab_size": size, "max_position_embeddings": 12, "bos_token_id": 2, "eos_token_id": 2}
+    text["pad_token_id"] = 0
     vision = {**sizes, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)).save_pretrained(root)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(root)
+    return root
+
+
+def save_aesthetic_head(root: Path) -> Path:
+    """LAION's head at two layers, for the vectors of `save_clip`, as a file in the folder `root`."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = (768, 16, 1)
+    state = {}
+    for layer, (before, behind) in enumerate(pairwise(sizes)):
+        state[f"layers.{layer}.weight"] = torch.randn(behind, before, generator=generator)
+        state[f"layers.{layer}.bias"] = torch.zeros(behind)
+    state["layers.1.bias"] += 5  # about the middle of LAION's scale
+    root.mkdir(parents=True)
+    save_file(state, root / HEAD)
     return root
 
 
@@ -223,6 +245,11 @@ def clip(folder: str = FOLDER) -> CLIPEmbedder:
 def qwen(folder: str = FOLDER, max_tokens: int = 64) -> ImageTextJudge:
     """A tiny Qwen2.5-VL under `folder` that answers in random words, made there the first time."""
     return ImageTextJudge(_made(folder, "qwen", partial(save_qwen_judge, talkative=True)), "float32", max_tokens)
+
+
+def aesthetic(folder: str = FOLDER) -> AestheticPredictor:
+    """LAION's predictor on the tiny CLIP under `folder`, made there the first time."""
+    return AestheticPredictor(str(Path(_made(folder, "aesthetic", save_aesthetic_head)) / HEAD), clip(folder))
 
 
 def _made(folder: str, name: str, save: Callable[[Path], Any]) -> str:

@@ -118,6 +118,8 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        if getattr(pl_module, "took_step", None) is False:  # a guard refused it: the weights are those of the last one
+            return
         if step // self.every_n_steps > self.updated_at // self.every_n_steps:
             self.update(pl_module, step)
 

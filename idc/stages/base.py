@@ -25,6 +25,7 @@ from idc.models.sampling import Sampler, Sampling
 from idc.models.spec import Lora, Trainable, TransformerSpec
 from idc.models.speed import Speed
 from idc.models.vlm import VLMConditioner
+from idc.stages.speed import apply_speed, keep_fused, optimizer_settings
 from idc.types import Batch, Bucket, Condition, Sample
 
 PRECISIONS = ("32-true", "bf16-mixed")  # of the trainer; batches and float32 islands survive these alone
@@ -133,7 +134,9 @@ class Stage(LightningModule):
 
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
-        self.transformer.run_layers(self.speed.checkpointing, self.speed.compile)
+        chosen = apply_speed(self.transformer, self.speed, strategy, self.compute_dtype, training=True)
+        if getattr(self._trainer, "logger", None) is not None:
+            self._trainer.logger.log_hyperparams({f"speed/{name}": value for name, value in chosen.items()})
 
     @property
     def has_weights(self) -> bool:
@@ -193,7 +196,9 @@ class Stage(LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer_factory(parameters)
+        settings = optimizer_settings(self.optimizer_factory, self.trainer.strategy.root_device)
+        optimizer = self.optimizer_factory(parameters, **settings)
+        keep_fused(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf") and self.schedule.decay != "constant":
             raise UserError("trainer.max_steps=-1: a cosine schedule needs to know its end; set max_steps")

@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "previews from a checkpoint, without training",
     "generate": "videos from prompts and reference pictures: idc generate --config recipes/generate.yaml",
     "edit": "edits of videos, without training: idc edit --config recipes/edit.yaml",
+    "plan": "what a training run would take: memory, operations, hours: idc plan --config ... [--device h100]",
     "report": "the paper's tables and a page of videos from results: idc report RUN... [--out DIR]",
     "evaluate": "score videos: idc evaluate --config recipes/evaluate.yaml --model.init_args.videos DIR",
     "export": "a trained run as one folder to load and share: idc export RUN --out DIR",
@@ -80,6 +81,10 @@ def _dispatch(args: list[str]) -> int:
         from idc.lightning_cli import run
 
         return run(command, rest, args[0])
+    if command == "plan":
+        from idc.plan.command import main as plan
+
+        return plan(rest)
     if command == "curate":
         from idc.curate.command import main as curate
 

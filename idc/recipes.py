@@ -21,6 +21,7 @@ HELP = {"-h", "--help", "--help.trainer"}
 RECIPES = {
     "fit": "recipes/sft.yaml",
     "validate": "recipes/sft.yaml",
+    "plan": "recipes/sft.yaml",
     "predict": "recipes/generate.yaml",
     "generate": "recipes/generate.yaml",
     "edit": "recipes/edit.yaml",
@@ -35,7 +36,7 @@ _STAGES = {
     "idc.stages.generate.Edit": ("edit", "predict"),
     "idc.stages.evaluate.Evaluate": ("evaluate", "test"),
 }
-_TRAINED = ("fit", "validate", "test", "predict")
+_TRAINED = ("fit", "validate", "test", "predict", "plan")
 # The only recipe that a folder's overlays lie over, where there is but one, and its stage.
 _OVER = dict.fromkeys(("alignment", "rewards"), ("recipes/grpo.yaml", "idc.stages.grpo.GRPO"))
 # The command whose stages an overlay changes, by its folder; those of other folders may go with any.

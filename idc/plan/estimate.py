@@ -1,0 +1,268 @@
+"""The plan of a run: everything that `idc plan` prints, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import isqrt
+
+from idc.models.cost import StepFlops
+from idc.plan.devices import Device
+from idc.plan.encoders import CAPTION_WORDS, Encoder, cached_bytes, encoders_of
+from idc.plan.memory import Memory, Optimiser, memory, optimiser_of
+from idc.plan.model import Structure, Work, clips_a_pass
+from idc.plan.recipe import Layout, Recipe
+from idc.plan.samples import Samples, samples_of
+from idc.plan.trace import Passed
+from idc.plan.work import Operations, Seconds, operations, points_of, seconds
+from idc.stages.dpo import DPO
+from idc.stages.grpo import GRPO
+from idc.stages.rollouts import portions
+from idc.types import Bucket
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the settings, and what a rank would take with it."""
+
+    setting: str
+    memory: Memory
+
+
+class Plan:
+    """What a recipe's run takes on a device.
+
+    Args:
+        recipe: as `idc.plan.recipe.read` gives it.
+        share: of a device's peak that is assumed to be reached, in place of the device's own.
+    """
+
+    def __init__(self, recipe: Recipe, share: float | None = None) -> None:
+        self.recipe, self.stage, self.layout = recipe, recipe.stage, recipe.layout
+        self.share = share
+        self.structure = Structure(recipe.stage)
+
+    # The model and its data -----------------------------------------------------------------------------------
+
+    @cached_property
+    def samples(self) -> Samples:
+        return samples_of(self.recipe.data)
+
+    @cached_property
+    def encoders(self) -> list[Encoder]:
+        return encoders_of(self.stage.encoders)
+
+    @cached_property
+    def words(self) -> float:
+        """Of a caption."""
+        return self.samples.words or CAPTION_WORDS
+
+    @cached_property
+    def reference_side(self) -> int:
+        """Of a reference, in tokens, were it a square: as the toy world draws it, or at the cap of its area."""
+        most = isqrt(self.recipe.data.reference_area // 256)
+        return min(most, self.samples.reference_side or most)
+
+    @property
+    def buckets(self) -> dict[Bucket, float]:
+        """Shares of the training batches."""
+        return self.samples.shares
+
+    # Batches --------------------------------------------------------------------------------------------------
+
+    @property
+    def clips_a_rank(self) -> int:
+        """Samples of a rank in a pass; of GRPO, its rollouts in an iteration."""
+        return self.recipe.data.batch_size * self.layout.sequence // self.layout.ranks
+
+    @cached_property
+    def work(self) -> Work:
+        """The pass that takes most memory: the bucket with most tokens."""
+        side = self.reference_side
+
+        def size(bucket: Bucket) -> tuple[int, int]:
+            shape = self.stage.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+            return shape[1] * shape[2] * shape[3] // 4 + bucket.subjects * side**2, bucket.subjects
+
+        return Work(max(self.buckets, key=size), self._clips(self.clips_a_rank), side, self.words)
+
+    def _clips(self, samples: int) -> int:
+        if isinstance(self.stage, GRPO):
+            return portions(samples, self.recipe.data.group_size, self.stage.rollouts.batch)
+        return clips_a_pass(self.stage, samples)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of an optimiser step."""
+        if not isinstance(self.stage, GRPO):
+            return self.layout.accumulate
+        points = sum(points_of(self.stage, objective) for objective in self.stage.objectives)
+        return max(1, self.clips_a_rank // self.work.clips // self.stage.updates) * points
+
+    @property
+    def samples_a_step(self) -> float:
+        """Over all ranks, in an optimiser step."""
+        per_pass = self.recipe.data.batch_size
+        return per_pass / self.stage.updates if isinstance(self.stage, GRPO) else per_pass * self.layout.accumulate
+
+    # Memory ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def averages(self) -> bool:
+        return self.recipe.callback("EMA") is not None
+
+    @cached_property
+    def keeps_reference(self) -> bool:
+        return bool(getattr(self.stage, "needs_reference", False))
+
+    @cached_property
+    def resident(self) -> list[Encoder]:
+        """Encoders that stay on the device while it trains: all that no cache makes superfluous."""
+        cached = self.recipe.data.features is not None
+        if isinstance(self.stage, GRPO):
+            return [e for e in self.encoders if e.part == "codec" or not cached]
+        return [] if cached else self.encoders
+
+    @cached_property
+    def rollout_bytes(self) -> int:
+        """Of the latents and the recorded steps of an iteration, float32."""
+        if not isinstance(self.stage, GRPO):
+            return 0
+        bucket = self.work.bucket
+        channels, frames, height, width = self.stage.encoders.codec.latent_shape(
+            bucket.frames, bucket.height, bucket.width
+        )
+        steps = len(self.stage.rollouts.chosen(0, "plan"))
+        return 4 * channels * frames * height * width * self.clips_a_rank * (1 + 3 * steps)
+
+    def optimiser(self, on_gpu: bool) -> Optimiser:
+        return optimiser_of(self.stage.optimizer_factory, on_gpu)
+
+    @lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the command
+    def passed(self, structure: Structure, clips: int) -> Passed:
+        return structure.passed(replace(self.work, clips=clips))
+
+    def memory(
+        self,
+        on_gpu: bool = True,
+        structure: Structure | None = None,
+        clips: int | None = None,
+        layout: Layout | None = None,
+        averages: bool | None = None,
+    ) -> Memory:
+        """Of a rank; arguments stand in for the recipe's own settings."""
+        structure = structure or self.structure
+        return memory(
+            structure.parameters,
+            self.passed(structure, self.work.clips if clips is None else clips),
+            self.optimiser(on_gpu),
+            layout or self.layout,
+            average=self.averages if averages is None else averages,
+            reference=self.keeps_reference,
+            encoders=sum(encoder.bytes for encoder in self.resident),
+            rollouts=self.rollout_bytes,
+            on_gpu=on_gpu,
+        )
+
+    def changes(self, room: float) -> Iterator[Change]:
+        """Changes of one setting that make it fit into `room` bytes, the nearest first; then two at once."""
+        ladder = [kind for kind in ("attention", "full") if kind != self.structure.checkpointing]
+        if self.structure.checkpointing == "full":
+            ladder = []
+        found = False
+        lightest = self.structure
+        for kind in ladder:
+            lightest = Structure(self.stage, checkpointing=kind)
+            yield from (changed := self._try(room, f"model.init_args.speed.checkpointing={kind}", structure=lightest))
+            found |= bool(changed)
+        samples = self.clips_a_rank
+        if self.work.clips > 1 and samples > 1:
+            one = self._clips(1)
+            fewer = self.recipe.data.batch_size // samples
+            text = f"data.init_args.batch_size={fewer} with trainer.accumulate_grad_batches={samples * self.passes}"
+            if isinstance(self.stage, GRPO):
+                text = "model.init_args.rollouts.batch=1"
+            yield from (changed := self._try(room, text, clips=one, structure=lightest))
+            found |= bool(changed)
+        if self.averages:
+            yield from (changed := self._try(room, "no EMA callback", averages=False))
+            found |= bool(changed)
+        for ranks in (self.layout.ranks * factor for factor in (1, 2, 4, 8, 16)):
+            if ranks == 1 or (ranks == self.layout.shards):
+                continue
+            text = f"recipes/hardware/fsdp.yaml over {ranks} ranks"
+            sharded = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks)
+            yield from (changed := self._try(room, text, layout=sharded, structure=lightest))
+            if changed:
+                found = True
+                break
+        for trainable in ("id_blocks", "id_blocks+lora", "lora"):
+            if trainable != self.structure.trainable and (self.structure.config["id_layers"] or trainable == "lora"):
+                smaller = Structure(self.stage, trainable=trainable, checkpointing=lightest.checkpointing)
+                yield from self._try(room, f"model.init_args.trainable={trainable}", structure=smaller)
+
+    def _try(self, room: float, setting: str, structure: Structure | None = None, **settings: object) -> list[Change]:
+        if structure is not None and structure.checkpointing != self.structure.checkpointing:
+            kind = f"speed.checkpointing={structure.checkpointing}"
+            setting = setting if kind in setting else f"{setting} and model.init_args.{kind}"
+        changed = self.memory(structure=structure, **settings)  # type: ignore[arg-type]
+        return [Change(setting, changed)] if changed.total <= room else []
+
+    # Operations and time --------------------------------------------------------------------------------------
+
+    @cached_property
+    def operations(self) -> dict[Bucket, Operations]:
+        """Of a sample of each bucket."""
+        tokens = self.reference_side**2
+        return {bucket: operations(self.structure, bucket, tokens, self.words) for bucket in self.buckets}
+
+    @cached_property
+    def sample(self) -> Operations:
+        """Of a sample on average over the buckets."""
+        shares = self.buckets
+        trained = [
+            sum(share * self.operations[bucket].trained[part] for bucket, share in shares.items()) for part in range(3)
+        ]
+        frozen: dict[str, int] = {}
+        for bucket, share in shares.items():
+            for name, flops in self.operations[bucket].frozen.items():
+                frozen[name] = frozen.get(name, 0) + round(share * flops)
+        return Operations(StepFlops(*map(round, trained)), frozen)
+
+    def seconds(self, device: Device) -> Seconds:
+        """Of an optimiser step."""
+        dtype = str(self.stage.compute_dtype).removeprefix("torch.")
+        return seconds(
+            self.sample.total * self.samples_a_step / self.layout.ranks,
+            self.structure.parameters,
+            self.optimiser(device.name.startswith("NVIDIA")),
+            self.layout,
+            device,
+            dtype=dtype,
+            matmul_precision=self.stage.speed.matmul_precision,
+            average=self.averages,
+            passes=self.passes,
+            share=self.share,
+        )
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps of the run; None where the recipe does not say."""
+        steps = self.recipe.trainer.max_steps
+        return steps if steps is not None and steps > 0 else None
+
+    # Disk -----------------------------------------------------------------------------------------------------
+
+    def cache_of(self, bucket: Bucket) -> int:
+        """Bytes of a sample of this bucket in the features cache."""
+        pair = isinstance(self.stage, DPO)
+        return cached_bytes(self.stage.encoders, bucket, self.reference_side**2, pair, self.words)
+
+    @property
+    def cache(self) -> int | None:
+        """Bytes of the features cache for all samples; None where it is not known how many they are."""
+        if self.samples.assignment is None:
+            return None
+        every = self.samples.kept + (self.samples.held_out or type(self.samples.kept)())
+        return sum(count * self.cache_of(bucket) for bucket, count in every.items())

@@ -1,0 +1,208 @@
+"""A plan as tables for a terminal, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from idc.errors import counted
+from idc.plan.devices import Device
+from idc.plan.estimate import Plan
+from idc.stages.grpo import GRPO
+from idc.types import Bucket
+
+GIB = 2**30
+TERA = 1e12
+
+
+def tables(plan: Plan, devices: Sequence[Device]) -> Iterator[Table | str]:
+    """All that is printed, in order."""
+    yield _parameters(plan)
+    yield _memory(plan, devices)
+    yield _operations(plan)
+    yield _time(plan, devices)
+    yield from _data(plan)
+    for note in notes(plan):
+        yield f"note: {note}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    return table
+
+
+def _parameters(plan: Plan) -> Table:
+    parameters = plan.structure.parameters
+    table = _table(f"Parameters (trainable: {plan.structure.trainable})", "part", "parameters", "trained", "frozen")
+    for name, (count, trained) in parameters.parts.items():
+        table.add_row(name, f"{count:,}", f"{trained:,}", f"{count - trained:,}")
+    table.add_row("transformer", *(f"{n:,}" for n in (parameters.total, parameters.trained)), "", style="bold")
+    resident = plan.resident
+    for encoder in plan.encoders:
+        where = "" if encoder in resident else " (not on the device while it trains)"
+        count = "unknown" if encoder.parameters is None else f"{encoder.parameters:,}"
+        table.add_row(f"{encoder.part}: {encoder.name}{where}", count, "0", count)
+    return table
+
+
+def _memory(plan: Plan, devices: Sequence[Device]) -> Table:
+    work = plan.work
+    layout = plan.layout
+    spread = f", weights over {layout.shards}" if layout.shards > 1 else ""
+    title = (
+        f"Memory of a rank, of {layout.ranks} ({layout.strategy}{spread}): {counted(work.clips, 'clip')} of "
+        f"{shape(work.bucket)} at once, checkpointing {plan.structure.checkpointing}"
+    )
+    table = _table(title, "part", "GiB")
+    found = plan.memory(on_gpu=any(on_gpu(device) for device in devices))
+    for name, size in found.parts.items():
+        table.add_row(name, gib(size))
+    if found.optimiser_step > sum(found.parts.values()):
+        table.add_row("more at the optimiser's step", gib(found.optimiser_step - sum(found.parts.values())))
+    if found.margin:
+        table.add_row(f"margin ({found.margin_note}), assumed", gib(found.margin))
+    table.add_row("peak", gib(found.total), style="bold")
+    for device in devices:
+        if on_gpu(device):
+            fits = found.total <= device.memory * GIB
+            verdict = "fits" if fits else "DOES NOT FIT"
+            table.add_row(f"{device.name}: {verdict}", f"{device.memory:.1f}", style="green" if fits else "bold red")
+    return table
+
+
+def _operations(plan: Plan) -> Table:
+    sample = {"GRPO": "rollout", "DPO": "pair"}.get(type(plan.stage).__name__, "clip")
+    table = _table(
+        f"Operations, TFLOP a {sample} with all its conditions",
+        "bucket, subjects", "share", "forward", "backward", "recomputed", "without gradient", "total",
+    )  # fmt: skip
+    for bucket, share in plan.buckets.items():
+        each = plan.operations[bucket]
+        frozen = ", ".join(f"{name} {tera(flops)}" for name, flops in each.frozen.items())
+        table.add_row(
+            shape(bucket), f"{share:.0%}", *map(tera, each.trained), frozen or "0", tera(each.total)
+        )
+    step = plan.samples_a_step
+    table.add_row(
+        f"a step of {step:g} on {plan.layout.ranks}", "", *(tera(step * part) for part in plan.sample.trained),
+        tera(step * sum(plan.sample.frozen.values())), tera(step * plan.sample.total), style="bold",
+    )  # fmt: skip
+    return table
+
+
+def _time(plan: Plan, devices: Sequence[Device]) -> Table:
+    table = _table(
+        "Time, with shares of the peak that are assumed",
+        "device", "peak, TFLOP/s", "share", "compute", "ranks' exchange", "optimiser", "s a step", "steps", "hours",
+    )  # fmt: skip
+    dtype = str(plan.stage.compute_dtype).removeprefix("torch.")
+    for device in devices:
+        took, steps = plan.seconds(device), plan.steps
+        share = device.share if plan.share is None else plan.share
+        peak = device.peak(dtype, plan.stage.speed.matmul_precision) / TERA
+        table.add_row(
+            device.name, f"{peak:.3g} {dtype}", f"{share:.0%}",
+            *(f"{value:.3g}" for value in (took.compute, took.communication, took.optimiser, took.total)),
+            "?" if steps is None else f"{steps:,}", "?" if steps is None else f"{steps * took.total / 3600:.3g}",
+        )  # fmt: skip
+    return table
+
+
+def _data(plan: Plan) -> Iterator[Table | str]:
+    samples = plan.samples
+    if samples.assignment is not None:
+        table = samples.assignment.table(plan.recipe.data.batch_size)
+        table.title = f"Training samples by bucket: {sum(samples.kept.values()):,} kept, {samples.dropped:,} dropped"
+        table.title_justify = "left"
+        yield table
+    else:
+        yield "Training samples: not known: " + "; ".join(samples.lacking)
+    where = plan.recipe.data.features
+    each = max(map(plan.cache_of, plan.buckets))
+    if where is None:
+        yield f"Features cache: none (data.init_args.features=null); it would take up to {each / 1e6:.1f} MB a sample"
+    elif plan.cache is None:
+        yield f"Features cache in {where}: up to {each / 1e6:.1f} MB a sample, {each / 1e3:.0f} GB for a million"
+    else:
+        yield f"Features cache in {where}: {plan.cache / 1e9:.2f} GB, up to {each / 1e6:.2f} MB a sample"
+
+
+def notes(plan: Plan) -> list[str]:
+    """What was taken for granted."""
+    found = [*plan.recipe.notes]
+    if plan.structure.from_recipe:
+        found.append("sizes of the transformer are the recipe's; its weights are a hub's, which was not asked")
+    if plan.samples.assignment is None:
+        found.append(
+            f"without the shards' index: every bucket as often as the others, with {plan.recipe.data.rule.max_subjects} "
+            f"subjects (data.init_args.max_subjects) and captions of {plan.words:g} words"
+        )
+    if plan.samples.reference_side is None:
+        found.append(f"references are taken to have {plan.reference_side**2} tokens, the cap of their area")
+    if plan.stage.speed.compile:
+        found.append("speed.compile keeps fewer activations than are counted here")
+    if plan.layout.sequence > 1:
+        found.append("a sequence is spread over ranks: the subjects' tokens, which all of them hold, count as spread")
+    if isinstance(plan.stage, GRPO):
+        found.append("rewards' networks on the device, and decoding rollouts, are not counted")
+    elif plan.recipe.callback("Previews") is not None and any(e.bytes for e in plan.encoders):
+        found.append("previews load the codec and decode beside the training state; their memory is not counted")
+    return found
+
+
+def on_gpu(device: Device) -> bool:
+    return device.name.startswith("NVIDIA")
+
+
+def shape(bucket: Bucket) -> str:
+    return f"{bucket.frames}x{bucket.height}x{bucket.width}, {bucket.subjects}"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size >= 0.1 * GIB else f"{size / GIB:.4f}"
+
+
+def tera(flops: float) -> str:
+    return f"{flops / TERA:,.4g}"
+
+
+def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
+    """The same as plain JSON: bytes, operations and seconds."""
+    parameters = plan.structure.parameters
+    gpu = any(on_gpu(device) for device in devices)
+    found = plan.memory(on_gpu=gpu)
+    return {
+        "parameters": {
+            "parts": {name: {"all": a, "trained": b} for name, (a, b) in parameters.parts.items()},
+            "encoders": {encoder.part: encoder.parameters for encoder in plan.encoders},
+        },
+        "layout": vars(plan.layout),
+        "pass": {"clips": plan.work.clips, "bucket": list(plan.work.bucket), "checkpointing": plan.structure.checkpointing},
+        "memory": {"parts": found.parts, "margin": found.margin, "peak": found.total, "allocated": found.allocated},
+        "operations": {
+            shape(bucket): {**each.trained._asdict(), **each.frozen, "total": each.total}
+            for bucket, each in plan.operations.items()
+        },
+        "samples_a_step": plan.samples_a_step,
+        "devices": {
+            device.name: {
+                "memory": round(device.memory * GIB),
+                "fits": found.total <= device.memory * GIB if on_gpu(device) else None,
+                "assumed_share": device.share if plan.share is None else plan.share,
+                "seconds_a_step": plan.seconds(device).total,
+                "hours": None if plan.steps is None else plan.steps * plan.seconds(device).total / 3600,
+            }
+            for device in devices
+        },
+        "samples": {
+            "kept": sum(plan.samples.kept.values()) if plan.samples.assignment else None,
+            "dropped": plan.samples.dropped if plan.samples.assignment else None,
+            "lacking": list(plan.samples.lacking),
+        },
+        "cache_bytes": plan.cache,
+        "notes": notes(plan),
+    }

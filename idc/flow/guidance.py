@@ -19,12 +19,13 @@ def guided(cond: Velocity, uncond: Velocity, scale: float, rescale: float = 0.0)
     if scale == 1:
         return cond
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        v_cond, v_uncond = cond(x, t), uncond(x, t)
-        v = v_uncond + scale * (v_cond - v_uncond)
-        return _rescale(v, v_cond, rescale) if rescale else v
+    return lambda x, t: guide(cond(x, t), uncond(x, t), scale, rescale)
 
-    return velocity
+
+def guide(v_cond: Tensor, v_uncond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """The arithmetic of `guided`, on velocities `[B, ...]`."""
+    v = v_uncond + scale * (v_cond - v_uncond)
+    return _rescale(v, v_cond, rescale) if rescale else v
 
 
 def guided_text_image(

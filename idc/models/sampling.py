@@ -11,15 +11,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from idc.errors import UserError
 from idc.flow import samplers
 from idc.flow.editing import check_strength, edit
-from idc.flow.guidance import guided, guided_text_image
+from idc.flow.guidance import guide, guided, guided_text_image
 from idc.flow.path import Velocity
 from idc.flow.times import noise_like
 from idc.models.conditioning import Drop, Encoders, Features
+from idc.models.subject_cache import JoinedCaches, SubjectCache
 from idc.types import Bucket, Condition, Sample
+
+
+FEW_TOKENS = 8192  # of the video in one forward; a clip of 480p and 81 frames has 32,760
 
 
 @dataclass
@@ -109,12 +114,16 @@ class Sampler:
         encoders: they run on their own device; latents and conditions are moved to `device`.
         device: where the transformer computes.
         dtype: `torch.bfloat16` runs the transformer under autocast; its float32 islands stay.
+        batch_guidance: in `videos`, run the two forwards of guidance as one of twice the batch. `auto` does on CUDA for
+            up to `FEW_TOKENS`, where one forward leaves much of an H100 idle, and where the weights are sharded, since
+            each forward gathers them all. Equal to two forwards but for the rounding of other kernels.
     """
 
     transformer: Any
     encoders: Encoders
     device: torch.device
     dtype: torch.dtype = torch.float32
+    batch_guidance: bool | Literal["auto"] = False
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype is torch.float32:
@@ -143,10 +152,7 @@ class Sampler:
             group: one condition for that many videos, as GRPO's groups have it: encoded once for all of them.
             cached: False computes the subject side at every call, for every video.
         """
-        cache = None
-        if cached and not self.transformer.config["id_joint_references"]:
-            with self.autocast():
-                cache = self.transformer.build_subject_cache(condition)
+        cache = self._cache(condition) if cached else None
         if group is not None:
             cache, condition = cache and cache.expand(group), condition.expand(group)
 
@@ -155,6 +161,42 @@ class Sampler:
             return self.predict_velocity(x_BCTHW, t_B, condition, cache)
 
         return velocity
+
+    def _cache(self, condition: Condition) -> SubjectCache | None:
+        if self.transformer.config["id_joint_references"]:
+            return None
+        with self.autocast():
+            return self.transformer.build_subject_cache(condition)
+
+    def _batches_guidance(self, videos: int, latent_shape: tuple[int, ...]) -> bool:
+        if self.batch_guidance != "auto" or self.transformer.config["id_joint_references"]:
+            return bool(self.batch_guidance) and not self.transformer.config["id_joint_references"]
+        if isinstance(self.transformer, FSDPModule):
+            return True
+        patches = math.prod(size // p for size, p in zip(latent_shape[1:], self.transformer.config["patch_size"]))
+        return self.device.type == "cuda" and videos * patches <= FEW_TOKENS
+
+    def _batched_velocity(self, features: Sequence[Features], sampling: Sampling) -> Velocity:
+        """Two-forward guidance as one forward: the conditional rows, then the unconditional ones."""
+        conditions = [
+            self.encoders.condition(features, drop).to(self.device, torch.float32) for drop in (Drop.NOTHING, Drop.BOTH)
+        ]
+        caches = JoinedCaches(tuple(self._cache(condition) for condition in conditions))
+        both = Condition(torch.cat([condition.text_BLD for condition in conditions]))
+
+        def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
+            x = torch.cat([x_BCTHW, x_BCTHW])
+            t_B = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
+            v_cond, v_uncond = self.predict_velocity(x, t_B, both, caches.expand(x.shape[0])).chunk(2)
+            return guide(v_cond, v_uncond, sampling.scale, sampling.rescale)
+
+        return velocity
+
+    def _velocity(self, features: Sequence[Features], sampling: Sampling, latent_shape: tuple[int, ...]) -> Velocity:
+        two = sampling.drops == [Drop.NOTHING, Drop.BOTH]
+        if two and self._batches_guidance(len(features), latent_shape):
+            return self._batched_velocity(features, sampling)
+        return self.guided_velocity(features, sampling)
 
     def guided_velocity(
         self, features: Sequence[Features], sampling: Sampling, group: int | None = None, cached: bool = True
@@ -182,7 +224,7 @@ class Sampler:
         """Latents `[B, *latent_shape]` for the conditions of `features`, from noise seeded per sample."""
         noise = noise_like(seeds_B, latent_shape, device=self.device)
         times = samplers.shifted_times(sampling.steps, sampling.shift)
-        return _solver(sampling)(self.guided_velocity(features, sampling), noise, times)
+        return _solver(sampling)(self._velocity(features, sampling, latent_shape), noise, times)
 
     @torch.no_grad()
     def sampled_latents(
@@ -202,7 +244,7 @@ class Sampler:
             if source is None:
                 return self.latents(features, seeds_B, shape, sampling)
             return edit(
-                lambda: self.guided_velocity(features, sampling),
+                lambda: self._velocity(features, sampling, shape),
                 self.encoders.codec.encode(source.video_BCTHW).to(self.device),
                 noise_like(seeds_B, shape, device=self.device),
                 samplers.shifted_times(sampling.steps, sampling.shift),

@@ -61,3 +61,24 @@ class SubjectCache:
     def requires_grad(self) -> bool:
         """Whether gradients flow through it to the blocks, as they do not from one built under `no_grad`."""
         return any(tensor.requires_grad for pair in self.layers for tensor in pair)
+
+
+@dataclass(frozen=True)
+class JoinedCaches:
+    """The caches of conditions that are evaluated in one batch, such as the two of guidance.
+
+    They may differ in everything, also in having references at all: each is read by its own rows of the batch, so that
+    nothing is padded or masked.
+
+    Attributes:
+        parts: one a condition, in the order of the rows.
+    """
+
+    parts: tuple[SubjectCache, ...]
+
+    def expand(self, batch: int) -> JoinedCaches:
+        """For `batch` videos, shared out equally; raises as `SubjectCache.expand` does."""
+        count = len(self.parts)
+        if batch < 1 or batch % count:
+            raise UserError(f"batch={batch}: must be a multiple of the {count} conditions that are joined")
+        return JoinedCaches(tuple(part.expand(batch // count) for part in self.parts))

@@ -30,7 +30,7 @@ from idc.models.id_settings import check_settings, complete_settings
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
 from idc.models.sequence_parallel import SequenceParallel
 from idc.models.speed import Checkpointing
-from idc.models.subject_cache import SubjectCache
+from idc.models.subject_cache import JoinedCaches, SubjectCache
 from idc.models.subjects import JointSequence, SubjectSide, VideoAttnProcessor, embed_references
 from idc.types import Condition
 
@@ -240,7 +240,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         timestep: Tensor | None,
         encoder_hidden_states: Tensor | None,
         condition: Condition | None = None,
-        subject_cache: SubjectCache | None = None,
+        subject_cache: SubjectCache | JoinedCaches | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         encoder_hidden_states_image: Tensor | None = None,
@@ -253,7 +253,8 @@ class IDCrafterTransformer(WanTransformer3DModel):
             timestep: `[B]` in [0, 1000] (1000 is noise).
             encoder_hidden_states: text tokens `[B, L, text_dim]`; the text of `condition` is not read.
             condition: references and VLM tokens.
-            subject_cache: from `build_subject_cache`, instead of `condition`.
+            subject_cache: from `build_subject_cache`, instead of `condition`; several joined are each for as many
+                consecutive rows of the batch.
             return_dict, attention_kwargs, encoder_hidden_states_image: as in `WanTransformer3DModel`.
             build_cache: return a `SubjectCache` for `condition` and read nothing else. It is a mode of `forward`
                 because FSDP gathers the root's parameters around `forward` alone.
@@ -269,8 +270,10 @@ class IDCrafterTransformer(WanTransformer3DModel):
             return self._cache(side)
         assert hidden_states is not None
         assert timestep is not None
-        memories = self._memories(subject_cache, side, batch=hidden_states.shape[0])
-        mask_BM = side.mask_BM if subject_cache is None else subject_cache.mask_BM
+        caches = subject_cache.parts if isinstance(subject_cache, JoinedCaches) else (subject_cache,)
+        rows = hidden_states.shape[0] // len(caches)
+        memories = [self._memories(cache, side, rows) for cache in caches]
+        masks = [side.mask_BM if cache is None else cache.mask_BM for cache in caches]
         rotary = self.rope(hidden_states)
         video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         if self.training and torch.is_grad_enabled():
@@ -293,9 +296,11 @@ class IDCrafterTransformer(WanTransformer3DModel):
                 video, subjects = joint.split(block(joint.join(video, subjects), text, modulation, rotary))
             if index < len(self.id_blocks):
                 # A block with nothing to read is called as well: FSDP's ranks gather the same layers in step.
-                video, subjects, _ = self.id_blocks[index](
-                    video, subjects, side.layout, side.vlm_BMD, mask_BM, memories[index]
-                )
+                follow, videos = self.id_blocks[index], []
+                for part, mask_BM, memory in zip(video.chunk(len(caches)), masks, memories, strict=True):
+                    part, subjects, _ = follow(part, subjects, side.layout, side.vlm_BMD, mask_BM, memory[index])
+                    videos.append(part)
+                video = videos[0] if len(videos) == 1 else torch.cat(videos)
         output = self._unpatchify(video, temb, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

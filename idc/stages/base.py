@@ -112,6 +112,7 @@ class Stage(LightningModule):
         self.compute_dtype = getattr(torch, compute_dtype)
         self.sampling = sampling or Sampling()
         self.speed = speed or Speed()
+        self.speed_chosen: dict[str, str] = {}  # what it came to, from configure_model on
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on
         # Of a callback: whether the optimiser may step at this gradient norm. It raises to end the run, on all ranks.
         self.guard: Callable[[float], bool] | None = None
@@ -134,9 +135,14 @@ class Stage(LightningModule):
 
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
-        chosen = apply_speed(self.transformer, self.speed, strategy, self.compute_dtype, training=True)
-        if getattr(self._trainer, "logger", None) is not None:
-            self._trainer.logger.log_hyperparams({f"speed/{name}": value for name, value in chosen.items()})
+        mixed = self._trainer is not None and "bf16" in str(self._trainer.precision)
+        dtype = torch.bfloat16 if mixed else self.compute_dtype
+        self.speed_chosen = apply_speed(self.transformer, self.speed, strategy, dtype, training=True)
+
+    def on_train_start(self) -> None:
+        """What `auto` came to stands beside the other hyperparameters."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams({f"speed/{name}": value for name, value in self.speed_chosen.items()})
 
     @property
     def has_weights(self) -> bool:
@@ -279,7 +285,7 @@ class Stage(LightningModule):
     def sampler(self) -> Sampler:
         """How this stage's transformer samples, where it now is."""
         assert self.transformer is not None
-        return Sampler(self.transformer, self.encoders, self.device, self.compute_dtype)
+        return Sampler(self.transformer, self.encoders, self.device, self.compute_dtype, self.speed.batch_guidance)
 
     def predict_velocity(self, x_BCTHW: Tensor, t_B: Tensor, condition: Condition, cache: Any = None) -> Tensor:
         """v(z_t, t, C) in float32; `t_B` in [0, 1]. With `cache`, the subject side is not computed again."""

@@ -33,6 +33,7 @@ from idc.models.spec import Lora, TransformerSpec
 from idc.models.speed import Speed
 from idc.models.system import Parts, System, open_system
 from idc.models.vlm import VLMConditioner
+from idc.stages.speed import apply_speed
 
 T = TypeVar("T")
 
@@ -137,7 +138,7 @@ class Generate(LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
         self.transformer.requires_grad_(False)
-        self.transformer.run_layers("none", self.system.speed.compile)
+        apply_speed(self.transformer, self.system.speed, strategy, self.compute_dtype, training=False)
 
     def setup(self, stage: str) -> None:
         from idc.stages.sharding import is_sharding
@@ -189,7 +190,8 @@ class Generate(LightningModule):
     def sampler(self) -> Sampler:
         """The one that the pipeline has, too."""
         assert self.system is not None
-        return Sampler(self.transformer, self.system.encoders, self.device, self.compute_dtype)
+        speed = self.system.speed
+        return Sampler(self.transformer, self.system.encoders, self.device, self.compute_dtype, speed.batch_guidance)
 
     def predict_step(self, request: Request, batch_idx: int) -> None:
         """Make, encode and write one video. What is wrong with the item is recorded, and the next one comes."""

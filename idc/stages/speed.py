@@ -1,0 +1,85 @@
+"""What a stage does with `Speed`: the same on all ranks, said once, and written beside the other hyperparameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from idc.errors import UserError
+from idc.models.speed import Speed
+
+
+def apply_speed(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, training: bool) -> dict[str, str]:
+    """Make an `IDCrafterTransformer` run as `speed` says, before or after it is sharded.
+
+    Args:
+        strategy: of the trainer, started; None outside of one, on the CPU.
+        dtype: in which the transformer computes.
+        training: whether a backward pass comes.
+
+    Returns:
+        what was chosen, for a logger: the attention backend that `auto` stands for, and the rest as it was set.
+
+    Raises:
+        UserError: on all ranks, for an attention backend that rank 0 cannot run.
+    """
+    from idc.models.attention import set_backend
+
+    torch.set_float32_matmul_precision(speed.matmul_precision)
+    chosen = _chosen_by_rank_0(model, speed, strategy, dtype, training)
+    set_backend(model, chosen)
+    checkpointing = speed.checkpointing if training else "none"
+    model.run_layers(checkpointing, speed.compile)
+    return {
+        "attention": chosen,
+        "checkpointing": checkpointing,
+        "compile": str(speed.compile).lower(),
+        "matmul_precision": speed.matmul_precision,
+    }
+
+
+def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, training: bool) -> str:
+    from idc.models.attention import choose_backend
+
+    device = torch.device("cpu") if strategy is None else strategy.root_device
+    rank_0 = strategy is None or strategy.is_global_zero
+    name, problem = "native", None
+    if rank_0:
+        try:
+            choice = choose_backend(device, dtype, model.config["attention_head_dim"], speed.attention, training)
+            name = choice.name
+            if device.type == "cuda" or speed.attention != "auto":  # else there was no choice
+                rank_zero_info(str(choice))
+        except UserError as error:
+            problem = str(error)
+    if strategy is not None:
+        name, problem = strategy.broadcast((name, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return name
+
+
+def optimizer_settings(factory: Any, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments for an optimiser on `device`: `fused=True` on CUDA, where its class takes it and the recipe
+    does not say otherwise. (PyTorch's fused steps take DTensors.)"""
+    if device.type != "cuda":
+        return {}
+    defaults = factory([torch.nn.Parameter(torch.zeros(1, 1))]).defaults
+    free = defaults.get("fused", False) is None and not defaults.get("foreach") and not defaults.get("differentiable")
+    return {"fused": True} if free else {}
+
+
+def keep_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Let a state that comes from another kind of device not change whether this optimiser is fused."""
+    own = [group.get("fused") for group in optimizer.param_groups]
+
+    def as_here(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [
+            {**group, "fused": fused} if "fused" in group else group
+            for group, fused in zip(state["param_groups"], own, strict=True)
+        ]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(as_here)

@@ -20,7 +20,9 @@ from _tiny_judges import save_qwen_judge
 
 from idc.curate.candidate import Candidate, Dropped
 from idc.curate.captions import Caption
+from idc.curate.chunks import FAULTS
 from idc.curate.prose import CaptionError, check_caption, cut_at_sentence, plain_text, repeated_share, words_of
+from idc.curate.words import SubjectWords
 from idc.errors import UserError
 from idc.models.judges import ImageTextJudge, JudgeError
 
@@ -253,9 +255,22 @@ def test_a_server_that_fails_for_ever_drops_the_clip_with_a_reason(server: Serve
     step = Caption(server.judge(tries=2, timeout=5.0, max_tokens=512), frames=1)
     dropped = one(step([candidate()]))
     assert isinstance(dropped, Dropped)
-    assert dropped.reason == "no caption"
+    passing = kind in ("429", "500", "garbage", "half")
+    assert dropped.reason == ("server did not answer" if passing else "no caption")
+    assert (dropped.reason in FAULTS) == passing  # what is done again, and stops a run
     assert dropped.detail
-    assert len(server.requests) == (2 if kind in ("429", "500", "garbage", "half") else 1)
+    assert len(server.requests) == (2 if passing else 1)
+
+
+@pytest.mark.parametrize("given", ["replace", "combine"])
+@pytest.mark.parametrize("words", [False, True])
+def test_a_server_that_is_down_is_no_reason_to_take_something_else(server: Server, given: str, words: bool) -> None:
+    server.script = faulty("500")
+    judge = server.judge(tries=1, max_tokens=512)
+    step = SubjectWords(judge) if words else Caption(judge, frames=1, given=given)
+    dropped = one(step([replace(candidate(), caption=GOOD)]))
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason in FAULTS
 
 
 @pytest.mark.parametrize("kind", ["429", "500", "garbage", "half"])

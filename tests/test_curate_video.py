@@ -384,6 +384,28 @@ def test_a_thorough_check_finds_what_breaks_between_the_looks(film, tmp_path):
     assert reason(quick) == "kept"
 
 
+def test_a_frame_that_the_decoder_had_to_guess_is_damage(tmp_path, film):
+    """Single flipped bytes: libav decodes on, and marks what it made up."""
+    data = bytearray(film.read_bytes())
+    import av
+
+    with av.open(str(film)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    place, size = max(places[20:], key=lambda found: found[1])
+    for offset in range(size // 3, size - 8, 5):
+        data[place + offset] ^= 0x55
+    damaged = candidate(saved(tmp_path, bytes(data)))
+    with av.open(BytesIO(bytes(data))) as container:
+        marked = [frame.is_corrupt for frame in container.decode(video=0)]  # no error of its own
+    assert any(marked)
+    assert not all(marked)
+    (outcome,) = DecodeCheck(min_side=16, max_aspect=8, thorough=True)([damaged])[0]
+    assert reason(outcome) == "damaged frames"
+    with pytest.raises(VideoError, match="damaged frame at"):
+        look(damaged, [marked.index(True)])
+    assert look(damaged, [marked.index(False)]).shape[0] == 1
+
+
 # Windows
 
 

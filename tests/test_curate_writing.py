@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,18 @@ def test_an_adopted_reference_is_the_others_picture_and_says_so(tmp_path: Path, 
             "origin": "other_moment",
         }
         assert own["origin"] == "other_moment"
+
+
+@pytest.mark.parametrize(
+    ("origin", "colour"), [("generated:diffusers", "red"), ("augmented", "red"), ("given", "blue")]
+)
+def test_a_made_reference_that_was_put_first_stays_it(tmp_path: Path, origin: str, colour: str) -> None:
+    collected = colours()
+    man = collected.whole[0].subjects[0]
+    made = replace(man, references=tuple(replace(reference, origin=origin) for reference in man.references))
+    collected.whole[0] = collected.whole[0].changed(subjects=(made,))
+    write(tmp_path, collected, decide(collected, [Say(adopted(0, 2, collected, first=True))]), held_out=0)
+    assert pictures(tmp_path, collected.whole[0].key) == [picture(colour)]
 
 
 def test_a_subject_without_a_picture_takes_one_over(tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ class Dropped:
     detail: str = ""
 
 
+UNANSWERED = "server did not answer"  # a drop's reason that another time may mend
+
 Outcome = Candidate | Dropped
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from idc.curate.candidate import Candidate, Dropped, Outcome, Pixels, Step, model_version
+from idc.curate.candidate import UNANSWERED, Candidate, Dropped, Outcome, Pixels, Step, model_version
 from idc.curate.prose import CaptionError, check_caption, check_language, cut_at_sentence, plain_text, words_of
 from idc.curate.reading import clip_frames
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
-from idc.models.judges import ImageTextJudge, Judge, JudgeError
+from idc.models.judges import ImageTextJudge, Judge, JudgeError, JudgeUnavailableError
 
 _RULES = """\
 Name every person, animal and thing that matters by how they look: a person by age group, hair, build and clothing, an \
@@ -158,6 +158,8 @@ class Caption(Step):
         shown: list[Pixels] = [long_side(picture, self.side) for picture in (pictures[:1] if still else pictures)]
         try:
             (answer,) = self.judge.answers(shown, prompt, [0])
+        except JudgeUnavailableError:
+            raise
         except JudgeError as error:
             raise CaptionError("no caption", str(error)) from None
         return answer
@@ -185,9 +187,18 @@ class Caption(Step):
 
 
 def side_by_side(judge: Judge, ask: Any, candidates: Sequence[Candidate]) -> list[Candidate | Dropped]:
-    """`ask` of each candidate, in their order; of a judge behind a server as many at once as it takes."""
+    """`ask` of each candidate, in their order; of a judge behind a server as many at once as it takes. Where it cannot
+    be reached, candidates are dropped by a fault: what is tried again, and stops a run if it goes on."""
+
+    def answered(candidate: Candidate) -> Candidate | Dropped:
+        try:
+            outcome: Candidate | Dropped = ask(candidate)
+        except JudgeUnavailableError as error:
+            return candidate.dropped("", UNANSWERED, str(error))
+        return outcome
+
     threads = min(len(candidates), getattr(judge, "concurrency", 1))
     if threads <= 1:
-        return [ask(candidate) for candidate in candidates]
+        return [answered(candidate) for candidate in candidates]
     with ThreadPoolExecutor(threads, thread_name_prefix="caption") as pool:
-        return list(pool.map(ask, candidates))
+        return list(pool.map(answered, candidates))

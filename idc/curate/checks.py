@@ -21,6 +21,7 @@ REASONS = {
     "cannot be opened": "no video",
     "no picture": "no picture",
     "the frame size changes": "frame size changes",
+    "damaged frame": "damaged frames",
 }
 JITTER = 0.2  # share of the median interval by which a frame may come early or late at a constant rate
 JITTERING = 0.01  # share of the intervals that may be off more, as where single frames are lost

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from idc.curate.candidate import Candidate, Dropped, EncodedClip, Outcome, Source, Step, Unit
+from idc.curate.candidate import UNANSWERED, Candidate, Dropped, EncodedClip, Outcome, Source, Step, Unit
 from idc.curate.parts import Count, Outcomes
 from idc.curate.plan import Task, read_units
 from idc.curate.records import settle
@@ -25,7 +25,7 @@ from idc.errors import UserError, nearest
 
 OPEN, ENCODE = "source", "encode"
 STEP_FAILED, SOURCE_FAILED, WORKER_DIED = "step failed", "source failed", "worker died"
-FAULTS = (STEP_FAILED, SOURCE_FAILED, WORKER_DIED)
+FAULTS = (STEP_FAILED, SOURCE_FAILED, WORKER_DIED, UNANSWERED)
 SMALL = 256  # pixels; under it halved chroma shows
 
 

@@ -166,6 +166,8 @@ def _print(report: CurationReport, curation: Curation) -> None:
     for step in curation.steps:
         if said := step.remark():
             print(f"{step.name}: {said}")
+    if faults := sum(count.failed for count in report.counts):
+        print(f"{counted(faults, 'drop')} by faults, see drops.jsonl; --retry_failed true does their chunks again")
     assert report.written is not None
     parts = ", ".join(f"{number} {part.replace('_', ' ')}" for part, number in report.written.samples.items())
     before = f" ({report.done_before} of them before)" if report.done_before else ""

@@ -202,9 +202,7 @@ def _items_of(source: ItemSource, folder: Path) -> tuple[list[Item], Mapping[str
         source.prepare()
         return source.items(folder)
     except UserError as error:
-        raise UserError(
-            f"exclude: {error}; give the evaluation set, or items: [] to train on any of it"
-        ) from None
+        raise UserError(f"exclude: {error}; give the evaluation set, or items: [] to train on any of it") from None
 
 
 def _faces(backend: FaceBackend, picture: Pixels) -> list[Embedding]:

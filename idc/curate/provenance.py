@@ -22,6 +22,8 @@ from idc.data import storage
 REFERENCE_KINDS = {"person": "human", "face": "face", "place": "background"}
 _PLACE = re.compile(r"(?:/|~|[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]*://)\S+(?: \S+)*")  # an absolute path, or a URL
 
+MADE = ("generated", "augmented")  # how origins of references begin that an image editor made
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -40,8 +42,9 @@ class Choice:
 def choose_references(candidate: Candidate, decisions: Decisions) -> list[Choice]:
     """The picture of each subject that has one, in the order of the subjects.
 
-    The first that is taken over as first choice comes before the subject's own first, any other after it. Own ones that
-    were taken from a video on the other side of the split (as shards of an earlier collection may have them) are none.
+    The first that is taken over as first choice comes before the subject's own first, any other after it; but a made
+    reference that was put first stays it: a drawn share has one. Own ones that were taken from a video on the other
+    side of the split (as shards of an earlier collection may have them) are none.
     """
     adopted = decisions.adopted.get(candidate.key, ())
     choices = []
@@ -49,7 +52,9 @@ def choose_references(candidate: Candidate, decisions: Decisions) -> list[Choice
         offered = [adopt for adopt in adopted if adopt.subject == number]
         first = next((adopt for adopt in offered if adopt.first), None)
         own = (n for n, r in enumerate(subject.references) if not decisions.crosses(candidate.video, r.video))
-        if first is None and (mine := next(own, None)) is not None:
+        mine = next(own, None)
+        made = mine is not None and subject.references[mine].origin.startswith(MADE)
+        if mine is not None and (first is None or made):
             choices.append(Choice(number, mine))
         elif (adopt := first or next(iter(offered), None)) is not None:
             choices.append(Choice(number, adopt.reference, adopt))

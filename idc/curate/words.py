@@ -19,7 +19,7 @@ from idc.curate.nouns import NounPhrase, find_phrases
 from idc.curate.prose import whole_words, words_of
 from idc.curate.scenarios import head_noun
 from idc.errors import UserError, nearest
-from idc.models.judges import ImageTextJudge, Judge, JudgeError, quote
+from idc.models.judges import ImageTextJudge, Judge, JudgeError, JudgeUnavailableError, quote
 
 KINDS = ("person", "animal", "clothing", "object", "place")
 TAGS = {"person": "subject", "animal": "subject", "clothing": "object", "object": "object", "place": "background"}
@@ -160,7 +160,7 @@ class SubjectWords(_SubjectNames):
             (answer,) = self.judge.answers([], self.prompt.format(most=self.max_subjects, caption=caption), [0])
             phrases, refused = read_answer(answer, candidate.caption)
         except (JudgeError, ValueError) as error:
-            if isinstance(error, UserError):
+            if isinstance(error, UserError | JudgeUnavailableError):
                 raise
             if self.otherwise == "drop":
                 return candidate.dropped(self.name, "no answer on subject words", str(error))

@@ -332,7 +332,13 @@ class _Reader:
         return len(pts), pts[rank] if rank < len(pts) else None
 
     def picture(self, frame: Any) -> np.ndarray:
-        """The frame as RGB uint8 HWC, turned as its display matrix says (phones store portrait clips lying)."""
+        """The frame as RGB uint8 HWC, turned as its display matrix says (phones store portrait clips lying).
+
+        Raises:
+            VideoError: for a frame that the decoder could only guess parts of.
+        """
+        if frame.is_corrupt:
+            raise VideoError("damaged frame" + ("" if frame.time is None else f" at {frame.time:.3f} s"))
         picture = self._to_rgb(frame).to_ndarray()
         quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
         return np.ascontiguousarray(np.rot90(picture, quarter_turns)) if quarter_turns else picture

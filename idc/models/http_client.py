@@ -39,6 +39,10 @@ class ServerError(RuntimeError):
     """No answer for this input: it was refused, is no answer, or could not be had. Other inputs may do."""
 
 
+class UnansweredError(ServerError):
+    """A fault that outlived all tries: the server is down, or out of its depth. Another time it may answer."""
+
+
 class PassingError(Exception):
     """A fault that another try may not meet.
 
@@ -126,7 +130,7 @@ class HttpClient:
             headers: more of them, the same for each try.
 
         Raises:
-            ServerError: for a refusal, or a fault that outlived all tries.
+            ServerError: for a refusal; `UnansweredError` for a fault that outlived all tries.
             UserError: for status 401, 403 or 404, which every request would meet.
         """
         reason, wait = "", 0.0
@@ -140,7 +144,7 @@ class HttpClient:
                 reason = self._redact(str(fault))
                 backoff = min(_LONGEST_PAUSE, self.pause * 2**attempt)
                 wait = max(min(_LONGEST_PAUSE, fault.wait), backoff * random.uniform(0.5, 1))
-        raise ServerError(f"{self.server} did not answer in {self.tries} tries; the last: {reason}")
+        raise UnansweredError(f"{self.server} did not answer in {self.tries} tries; the last: {reason}")
 
     def _request(self, url: str, data: bytes | None, kind: str, more: Mapping[str, str]) -> Any:
         """The parsed answer of one try."""

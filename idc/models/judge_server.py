@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 
 from idc.errors import UserError
-from idc.models.http_client import HttpClient, ServerError
-from idc.models.judges import Judge, JudgeError, Picture, quote
+from idc.models.http_client import HttpClient, ServerError, UnansweredError
+from idc.models.judges import Judge, JudgeError, JudgeUnavailableError, Picture, quote
 
 _OURS = ("model", "messages", "temperature", "seed", "stream")  # what a recipe's `extra` may not change
 
@@ -113,6 +113,8 @@ class ServerJudge(HttpClient, Judge):
         data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
         try:
             return self.ask(partial(answer_text, max_tokens=self.max_tokens), data)
+        except UnansweredError as error:
+            raise JudgeUnavailableError(str(error)) from None
         except ServerError as error:
             raise JudgeError(str(error)) from None
 

@@ -26,6 +26,10 @@ class JudgeError(RuntimeError):
     """No answer for this input: the judge refused, was cut short or could not be reached. Other inputs may do."""
 
 
+class JudgeUnavailableError(JudgeError):
+    """The judge could not be reached, for this input as for others: another time it may be."""
+
+
 class Judge(ABC):
     """What a metric asks of a judge."""
 

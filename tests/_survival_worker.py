@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from idc.callbacks import writing
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.ema import EMA, ema_state_dict
+from idc.callbacks.hang import HangWatchdog
 from idc.callbacks.preemption import Preemption
 from idc.callbacks.resume import resolve_ckpt_path
 from idc.models.manifest import Manifest
@@ -34,6 +36,7 @@ from idc.models.manifest import Manifest
 SAMPLES, GLOBAL_BATCH, WIDTH = 48, 4, 6
 STEPS = 20  # of 12 in an epoch
 SAVE_EVERY = 4
+HANG = 4.0  # seconds
 PLACES = ("step", "state", "seal", "manifest", "publish", "prune")
 _IN_WRITING = {"seal": "_seal_own_files", "publish": "_publish", "prune": "_prune"}
 
@@ -57,6 +60,7 @@ class Run:
     ema: bool = True
     dtype: str = "32-true"
     asynchronous: bool = False
+    hang_step: int = 0  # the last rank stops answering in this step; a watchdog of HANG seconds
 
 
 class Block(nn.Module):
@@ -83,6 +87,10 @@ class Tower(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+def stop_answering() -> None:
+    threading.Event().wait()
 
 
 class Stage(LightningModule):
@@ -168,6 +176,8 @@ class Recorder(Callback):
         step = trainer.global_step + 1
         if self.run.kill_place == "step" and step == self.run.kill_step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.run.hang_step and trainer.global_rank == self.run.ranks - 1:
+            stop_answering()
         if step == self.run.signal_step and trainer.global_rank == self.run.ranks - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -234,6 +244,7 @@ def make_trainer(run: Run, extra: list[Callback]) -> Trainer:
         callbacks=[
             Checkpoint(every_n_steps=SAVE_EVERY, keep_last=2, asynchronous=run.asynchronous),
             *([EMA(decay=0.9)] if run.ema else []),
+            *([HangWatchdog(HANG, 10 * HANG)] if run.hang_step else []),
             Preemption(),
             *extra,
         ],

@@ -259,6 +259,11 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         self._wait(trainer)
         return self.last_saved
 
+    def wait_for_write(self, seconds: float) -> None:
+        """Give the save that is under way so long to end; for whoever is about to end the process."""
+        if (under_way := self._under_way) is not None:
+            under_way[1].wait(seconds)
+
     def _look(self, trainer: Trainer) -> None:
         """Take note of a finished save, on all ranks in the same step: what failed on one must end all of them."""
         if self._under_way is not None:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from idc.callbacks.hang import alive
 from idc.progress import EVERY, Lines
 
 
@@ -167,7 +168,9 @@ class Progress(ProgressBar):
 
 
 def show(trainer: Trainer, what: str, done: int, total: int | None) -> None:
-    """`Progress.show` of the trainer's progress bar, if it is ours: for long work within a hook, such as previews."""
+    """`Progress.show` of the trainer's progress bar, if it is ours, and a sign of life for `HangWatchdog`: for long
+    work within a hook, such as previews."""
+    alive(trainer, f"{done} of {total or '?'}, {what}")
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     for callback in callbacks:
         if isinstance(callback, Progress):

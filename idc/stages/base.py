@@ -116,6 +116,7 @@ class Stage(LightningModule):
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on
         # Of a callback: whether the optimiser may step at this gradient norm. It raises to end the run, on all ranks.
         self.guard: Callable[[float], bool] | None = None
+        self.on_progress: Callable[[str], None] = lambda what: None  # of a callback: what has ended within a step
         self.took_step: bool | None = None  # in this batch; None before its optimiser has been asked to
         self._training_on: tuple[int, list[str]] = 0, []
 

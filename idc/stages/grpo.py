@@ -224,6 +224,7 @@ class GRPO(Aligned):
             with self._clock("reward"):
                 for key, video in zip(rollout.keys, self.encoders.codec.decode(rollout.latents), strict=True):
                     self.runner.submit(key, clip_of_sample(rollout.sample, video, f"{rollout.sample.id}#{key}"))
+            self.on_progress("a rollout")
 
         bucket = batch.bucket
         shape = self.encoders.codec.latent_shape(bucket.frames, bucket.height, bucket.width)

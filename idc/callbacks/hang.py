@@ -1,0 +1,141 @@
+"""A run that hangs ends, with every rank's Python stacks in `<run>/stacks/rank-N.txt` and in the log.
+
+A collective that one rank never joins is not an error: the others wait, for torch's own timeout or for ever, and nobody
+knows where. Here each rank's own thread sees that nothing ends any more (`idc.callbacks.watch`), all of them dump, and
+all processes end with status 75, so that an elastic launcher or a scheduler starts them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from idc.callbacks.checkpoint import Checkpoint, is_dry_run
+from idc.callbacks.watch import Watch
+from idc.errors import UserError
+
+STACKS = "stacks"
+# torch's record of the last collectives, which its own timeout writes too. Read when the process group starts.
+_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the name before torch 2.9
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+
+
+class HangWatchdog(Callback):
+    """Ends all ranks when no step, held-out batch, rollout or preview has ended for `timeout` seconds.
+
+    It watches from the start of training (or of validate, test and predict) to its end, and not in the sanity check.
+    Where something has been seen to take longer than a fifth of `timeout`, it waits for five times that.
+
+    Args:
+        timeout: seconds; more than any step, held-out batch or preview takes.
+        first_timeout: seconds for what loads or compiles: the first step, the first held-out batch, the last save.
+
+    Raises:
+        UserError: for a time that is not positive, or a first one that is the shorter.
+    """
+
+    def __init__(self, timeout: float = 1800.0, first_timeout: float = 7200.0) -> None:
+        if not 0 < timeout <= first_timeout:
+            raise UserError(
+                f"timeout={timeout}, first_timeout={first_timeout}: must be positive seconds, and the first, which "
+                "compiles and loads, not shorter; 1800 and 7200 are usual"
+            )
+        self.timeout, self.first_timeout = timeout, first_timeout
+        self._watch: Watch | None = None
+        self._prepared: tuple[Path, str] | None = None
+        for name, value in _RECORDER.items():
+            os.environ.setdefault(name, value)
+
+    def alive(self, what: str) -> None:
+        """There is progress: `what` has ended. For long work within a hook or step."""
+        if self._watch is not None:
+            self._watch.beat(what)
+
+    # Hooks ----------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if is_dry_run(trainer):
+            return
+        folder = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir), STACKS)
+        self._prepared = folder, trainer.strategy.broadcast(secrets.token_hex(4))
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_timeout_rank_"))
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_timeout_rank_"))
+        stage_module: Any = pl_module
+        stage_module.on_progress = self.alive
+
+    def _start(self, trainer: Trainer) -> None:
+        if self._prepared is None or trainer.sanity_checking or self._watch is not None:
+            return
+        folder, run = self._prepared
+        with contextlib.suppress(OSError):  # without a folder, stacks go to the log alone
+            folder.mkdir(parents=True, exist_ok=True)
+        place = trainer.global_rank, trainer.world_size
+        saves = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, Checkpoint)]
+
+        def finish_saves(seconds: float) -> None:
+            for checkpoint in saves:
+                checkpoint.wait_for_write(seconds)
+
+        self._watch = Watch(folder, place, run, self.timeout, self.first_timeout, finish_saves).start()
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _beat(self, what: str, long: bool = False) -> None:
+        if self._watch is not None:
+            self._watch.beat(what, long)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._beat(f"step {trainer.global_step}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat("the last step", long=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer)
+        self._beat("the start of an evaluation", long=True)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._beat(f"held-out batch {batch_idx}")
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat("an evaluation")
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._beat(f"the copy of step {trainer.global_step}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+
+def alive(trainer: Any, what: str) -> None:
+    """`HangWatchdog.alive` of the trainer's watchdog, if it has one."""
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, HangWatchdog):
+            callback.alive(what)

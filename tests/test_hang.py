@@ -1,0 +1,142 @@
+"""A hang of one rank ends all of them, with the stacks of each on file."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _server import join, launch
+from _survival_worker import SAVE_EVERY, STEPS, Run, Stage, Stream, end, finish, make_trainer, validation_batches
+from lightning.pytorch import Callback, Trainer
+
+from idc.callbacks import watch as watch_module
+from idc.callbacks.hang import STACKS, HangWatchdog
+from idc.callbacks.progress import show
+from idc.callbacks.resume import find_resume
+from idc.callbacks.watch import EXIT_STATUS, SLOWER, Watch
+from idc.errors import UserError
+
+# The times ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_silence_that_is_allowed_follows_what_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(watch_module.time, "monotonic", lambda: now[0])
+    watch = Watch(tmp_path / "none", (0, 1), "run", timeout=10.0, first_timeout=50.0)
+
+    def after(seconds: float, *beat: Any) -> float:
+        now[0] += seconds
+        watch.beat(*beat)
+        return watch.allowed
+
+    assert watch.allowed == 50.0, "before anything has ended"
+    assert after(40.0, "step 1") == 10.0, "compilation is not what later steps are measured by"
+    assert after(1.0, "step 2") == 10.0
+    assert after(4.0, "step 3") == SLOWER * 4.0
+    assert after(1.0, "the start of an evaluation", True) == 50.0
+    assert after(49.0, "held-out batch 0") == SLOWER * 4.0
+    assert after(19.0, "step 4") == SLOWER * 19.0
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0)])
+def test_wrong_times_are_user_errors(times: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match=rf"timeout={times[0]}"):
+        HangWatchdog(*times)
+
+
+# Processes that hang --------------------------------------------------------------------------------------------------
+
+
+def _wait_for_ever(folder: str, rank: int, timeout: float) -> None:
+    Watch(Path(folder), (rank, 2), "now", timeout, timeout).start()
+    threading.Event().wait()
+
+
+def test_a_rank_that_is_silent_makes_another_dump_and_end_that_is_not(tmp_path: Path) -> None:
+    (tmp_path / "request-before.json").write_text("{}")  # of an earlier start
+    assert join(launch(_wait_for_ever, [(str(tmp_path), 0, 0.5), (str(tmp_path), 1, 1e6)])) == [EXIT_STATUS] * 2
+    for rank in (0, 1):
+        stacks = (tmp_path / f"rank-{rank}.txt").read_text()
+        assert f"rank {rank} of 2" in stacks
+        assert "_wait_for_ever" in stacks
+        assert "hang watchdog" in stacks or "_look" in stacks, "of all threads"
+    assert json.loads((tmp_path / "request-now.json").read_text())["rank"] == 0
+    assert not (tmp_path / "request-before.json").exists()
+
+
+def _hold_the_interpreter(folder: str) -> None:
+    watch_module._MARGIN = 0.5
+    Watch(Path(folder), (0, 1), "now", 0.5, 0.5).start()
+    started = threading.Event()
+    threading.Timer(0.3, started.set).start()  # the watchdog has looked once
+    started.wait()
+    ctypes.PyDLL(None).sleep(600)
+
+
+def test_a_process_whose_interpreter_is_held_is_dumped_all_the_same(tmp_path: Path) -> None:
+    (code,) = join(launch(_hold_the_interpreter, [(str(tmp_path),)]))
+    assert code == 1
+    assert "_hold_the_interpreter" in (tmp_path / "rank-0.txt").read_text()
+
+
+def test_a_rank_that_stops_answering_ends_the_run_which_resumes(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), str(tmp_path / "log"), ranks=2, sharded=True, asynchronous=True)
+    hanging = Run(run.folder, run.log, ranks=2, sharded=True, asynchronous=True, hang_step=SAVE_EVERY + 2)
+    assert finish(hanging) == [EXIT_STATUS] * 2
+    stacks = [(Path(run.folder) / STACKS / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "stop_answering" in stacks[1]
+    assert "stop_answering" not in stacks[0]
+    assert "training_step" in stacks[0] or "backward" in stacks[0] or "strateg" in stacks[0]
+    found = find_resume(Path(run.folder, "checkpoints"))
+    assert found is not None
+    assert found.name == f"step-{SAVE_EVERY:08d}"
+    assert finish(run) == [0, 0]
+    assert end(run)["step"] == STEPS
+
+
+# Runs that do not -----------------------------------------------------------------------------------------------------
+
+
+class Beats(Callback):
+    """What the watchdog of a trainer has heard."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def listen(self, monkeypatch: pytest.MonkeyPatch) -> Beats:
+        beat = Watch.beat
+        monkeypatch.setattr(
+            Watch, "beat", lambda watch, what, long=False: (self.heard.append(what), beat(watch, what, long))
+        )
+        return self
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        show(trainer, "sampling previews", 1, 2)
+
+
+def test_a_healthy_run_is_heard_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = Beats().listen(monkeypatch)
+    before = threading.active_count()
+    trainer = make_trainer(Run(str(tmp_path), "", steps=6), [HangWatchdog(60.0, 60.0), beats])
+    trainer.fit(Stage(), Stream(0, 1), validation_batches(0, 1))
+    assert [what for what in beats.heard if what.startswith("step")] == [f"step {n}" for n in range(1, 7)]
+    assert beats.heard[0] in ("step 1", "1 of 2, sampling previews"), "the sanity check is not watched"
+    assert {"1 of 2, sampling previews", "held-out batch 0", "held-out batch 2", "an evaluation"} <= set(beats.heard)
+    assert not (tmp_path / STACKS).exists()
+    assert threading.active_count() == before
+
+
+def test_a_run_that_fails_stops_its_watchdog(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("broken")
+
+    watchdog = HangWatchdog(60.0, 60.0)
+    trainer = make_trainer(Run(str(tmp_path), "", steps=6), [watchdog, Fails()])
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.fit(Stage(), Stream(0, 1))
+    assert not any(thread.name == "hang watchdog" for thread in threading.enumerate())

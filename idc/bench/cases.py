@@ -72,6 +72,7 @@ class Case:
         turn: runs it.
         against: the case that it is a peer of, or "": its ratio says how many times as long it takes.
         flops: operations of a repeat by the analytic count (`idc.models.cost`), without recomputation; 0 for none.
+            Called once it has run where it depends on `counts`.
         items: what a repeat makes (clips, videos, batches), for rates; 0 for none.
         settings: what the case ran with, in words: `attention`, `checkpointing`, `compile`, ...
         counts: counted by the case itself while it runs, such as forwards per iteration.
@@ -81,7 +82,7 @@ class Case:
     name: str
     turn: Turn
     against: str = ""
-    flops: int = 0
+    flops: int | Callable[[], int] = 0
     items: float = 0.0
     settings: Mapping[str, str] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
@@ -162,8 +163,6 @@ def run(
                         if outcome.status == "ok":
                             tell(f"{group.title}: {outcome.case.name}, round {number + 1} of {rounds}")
                             _take_turn(outcome, device, repeats, warm_up if number == 0 else 1)
-        except UserError:
-            raise
         except Exception as error:  # whatever a peer or a mode raises: a row says so, the others go on
             outcomes.append(Outcome(group.title, Case("all of it", _never), status=reason(error)))
         except KeyboardInterrupt:
@@ -181,8 +180,6 @@ def _take_turn(outcome: Outcome, device: torch.device, repeats: int, warm_up: in
     reset_peak(device)
     try:
         outcome.rounds.append(outcome.case.turn(warm_up, repeats))
-    except UserError:
-        raise
     except Exception as error:  # as in `run`
         outcome.status = reason(error)
     else:
@@ -197,7 +194,8 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _out_of_memory(text.lower()):
         return "out of memory"
-    return f"failed: {type(error).__name__}: {text[:160]}"
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"failed: {kind}{text[:200]}"
 
 
 def _out_of_memory(text: str) -> bool:

@@ -64,7 +64,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("--group", type=int, help="rollouts of a condition")
         add("--rollouts", type=int, help="of an iteration")
     if command == "data":
-        add("--clips", type=int, default=64, help="toy clips that are written; not with --config")
+        add("--clips", type=int, default=128, help="toy clips that are written; not with --config")
         add("--workers", type=int, nargs="*", default=[0, 2])
     return parser
 
@@ -99,7 +99,9 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
     quiet()
     device = find_device(options.device)
     bench = _bench(command, options, rest, device)
-    report = Report(command, bench.setup.plain(), environment(device, args), checks=bench.checks)
+    report = Report(
+        command, bench.setup.plain() if command != "data" else {}, environment(device, args), checks=bench.checks
+    )
     module = import_module(f"idc.bench.{command}")
     outcomes: list[Any] = []
     try:
@@ -121,11 +123,11 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
 def _measure(module: Any, bench: Any, report: Any, outcomes: list[Any], profile: str | None) -> None:
     from idc.bench.cases import run
 
-    groups = module.groups(bench)
-    run(groups, bench.device, bench.rounds, bench.repeats, bench.warm_up, outcomes, _tell)
+    run(module.groups(bench), bench.device, bench.rounds, bench.repeats, bench.warm_up, outcomes, _tell)
     if profile:
-        from idc.bench.profiling import profile_groups
+        from idc.bench.profiling import STEPS, profile_groups
 
+        groups = module.groups(bench.with_steps(STEPS))
         report.kernels += profile_groups(groups, bench.device, Path(profile), _tell)
 
 
@@ -134,6 +136,7 @@ def _conclude(module: Any, bench: Any, report: Any, outcomes: list[Any]) -> None
 
     report.rows = rows_of(outcomes, report.ceiling["tflops"] if report.ceiling else None)
     report.aims = module.aims(report, bench)
+    report.at_the_aims = bench.cuda and bench.setup.is_papers
 
 
 def _tell(line: str) -> None:
@@ -147,7 +150,7 @@ def _bench(command: str, options: argparse.Namespace, rest: Sequence[str], devic
     from idc.bench.context import Bench, default_speed
     from idc.bench.setup import compute_dtype, default_size, from_recipes, named
 
-    recipe: dict[str, Any] = {}
+    recipe: Any = None
     if options.config:
         files = [word for file in options.config for word in ("--config", file)]
         setup, recipe = from_recipes([*files, *rest])
@@ -170,6 +173,8 @@ def _bench(command: str, options: argparse.Namespace, rest: Sequence[str], devic
         recipe=recipe,
         options={
             "attention": tuple(options.attention),
+            "steps": options.steps,
+            "sized": any(getattr(options, name) is not None for name in ("frames", "height", "width")),
             "compile_modes": device.type == "cuda" or options.compile == "on",
             **{name: getattr(options, name) for name in ("group", "rollouts", "clips", "workers")
                if hasattr(options, name)},

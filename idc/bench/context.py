@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 
-from idc.bench.setup import Setup
+from idc.bench.setup import WIDE, Setup
+from idc.models.attention import Choice, choose_backend, set_backend
 from idc.models.cost import forward_flops
-from idc.models.speed import Speed
+from idc.models.speed import Checkpointing, Speed
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Bench:
         dtype: that the transformer computes in.
         speed: how ours runs; the other modes are measured beside it.
         rounds, repeats, warm_up: of `idc.bench.cases.run`.
-        recipe: tree of the settings of `--config`; empty without.
+        recipe: of `--config`, an `idc.plan.recipe.Recipe`; None without.
         options: of the command alone.
         checks: filled while cases are built: what makes the comparison fair.
     """
@@ -33,13 +35,26 @@ class Bench:
     rounds: int
     repeats: int
     warm_up: int
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_real(self) -> bool:
+        """Whether the model is as wide as a published one, and not a toy's."""
+        return self.setup.spec.num_attention_heads * self.setup.spec.attention_head_dim >= WIDE
+
+    @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    def with_steps(self, most: int) -> Bench:
+        """The same with no more steps of a sampler than these."""
+        setup, asked = self.setup, self.options.get("steps")
+        sampling = replace(setup.sampling, steps=min(most, setup.sampling.steps))
+        return replace(
+            self, setup=replace(setup, sampling=sampling), options={**self.options, "steps": min(most, asked or most)}
+        )
 
     def forward_flops(self, model: Any, subjects: int = 0, cached: bool = False) -> int:
         """Of one forward of one video with that many references, and with the VLM's tokens where there are any.
@@ -60,14 +75,29 @@ class Bench:
         )
 
 
-def apply_speed(model: Any, speed: Speed, training: bool) -> dict[str, str]:
-    """Make a transformer of ours run so; what came of it, in words."""
+def apply_speed(bench: Bench, model: Any, speed: Speed, training: bool) -> dict[str, str]:
+    """Make a transformer of ours run so; what came of it, in words.
+
+    Raises:
+        UserError: for an attention backend that cannot run here.
+    """
     checkpointing = speed.checkpointing if training else "none"
     model.run_layers(checkpointing, speed.compile)
-    attention = "native" if speed.attention == "auto" else speed.attention
-    model.set_attention_backend(attention)
+    attention = attention_of(bench, training, speed)
+    set_backend(model, attention)
     settings = {"attention": attention, "compile": "on" if speed.compile else "off"}
     return settings | ({"checkpointing": checkpointing} if training else {})
+
+
+def attention_of(bench: Bench, training: bool, speed: Speed | None = None) -> str:
+    """The backend that the start-up probe chooses, or checks."""
+    setting = (speed or bench.speed).attention
+    return _choice(bench.device, bench.dtype, bench.setup.spec.attention_head_dim, setting, training).name
+
+
+@functools.cache
+def _choice(device: torch.device, dtype: torch.dtype, head_dim: int, setting: str, training: bool) -> Choice:
+    return choose_backend(device, dtype, head_dim, setting, training)
 
 
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -81,7 +111,7 @@ def default_speed(device: torch.device, setup: Setup, options: Any) -> Speed:
     checkpointing = options.checkpointing or ("attention" if cuda else "none")
     return Speed(
         attention=options.attention[0] if options.attention else "auto",
-        checkpointing=checkpointing,
+        checkpointing=cast(Checkpointing, checkpointing),
         compile=cuda if options.compile == "auto" else options.compile == "on",
     )
 

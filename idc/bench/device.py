@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -50,21 +49,19 @@ def matrix_ceiling(device: torch.device, sides: Sequence[int] = (), repeats: int
     for side in sides or SIDES[device.type]:
         generator = torch.Generator(device).manual_seed(side)
         try:
-            a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
-            sweep[side] = _tflops(a, b, device, repeats)
+            sweep[side] = _tflops(side, dtype, generator, repeats)
         except torch.OutOfMemoryError:  # a card that others use, too
             break
-        finally:
-            a = b = None
-            free(device)
+        free(device)
     if not sweep:
         raise UserError("the device has no memory left for a matrix product; see what else runs on it")
     best = max(sweep, key=lambda side: sweep[side])
     return {"tflops": sweep[best], "dtype": str(dtype).removeprefix("torch."), "side": best, "sweep": sweep}
 
 
-def _tflops(a: torch.Tensor, b: torch.Tensor, device: torch.device, repeats: int) -> float:
-    flops = 2 * len(a) ** 3
+def _tflops(side: int, dtype: torch.dtype, generator: torch.Generator, repeats: int) -> float:
+    device, flops = generator.device, 2 * side**3
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = a @ b
     clock = Clock(device)
     torch.mm(a, b, out=out)
@@ -143,8 +140,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def command_line(arguments: Sequence[str]) -> list[str]:
-    """The arguments as they were given, or those of this process."""
-    return list(arguments) if arguments else sys.argv[2:]

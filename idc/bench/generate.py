@@ -141,7 +141,9 @@ def wan_pipeline(bench: Bench, wan: Any, vae: Any) -> Any:
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    class SameTimes(FlowMatchEulerDiscreteScheduler):
+    euler: Any = FlowMatchEulerDiscreteScheduler
+
+    class SameTimes(euler):
         """The pipeline passes only the number of steps, with which the scheduler shifts the end twice."""
 
         def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **kwargs: Any) -> None:
@@ -180,7 +182,7 @@ def _case(
 def _our_step(
     bench: Bench, model: Any, encoders: Encoders, sample: Sample, cached: bool, settings: dict[str, str]
 ) -> Iterator[Step]:
-    settings.update(apply_speed(model, bench.speed, training=False))
+    settings.update(apply_speed(bench, model, bench.speed, training=False))
     on_device = replace(
         sample, subjects=tuple(replace(s, image_CHW=s.image_CHW.to(bench.device)) for s in sample.subjects)
     )
@@ -198,17 +200,21 @@ def _our_step(
 def denoise(
     bench: Bench, model: Any, encoders: Encoders, sample: Sample, steps: int, cached: bool, clock: Clock
 ) -> Tensor:
-    """Latents of one video by our sampler, as `idc.models.sampling.Sampler.latents` makes them."""
+    """Latents of one video as `idc.models.sampling.Sampler` makes them; the subject cache counts as denoising."""
     setup, sampling = bench.setup, replace(bench.setup.sampling, steps=steps)
-    sampler = Sampler(model, encoders, bench.device, bench.dtype)
+    sampler = Sampler(model, encoders, bench.device, bench.dtype, bench.speed.batch_guidance)
     for drop in sampling.drops:
         (features,) = encoders.features([sample], [drop], ("text", "vlm", "references"))
         sample = replace(sample, features=features)
-    velocity = sampler.guided_velocity([features], sampling, cached=cached)
     clock.end("condition")
     shape = encoders.codec.latent_shape(setup.frames, setup.height, setup.width)
-    noise = noise_like(torch.tensor([setup.seed]), shape, device=bench.device)
-    latents = sample_euler(velocity, noise, shifted_times(steps, sampling.shift))
+    seeds_B = torch.tensor([setup.seed])
+    if cached:
+        latents = sampler.latents([features], seeds_B, shape, sampling)
+    else:
+        velocity = sampler.guided_velocity([features], sampling, cached=False)
+        noise = noise_like(seeds_B, shape, device=bench.device)
+        latents = sample_euler(velocity, noise, shifted_times(steps, sampling.shift))
     clock.end("denoise")
     return latents
 

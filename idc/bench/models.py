@@ -125,7 +125,7 @@ class RandomVAE(WanVAECodec):
             from diffusers import AutoencoderKLWan
 
             with torch.device("meta"):
-                model = AutoencoderKLWan(**self.config)
+                model: Any = AutoencoderKLWan(**self.config)
             model = model.to(self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
             fill_randomly(model, self.seed)
             self._model = model

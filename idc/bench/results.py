@@ -121,7 +121,8 @@ def _row(outcome: Outcome, outcomes: Sequence[Outcome], ceiling: float | None) -
     seconds = Spread.of([repeat[WHOLE] for repeat in repeats])
     names = list(dict.fromkeys(name for repeat in repeats for name in repeat if name != WHOLE))
     parts = {name: Spread.of([repeat.get(name, 0.0) for repeat in repeats]) for name in names}
-    tflops = case.flops / seconds.median / 1e12 if seconds and case.flops else None
+    flops = case.flops() if callable(case.flops) else case.flops
+    tflops = flops / seconds.median / 1e12 if seconds and flops else None
     return Row(
         group=outcome.group,
         name=case.name,
@@ -129,7 +130,7 @@ def _row(outcome: Outcome, outcomes: Sequence[Outcome], ceiling: float | None) -
         seconds=seconds,
         parts={name: spread for name, spread in parts.items() if spread is not None},
         rounds=tuple(map(tuple, outcome.rounds)),
-        flops=case.flops,
+        flops=flops,
         tflops=tflops,
         share=tflops / ceiling if tflops and ceiling else None,
         per_second=case.items / seconds.median if seconds and case.items else None,
@@ -178,6 +179,7 @@ class Report:
         rows, aims: the tables. interrupted: by the user, so that rows are missing.
         checks: what was compared so that the comparison is fair, by name.
         kernels: of `--profile`.
+        at_the_aims: whether this run is of the size and on the kind of device that the aims are for.
     """
 
     command: str
@@ -189,6 +191,7 @@ class Report:
     checks: dict[str, Any] = field(default_factory=dict)
     kernels: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
+    at_the_aims: bool = False
 
     def row(self, name: str, group: str | None = None) -> Row | None:
         """The first row of that name that was measured."""

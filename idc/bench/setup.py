@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from idc.errors import UserError, nearest
+from idc.models.frozen import resolve
 from idc.models.sampling import Sampling
 from idc.models.spec import IDBlocks, TransformerSpec
-from idc.models.system import Parts
 from idc.types import SPATIAL_MULTIPLE, Bucket
 
-PAPER = {"frames": 81, "height": 480, "width": 832}
+PAPER: dict[str, Any] = {"frames": 81, "height": 480, "width": 832}
+WIDE = 1024  # of a model that is a real one
 SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
 
 
@@ -129,36 +130,25 @@ def default_size(device: torch.device) -> str:
     return "1.3b" if torch.cuda.get_device_properties(device).total_memory > 70 * 2**30 else "toy"
 
 
-def from_recipes(arguments: Sequence[str]) -> tuple[Setup, dict[str, Any]]:
-    """The model, video and sampler of a recipe with its overlays, and the tree of its settings.
+def from_recipes(arguments: Sequence[str]) -> tuple[Setup, Any]:
+    """The model, video and sampler of a recipe with its overlays, and the recipe as `idc plan` reads it.
+
+    Weights that it names are not read; those of a local folder say what their sizes are.
 
     Args:
         arguments: `--config FILE` and `--KEY VALUE`, as `idc fit` takes them.
 
     Raises:
-        UserError: for files or settings that are wrong, and where no transformer is described.
+        UserError: as `idc fit` does.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from idc.plan.recipe import read
 
-    from idc.recipes import check_command_line, merged
-
-    check_command_line(arguments)
-    try:
-        tree: Any = OmegaConf.to_container(OmegaConf.create(merged(arguments)), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"interpolation: {str(error).splitlines()[0]}") from None
-    init_args = dict((tree.get("model") or {}).get("init_args") or {})
-    parts = _parts(init_args)
-    spec = parts.transformer
-    assert spec is not None
-    text = parts.text
-    if text is None:
-        raise UserError("model.init_args.text: the recipe names none, and its width is the transformer's text_dim")
-    vlm = parts.vlm if spec.id_blocks.use_vlm else None
-    real = spec.num_attention_heads * spec.attention_head_dim >= 1024
-    base = named("1.3b" if real else "toy")
-    frames, height, width = _bucket(tree, base)
+    recipe = read(arguments)
+    stage, data = recipe.stage, recipe.data
+    spec = _sizes_of(stage)
+    text, vlm = stage.encoders.text, stage.encoders.vlm
+    base = named("1.3b" if spec.num_attention_heads * spec.attention_head_dim >= WIDE else "toy")
+    frames, height, width = map(int, data.rule.shapes[0])
     setup = replace(
         base,
         size="recipe",
@@ -172,60 +162,18 @@ def from_recipes(arguments: Sequence[str]) -> tuple[Setup, dict[str, Any]]:
         vlm_dim=None if vlm is None else vlm.dim,
         vlm_tokens=0 if vlm is None else base.vlm_tokens,
         subjects=min(base.subjects, spec.id_blocks.max_subjects),
-        sampling=parts.sampling or base.sampling,
-        batch=int(((tree.get("data") or {}).get("init_args") or {}).get("batch_size") or 1),
+        sampling=stage.sampling,
+        batch=max(1, data.batch_size // data.group_size),
     )
-    return setup, tree
+    return setup, recipe
 
 
-def _bucket(tree: Mapping[str, Any], base: Setup) -> tuple[int, int, int]:
-    buckets = ((tree.get("data") or {}).get("init_args") or {}).get("buckets")
-    if not buckets:
-        return base.frames, base.height, base.width
-    frames, height, width = buckets[0]
-    return int(frames), int(height), int(width)
-
-
-def _parts(init_args: dict[str, Any]) -> Parts:
-    """The parts of a model that a recipe describes, or that its checkpoint's run does."""
-    from jsonargparse import ArgumentParser
-
-    described = init_args.get("transformer")
-    if not isinstance(described, Mapping):
-        return _parts_of_checkpoint(init_args.get("checkpoint"))
-    # Random weights: where the real ones are does not matter, and need not be there.
-    sizes = {name: value for name, value in described.items() if name not in ("pretrained", "subfolder")}
-    known = {f.name for f in fields(Parts)}
-    given = {name: value for name, value in init_args.items() if name in known and value is not None}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Parts)
-    try:
-        made = parser.instantiate_classes(parser.parse_object({**given, "transformer": sizes}))
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds, for settings that are not the stage's
-        raise UserError(f"model.init_args: {' '.join(str(error).split())[:400]}") from None
-    return Parts(**{name: made[name] for name in known if name in made})
-
-
-def _parts_of_checkpoint(checkpoint: Any) -> Parts:
-    from idc.models.system import open_system
-
-    advice = "name sizes (recipes/sft.yaml with recipes/scale/wan1.3b.yaml has them) or leave out --config for --size"
-    if checkpoint is None:
-        raise UserError(f"model.init_args.transformer: the recipe describes no transformer; {advice}")
-    try:
-        system = open_system(str(checkpoint))
-    except UserError as error:
-        raise UserError(f"{error} ({advice})") from None
-    config = system.build_transformer("meta").config
+def _sizes_of(stage: Any) -> TransformerSpec:
+    """Of the stage's transformer: those of its saved config, where it lies here; otherwise the recipe's own."""
+    spec = stage.spec
+    if spec.pretrained is None or resolve(spec.pretrained, spec.subfolder, "a Wan transformer") is None:
+        return replace(spec, pretrained=None)
+    config = stage.build_transformer("meta").config
     own = {f.name: config[f.name] for f in fields(TransformerSpec) if f.name in config}
     blocks = {name: config[f"id_{name}"] for name in vars(IDBlocks()) if f"id_{name}" in config}
-    encoders = system.encoders
-    return Parts(
-        transformer=TransformerSpec(**own, id_blocks=IDBlocks(**blocks)),
-        codec=encoders.codec,
-        text=encoders.text,
-        vlm=encoders.vlm,
-        sampling=system.sampling,
-    )
+    return TransformerSpec(**own, id_blocks=IDBlocks(**blocks))

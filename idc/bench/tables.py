@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -29,7 +29,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for name, value in report.checks.items():
         console.print(f"{name}: {value:.2g}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
     if report.aims:
-        console.print(_aims(report.aims, report.setup))
+        console.print(_aims(report.aims, report.at_the_aims))
     if report.kernels:
         console.print(_kernels(report.kernels))
     if report.interrupted:
@@ -65,17 +65,30 @@ def _cases(title: str, rows: Sequence[Row]) -> Table:
     for name in ("case", "median", "quartiles", "n", "per s", "TFLOP/s", "of ceiling", "peak GiB", "time against"):
         table.add_column(name, justify="left" if name in ("case", "time against") else "right", overflow="fold")
     table.add_column("with", overflow="fold")
+    common = _common(rows)
+    if common:
+        table.caption = escape("all with " + ", ".join(f"{name} {value}" for name, value in common.items()))
+        table.caption_justify = "left"
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, common))
     return table
 
 
-def _cells(row: Row) -> list[str]:
-    settings = ", ".join(f"{name} {value}" for name, value in row.settings.items())
+def _common(rows: Sequence[Row]) -> dict[str, str]:
+    """Settings that are the same in all rows, where there are several."""
+    first, *others = rows
+    shared = {
+        name: value for name, value in first.settings.items() if all(r.settings.get(name) == value for r in others)
+    }
+    return shared if others else {}
+
+
+def _cells(row: Row, common: Mapping[str, str]) -> list[str]:
+    settings = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name not in common)
     counts = ", ".join(f"{name} {value:g}" for name, value in row.counts.items())
     words = "; ".join(part for part in (settings, counts, row.note) if part)
     if row.seconds is None:
-        return [escape(row.name), row.status, *["-"] * 7, escape(words)]
+        return [escape(row.name), *["-"] * 8, escape("; ".join(part for part in (row.status, words) if part))]
     status = "" if row.status == "ok" else f" ({row.status})"
     return [
         escape(row.name + status),
@@ -113,9 +126,10 @@ def _part(spread: Spread | None, total: float) -> str:
     return "-" if spread is None else f"{_time(spread.median)} ({spread.median / total:.0%})"
 
 
-def _aims(aims: Sequence[Aim], setup: dict[str, Any]) -> Table:
-    table = Table("aim (one 80 GB GPU, 1.3B, 81 frames at 480p)", "wanted", "measured", "", "note", title="aims")
-    table.title_justify = "left"
+def _aims(aims: Sequence[Aim], at_the_aims: bool) -> Table:
+    caption = None if at_the_aims else "not the aims' size or device: met and missed here say nothing of them"
+    table = Table("aim (one 80 GB GPU, 1.3B, 81 frames at 480p)", "wanted", "measured", "", "note", caption=caption)
+    table.title, table.title_justify = "aims", "left"
     for aim in aims:
         met = {True: "met", False: "missed", None: "not measured"}[aim.met]
         table.add_row(aim.what, aim.wanted, show(aim.measured, aim.unit), met, aim.note)

@@ -24,6 +24,7 @@ from idc.bench.results import Aim, Report, at_least, at_most
 from idc.flow.path import interpolate, velocity_target
 from idc.models.conditioning import Drop
 from idc.models.speed import Speed
+from idc.stages.speed import optimizer_settings
 from idc.types import Sample
 
 OURS, PLAIN, BARE = "ours", "plain loop", "ours, blocks left out"
@@ -90,18 +91,13 @@ def make_stage(bench: Bench, blocks: bool, speed: Speed) -> Any:
         codec=encoders.codec,
         text=encoders.text,
         vlm=encoders.vlm,
-        optimizer=optimizer_of,
-        compute_dtype=str(bench.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # one of the two
-        speed=speed,
+        optimizer=partial(torch.optim.AdamW, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01),
+        compute_dtype=str(bench.dtype).removeprefix("torch."),
+        speed=replace(speed, attention="auto"),  # every turn sets its own, on the device
     )
     stage.configure_model()
     stage.encoders.place(bench.device)
     return stage.to(bench.device).train()
-
-
-def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
-    """The recipe's AdamW, in the form of one kernel for all parameters."""
-    return torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
 @contextmanager
@@ -165,7 +161,7 @@ def make_bare(stage: Any) -> Any:
         text=encoders.text,
         vlm=encoders.vlm,
         optimizer=stage.optimizer_factory,
-        compute_dtype=str(stage.compute_dtype).removeprefix("torch."),  # type: ignore[arg-type]  # one of the two
+        compute_dtype=str(stage.compute_dtype).removeprefix("torch."),
         speed=stage.speed,
     )
     bare.transformer = without_blocks(stage.transformer)
@@ -191,7 +187,7 @@ def _case(
     bench: Bench, stage: Any, name: str, samples: Sequence[Sample], speed: Speed, drop: Drop, flops: int,
     against: str = "",
 ) -> Case:  # fmt: skip
-    settings: dict[str, str] = {"optimiser": "AdamW, fused"}
+    settings: dict[str, str] = {"optimiser": "AdamW, fused" if bench.cuda else "AdamW"}
     open_step = partial(_our_step, bench, stage, samples, speed, drop, settings)
     turn = stepwise(open_step, bench.device)
     return Case(name, turn, against, flops, bench.setup.batch, settings)
@@ -201,9 +197,9 @@ def _case(
 def _our_step(
     bench: Bench, stage: Any, samples: Sequence[Sample], speed: Speed, drop: Drop, settings: dict[str, str]
 ) -> Iterator[Step]:
-    settings.update(apply_speed(stage.transformer, speed, training=True))
+    settings.update(apply_speed(bench, stage.transformer, speed, training=True))
     parameters = [p for p in stage.transformer.parameters() if p.requires_grad]
-    optimizer = stage.optimizer_factory(parameters)
+    optimizer = stage.optimizer_factory(parameters, **optimizer_settings(stage.optimizer_factory, bench.device))
     seeds_B = torch.arange(len(samples))
     drops = [drop] * len(samples)
 

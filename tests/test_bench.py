@@ -1,0 +1,391 @@
+"""idc bench: operation counts, peers that compute the same, turns and failures, and what its JSON holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from idc.bench import generate, grpo, train
+from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason, run, stepwise
+from idc.bench.cli import main
+from idc.bench.context import Bench
+from idc.bench.device import matrix_ceiling
+from idc.bench.models import RandomSpec, fill_randomly, plain_wan, random_encoders, random_sample
+from idc.bench.results import Report, Spread, at_least, at_most, below, ratios, rows_of
+from idc.bench.setup import from_recipes, named
+from idc.bench.tables import print_report
+from idc.errors import UserError
+from idc.models.speed import Speed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    """Of a size at which a forward takes a millisecond."""
+    setup = named("tiny")
+    sampling = replace(setup.sampling, steps=2)
+    setup = replace(setup, frames=5, sampling=sampling, text_length=6, text_tokens=3, vlm_tokens=5, subjects=2)
+    return Bench(setup, CPU, torch.float32, Speed(), rounds=1, repeats=1, warm_up=0, options={"attention": ()})
+
+
+def of_name(cases, name):
+    return next(case for case in cases if case.name == name)
+
+
+def counted(case: Case) -> int:
+    """Operations of one repeat as torch counts them."""
+    # The fused CPU kernel of attention is not counted by torch; its plain form is.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        case.turn(0, 1)
+    return counter.get_total_flops()
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
+
+
+def missing_gradients(config, setup, references: int) -> int:
+    """Operations that three forwards count and a backward pass leaves out: gradients of inputs that need none."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    patches = 4 * config["in_channels"]
+    video = (setup.frames // 4 + 1) * (setup.height // 16) * (setup.width // 16)
+    total = 2 * dim * patches * (video + references * setup.subject_tokens)
+    total += 2 * config["freq_dim"] * dim + 2 * setup.text_length * config["text_dim"] * dim
+    if config["id_layers"]:
+        total += 2 * setup.vlm_tokens * config["vlm_dim"] * dim
+    return total
+
+
+@pytest.mark.parametrize(("group", "name", "subjects"), [(0, train.OURS, 0), (0, train.PLAIN, 0), (1, train.OURS, 2)])
+def test_operations_of_a_training_step_are_those_that_torch_counts(bench, group, name, subjects):
+    with train.groups(bench)[group].open() as cases:
+        case = of_name(cases, name)
+        spec = replace(bench.setup.spec, id_blocks=replace(bench.setup.spec.id_blocks, layers=2 if group else 0))
+        config = RandomSpec.like(spec, CPU, torch.float32, 0).build(64, 64, "meta").config
+        if name == train.PLAIN:  # without its recomputation, which is not counted as work
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                case.turn(0, 1)
+            once = case.flops // 3
+            assert 4 * 0.95 * once < counter.get_total_flops() < 4 * once
+        else:
+            # MATH's backward pass computes no product twice, so that a backward pass is two forwards.
+            found = counted(case) + missing_gradients(config, bench.setup, subjects)
+            assert found == pytest.approx(case.flops, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (0, generate.OURS),
+        (0, generate.PIPELINE),
+        (1, generate.BARE),
+        (1, "0 subjects"),
+        (1, "2 subjects"),
+        (1, "2 subjects, no cache"),
+    ],
+)
+def test_operations_of_generation_are_those_that_torch_counts(bench, group, name):
+    with generate.groups(bench)[group].open() as cases:
+        case = of_name(cases, name)
+        total = counted(case)
+    subjects = int(name[0]) if name[0].isdigit() else 0
+    codec = 0
+    if subjects:  # the VAE's own operations are not those of the transformer
+        encoders = random_encoders(bench.setup, CPU)
+        with FlopCounterMode(display=False) as counter:
+            encoders.features([random_sample(bench.setup, subjects)], None, ("references",))
+        codec = counter.get_total_flops()
+    assert total - codec == case.flops
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_operations_of_an_iteration_follow_from_what_ran(bench, cache):
+    light, whole = 7, 10  # stand-ins: forwards with a cache, and without
+    plan = grpo.Plan(4, 2, {"scale": 2.5})
+    counts = {"trained": 8, "sampled": 20, "caches trained": 4, "caches sampled": 6}
+    fake = replace(bench)
+    object.__setattr__(fake, "forward_flops", lambda model, n, cached: light if cached else whole)
+    expected = (3 * 8 + 20) * light + (3 * 4 + 6) * 3 if cache else (3 * 8 + 20) * whole + (3 * 4 + 6) * 3
+    if not cache:
+        counts |= {"caches trained": 0, "caches sampled": 0}
+        expected = (3 * 8 + 20) * whole
+    assert grpo.iteration_flops(fake, plan, cache, counts) == expected
+
+
+# Peers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_both_peers_compute_what_ours_does_with_the_blocks_off(bench):
+    bench.checks.clear()
+    with train.groups(bench)[0].open(), generate.groups(bench)[0].open():
+        pass
+    assert len(bench.checks) == 2
+    assert max(bench.checks.values()) == 0.0  # bit for bit in float32 on the CPU
+
+
+def test_the_check_sees_a_peer_of_other_weights(bench):
+    with generate.groups(bench)[0].open():
+        same = dict(bench.checks)
+    model = generate.build(bench, blocks=False)
+    encoders = random_encoders(bench.setup, CPU)
+    wan = plain_wan(model)
+    text = generate._texts(bench, encoders, random_sample(bench.setup, 0))
+    other = generate.build(replace(bench, setup=replace(bench.setup, seed=1)), blocks=False)
+    pipeline = generate.wan_pipeline(bench, wan, None)
+    assert generate._difference(bench, model, encoders, pipeline, text) in same.values()
+    assert generate._difference(bench, other, encoders, pipeline, text) > 0.01
+
+
+def test_a_peer_shares_its_weights_and_gradients_with_ours(bench):
+    model = generate.build(bench, blocks=True)
+    wan = plain_wan(model)
+    ours, theirs = dict(model.named_parameters()), dict(wan.named_parameters())
+    assert set(theirs) == {name for name in ours if not name.startswith("id_")}
+    assert all(theirs[name] is ours[name] for name in theirs)
+
+
+def test_weights_are_the_same_for_a_seed_nowhere_zero_and_islands_stay_float32(bench):
+    spec = partial(RandomSpec.like, bench.setup.spec, CPU, torch.bfloat16)
+    a, b, other = (spec(seed).build(64, 64) for seed in (0, 0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.blocks[0].attn1.to_q.weight, other.blocks[0].attn1.to_q.weight)
+    assert all(parameter.count_nonzero() > 0 for parameter in a.parameters())
+    dtypes = {name: parameter.dtype for name, parameter in a.named_parameters()}
+    assert dtypes["blocks.0.attn1.to_q.weight"] is torch.bfloat16
+    assert dtypes["scale_shift_table"] is dtypes["blocks.0.norm2.weight"] is torch.float32
+    linear = torch.nn.Linear(400, 300)
+    fill_randomly(linear, 3)
+    assert linear.weight.std() == pytest.approx(1 / math.sqrt(400), rel=0.02)
+
+
+# Turns ----------------------------------------------------------------------------------------------------------------
+
+
+def counting(log, name, fail=None, seconds=1.0):
+    """A case that writes down its turns, and fails in the turn of that number."""
+
+    def turn(warm_up, repeats):
+        log.append((name, warm_up))
+        if fail is not None and sum(own == name for own, _ in log) == fail[0]:
+            raise fail[1]
+        return [{"whole": seconds, "part": seconds / 2}] * repeats
+
+    return Case(name, turn, flops=10**12, settings={"attention": "native"})
+
+
+def test_rounds_take_turns_back_and_forth_and_warm_up_fully_once():
+    log, outcomes = [], []
+    cases = [counting(log, "a"), counting(log, "b")]
+    run([Group("g", partial(nothing_shared, *cases))], CPU, 3, 2, 5, outcomes)
+    assert log == [("a", 5), ("b", 5), ("b", 1), ("a", 1), ("a", 1), ("b", 1)]
+    assert [len(outcome.rounds) for outcome in outcomes] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (UserError("speed.attention='flash': no kernel"), "failed: speed.attention='flash': no kernel"),
+        (ValueError("odd"), "failed: ValueError: odd"),
+    ],
+)
+def test_a_mode_that_does_not_fit_is_a_row_and_the_others_go_on(error, status):
+    log, outcomes = [], []
+    cases = [counting(log, "ours"), replace(counting(log, "greedy", (1, error)), against="ours"), counting(log, "last")]
+    run([Group("g", partial(nothing_shared, *cases))], CPU, 2, 1, 0, outcomes)
+    ours, greedy, last = rows_of(outcomes, 10.0)
+    assert (ours.status, greedy.status, last.status) == ("ok", status, "ok")
+    assert greedy.seconds is None
+    assert greedy.ratio is None
+    assert [name for name, _ in log].count("greedy") == 1  # it is not tried again
+    assert [name for name, _ in log].count("last") == 2
+
+
+def test_a_case_that_fails_later_keeps_its_first_rounds():
+    log, outcomes = [], []
+    late = replace(counting(log, "late", (2, MemoryError()), seconds=3.0), against="ours")
+    run([Group("g", partial(nothing_shared, counting(log, "ours"), late))], CPU, 3, 1, 0, outcomes)
+    row = rows_of(outcomes, None)[1]
+    assert (row.status, row.seconds.n, row.ratio.rounds) == ("out of memory", 1, (3.0,))
+
+
+def test_weights_that_do_not_fit_are_a_row_and_the_next_group_runs():
+    @contextmanager
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    log, outcomes = [], []
+    run([Group("big", too_large), Group("small", partial(nothing_shared, counting(log, "a")))], CPU, 1, 1, 0, outcomes)
+    assert [(o.group, o.status) for o in outcomes] == [("big", "out of memory"), ("small", "ok")]
+
+
+def test_an_interrupt_keeps_what_was_measured():
+    log, outcomes = [], []
+    cases = [counting(log, "a"), counting(log, "b", (2, KeyboardInterrupt()))]
+    with pytest.raises(KeyboardInterrupt):
+        run([Group("g", partial(nothing_shared, *cases))], CPU, 3, 2, 0, outcomes)
+    a, b = rows_of(outcomes, None)
+    assert (a.status, a.seconds.n) == ("interrupted", 2)
+    assert (b.status, b.seconds.n) == ("interrupted", 2)
+
+
+def test_steps_that_warm_up_are_not_counted_and_what_they_hold_is_released():
+    log = []
+
+    @contextmanager
+    def open_step():
+        def step(clock: Clock):
+            log.append("step")
+            clock.end("one")
+            clock.end("two")
+            clock.end("one")
+
+        yield step
+        log.append("closed")
+
+    repeats = stepwise(open_step, CPU)(2, 3)
+    assert log == ["step"] * 5 + ["closed"]
+    assert len(repeats) == 3
+    assert all(set(r) == {"whole", "one", "two"} and r["one"] + r["two"] <= r["whole"] for r in repeats)
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def outcome(name, rounds, against="", flops=0):
+    case = Case(name, lambda w, r: [], against, flops)
+    return Outcome("g", case, [[{"whole": s} for s in each] for each in rounds])
+
+
+def test_figures_are_medians_quartiles_shares_and_ratios_by_round():
+    ours = outcome("ours", [[1.0, 2.0, 3.0], [4.0, 4.0]], flops=30 * 10**12)
+    peer = outcome("peer", [[4.0], [2.0]], against="ours")
+    row, other = rows_of([ours, peer], ceiling_tflops=20.0)
+    assert row.seconds == Spread(5, 3.0, 2.0, 4.0)
+    assert (row.tflops, row.share) == (10.0, 0.5)
+    assert other.ratio.rounds == (2.0, 0.5)
+    assert (other.ratio.median, other.ratio.lowest, other.ratio.highest) == (1.25, 0.5, 2.0)
+    assert ratios([[{"a": 1.0, "b": 3.0, "whole": 9.0}]], [[{"a": 2.0, "whole": 1.0}]], ("a", "b")) == [2.0]
+    assert Spread.of([]) is None
+    assert Spread.of([2.0]) == Spread(1, 2.0, 2.0, 2.0)
+
+
+def test_aims_are_met_missed_or_not_measured():
+    assert [at_least("x", value, 1.3, "times").met for value in (1.3, 1.29, None)] == [True, False, None]
+    assert [below("x", value, 0.08, "share").met for value in (0.079, 0.08)] == [True, False]
+    assert [at_most("x", value, 0.02, "points").met for value in (-0.4, 0.02, 0.021)] == [True, True, False]
+
+
+def test_the_blocks_time_is_held_against_their_operations():
+    on = outcome("ours", [[1.0]], flops=100)
+    off = outcome(train.BARE, [[1.0]], flops=80)
+    on.rounds = [[{"whole": 9.0, "forward": 4.0, "backward": 6.0}]]
+    off.rounds = [[{"whole": 9.0, "forward": 3.0, "backward": 4.0}]]
+    report = Report("train", {}, {}, rows=rows_of([on, off], None))
+    assert train.excess_of_blocks(report, "g") == pytest.approx(0.3 - 0.2)
+    report.rows = report.rows[:1]
+    assert train.excess_of_blocks(report, "g") is None
+
+
+def test_the_ceiling_is_the_best_of_its_sweep():
+    found = matrix_ceiling(CPU, sides=(32, 64), repeats=1)
+    assert set(found["sweep"]) == {32, 64}
+    assert found["tflops"] == max(found["sweep"].values()) > 0
+    assert found["dtype"] == "float32"
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_all_that_a_figure_must_be_told_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("idc.bench.device.SIDES", {"cpu": (32,)})
+    monkeypatch.setattr("idc.bench.device.SECONDS", 0.01)
+    file = tmp_path / "grpo.json"
+    options = ["--size", "tiny", "--device", "cpu", "--frames", "5", "--rounds", "1", "--repeats", "1"]
+    options += ["--warm-up", "0", "--steps", "4", "--group", "2", "--rollouts", "2", "--json", str(file)]
+    assert main(["grpo", *options]) == 0
+    report = json.loads(file.read_text())
+    assert report["command"] == "grpo"
+    assert report["environment"]["command"].startswith("idc bench grpo --size tiny")
+    assert {"torch", "diffusers", "cuda", "python"} <= set(report["environment"]["versions"])
+    assert {"device", "driver", "commit", "threads"} <= set(report["environment"])
+    assert report["ceiling"]["tflops"] > 0
+    rows = {row["name"]: row for row in report["rows"]}
+    assert len(rows) == 4
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert row["seconds"]["n"] == 1
+        assert {"median", "low", "high"} <= set(row["seconds"])
+        assert {"encode", "rollout", "reward", "train"} == set(row["parts"])
+        assert row["flops"] > 0
+    every, one = rows["all steps, cache on"], rows["one step, cache on"]
+    assert every["ratio"]["to"] == one["name"]
+    # Of four steps two can be stochastic; a policy gradient has one forward in training for each, and its reference's.
+    assert every["counts"]["trained"] == 2 * one["counts"]["trained"] == 4
+    assert rows["all steps, cache off"]["counts"]["caches trained"] == 0 < every["counts"]["caches trained"]
+    (aim,) = report["aims"]
+    assert aim["measured"] == every["ratio"]["median"]
+    shown = capsys.readouterr().out
+    assert "at least 4.00 times" in shown
+    assert "not the aims' size" in shown
+
+
+def test_a_table_shows_rows_without_figures_and_that_it_was_interrupted(capsys):
+    rows = rows_of(
+        [outcome("ours", [[1.0]]), Outcome("g", Case("big [x]", lambda w, r: []), status="out of memory")], 1
+    )
+    print_report(Report("train", {}, {}, rows=rows, interrupted=True, aims=[at_least("x", None, 0.5, "share")]))
+    shown = capsys.readouterr().out
+    assert "out of memory" in shown
+    assert "big [x]" in shown
+    assert "not measured" in shown
+    assert "interrupted" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "--size", "1.4b"], "did you mean '1.3b'"),
+        (["train", "--frames", "8", "--device", "cpu"], "frames=8"),
+        (["train", "--subjects", "9", "--device", "cpu"], "takes 0 to 4"),
+        (["train", "--rounds", "0"], "--rounds 0: must be 1 or more"),
+        (["train", "--round", "2"], "did you mean '--rounds'"),
+        (["train", "--device", "tpu"], "must be auto, cpu or cuda"),
+        (["train", "--config", "recipes/sft.yaml", "--size", "toy"], "a recipe has its own sizes"),
+        (["train", "--json", "nowhere/at/all.json"], "is no folder"),
+        (["train", "--compile", "maybe"], "invalid choice"),
+        (["grpo", "--device", "cpu", "--group", "4", "--rollouts", "6"], "whole groups of 4; the nearest is 8"),
+        (["data", "--device", "cpu", "--clips", "15"], "--clips 15: must be 16 or more"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_named_before_anything_runs(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+
+
+def test_sizes_come_from_a_recipe_without_its_weights():
+    setup, _ = from_recipes(["--config", "recipes/sft.yaml", "--config", "recipes/scale/wan1.3b.yaml"])
+    assert (setup.spec.num_layers, setup.spec.pretrained, setup.text_dim, setup.vlm_dim) == (30, None, 4096, 3584)
+    assert (setup.frames, setup.height, setup.width, setup.sampling.steps) == (81, 480, 832, 50)
+    assert setup.is_papers
+    toy, recipe = from_recipes(["--config", "recipes/grpo.yaml"])
+    assert (toy.spec.num_layers, toy.frames, toy.height) == (4, 9, 64)
+    plan = grpo.plan_of(Bench(toy, CPU, torch.float32, Speed(), 1, 1, 1, recipe))
+    assert (plan.rollouts, plan.group, plan.settings["steps"]) == (32, 8, 10)
+
+
+def test_a_reason_is_one_line():
+    assert reason(ValueError("a\n  b")) == "failed: ValueError: a b"

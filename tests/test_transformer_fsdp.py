@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from _server import free_port, join, launch
 from _tiny_wan import WAN, condition, inputs, tiny_model
 from torch import Tensor
 
@@ -65,11 +63,8 @@ def train_sharded(rank: int, port: int, out: str) -> None:
 
 
 def test_two_sharded_ranks_with_unlike_conditions_train_as_one_process(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = str(tmp_path / "sharded.pt")
-    mp.spawn(train_sharded, (port, out), nprocs=2)
+    out, port = str(tmp_path / "sharded.pt"), free_port()
+    assert join(launch(train_sharded, [(rank, port, out) for rank in range(2)])) == [0, 0]
     sharded = torch.load(out, weights_only=True)
 
     model = tiny_model(id_layers=WAN["num_layers"]).train()

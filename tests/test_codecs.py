@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 
@@ -178,3 +179,65 @@ def test_weights_are_frozen_and_loading_twice_loads_once(root):
     assert codec.load()._model is weights
     assert not weights.training
     assert not any(parameter.requires_grad for parameter in weights.parameters())
+
+
+def _decoded_in_tiles_of_32(codec, latents):
+    model = codec.load()._model
+    kept = model.tile_sample_min_height, model.tile_sample_stride_height
+    model.tile_sample_min_height = model.tile_sample_min_width = 32
+    model.tile_sample_stride_height = model.tile_sample_stride_width = 24
+    try:
+        return codec.decode(latents)
+    finally:
+        model.tile_sample_min_height, model.tile_sample_stride_height = kept
+        model.tile_sample_min_width, model.tile_sample_stride_width = kept
+
+
+@pytest.mark.parametrize("cause", ["estimate", "error"])
+def test_what_does_not_fit_the_free_memory_is_decoded_in_tiles_and_said_so(root, monkeypatch, cause):
+    """Tiles of tiny clips differ from the whole by their seams: about 2 of 255 here, on noise, random weights and an overlap of 8 pixels."""
+    latents = torch.randn(1, 16, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    whole = WanVAECodec(str(root), tiling=False).decode(latents)
+    codec = WanVAECodec(str(root)).load()
+    assert codec.fingerprint == WanVAECodec(str(root), tiling=False).fingerprint
+    assert torch.equal(codec.decode(latents), whole)
+    need = codec.decode_bytes(tuple(latents.shape))
+    monkeypatch.setattr("idc.models.codecs.free_memory", lambda device: need - (cause == "estimate"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    real = codec._model._decode
+
+    def full(z, return_dict=True):
+        if cause == "error" and not codec._model.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(z, return_dict)
+
+    monkeypatch.setattr(codec._model, "_decode", full)
+    with pytest.warns(UserWarning, match="too little memory to decode latents"):
+        tiled = _decoded_in_tiles_of_32(codec, latents)
+    assert not torch.equal(tiled, whole)
+    assert (tiled - whole).abs().mean() * 127.5 < 4
+    assert torch.equal(tiled, _decoded_in_tiles_of_32(WanVAECodec(str(root), tiling=True), latents))
+    with pytest.raises(torch.OutOfMemoryError) if cause == "error" else contextlib.nullcontext():
+        codec.tiling = False
+        assert torch.equal(codec.decode(latents), whole)
+
+
+def test_encoding_stays_whole_after_a_decoding_in_tiles(root):
+    video = torch.rand(1, 3, 1, 48, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec = WanVAECodec(str(root)).load()
+    before = codec.encode(video)
+    codec._model.tile_sample_min_height = codec._model.tile_sample_min_width = 32
+    codec._model.tile_sample_stride_height = codec._model.tile_sample_stride_width = 24
+    codec._decoded(before.clone(), True)
+    assert torch.equal(codec.encode(video), before)
+
+
+def test_a_bfloat16_decode_stays_near_and_changes_no_latents(root):
+    """Half a step of 255 on average; latents, which are cached, are those of the weights' own type."""
+    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact, quick = WanVAECodec(str(root)), WanVAECodec(str(root), decode_dtype="bfloat16")
+    latents = exact.encode(video)
+    assert torch.equal(quick.encode(video), latents)
+    error = (quick.decode(latents) - exact.decode(latents)).abs() * 127.5
+    assert 0 < error.mean() < 0.5
+    assert quick.fingerprint != exact.fingerprint == WanVAECodec(str(root), decode_dtype="float32").fingerprint

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -88,7 +89,11 @@ class WanVAECodec(Codec):
         path: a folder in diffusers' layout, or a hub id.
         subfolder: where the VAE lies in it.
         dtype: of weights and activations; Wan's pipelines run the VAE in float32.
-        tiling: encode and decode in overlapping tiles: less memory, a slightly different result.
+        tiling: encode and decode in overlapping tiles: less memory, a slightly different result. `auto` decodes in
+            tiles where the memory that is free on the device does not hold the whole, and says so; it never encodes in
+            them, so that cached features do not depend on what else ran.
+        decode_dtype: decode in this type, by autocast over the weights; None is `dtype`. bfloat16 decodes faster, by
+            less than the rounding to 8 bits in most pixels.
     """
 
     def __init__(
@@ -96,9 +101,11 @@ class WanVAECodec(Codec):
         path: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         subfolder: str = "vae",
         dtype: str | torch.dtype = "float32",
-        tiling: bool = False,
+        tiling: bool | Literal["auto"] = "auto",
+        decode_dtype: str | torch.dtype | None = None,
     ) -> None:
         self.path, self.subfolder, self.dtype, self.tiling = path, subfolder, torch_dtype(dtype), tiling
+        self.decode_dtype = self.dtype if decode_dtype is None else torch_dtype(decode_dtype)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         self.device = torch.device(device)
@@ -111,18 +118,18 @@ class WanVAECodec(Codec):
                 z_dim, self._model = self._model.config.z_dim, None
                 raise UserError(f"path={self.path!r}: a VAE of {z_dim} latent channels; Wan2.1's has {self.channels}")
             aligned(self._model)
-            if self.tiling:
-                self._model.enable_tiling()
         self._model.to(self.device)
         return self
 
     def _identity(self) -> dict[str, Any]:
         weights = weights_identity(self.path, self.subfolder)
-        return {"weights": weights, "dtype": str(self.dtype), "tiling": self.tiling}
+        decode = {} if self.decode_dtype is self.dtype else {"decode_dtype": str(self.decode_dtype)}
+        return {"weights": weights, "dtype": str(self.dtype), "tiling": self.tiling is True, **decode}
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.load(self.device)._model.save_pretrained(folder)
-        return {"path": ".", "subfolder": "", "dtype": dtype_name(self.dtype), "tiling": self.tiling}
+        decode = {} if self.decode_dtype is self.dtype else {"decode_dtype": dtype_name(self.decode_dtype)}
+        return {"path": ".", "subfolder": "", "dtype": dtype_name(self.dtype), "tiling": self.tiling, **decode}
 
     def sample(self, video_BCTHW: Tensor, generator: torch.Generator) -> Tensor:
         """As `encode`, but drawn from the posterior, where `encode` takes its mean."""
@@ -133,6 +140,7 @@ class WanVAECodec(Codec):
             return self._normalise(posterior.mean.float() + posterior.std.float() * noise.to(self.device))
 
     def _posterior(self, video_BCTHW: Tensor) -> Any:
+        self._model.use_tiling = self.tiling is True
         return self._model.encode(video_BCTHW.to(self.dtype)).latent_dist
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -149,4 +157,45 @@ class WanVAECodec(Codec):
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         mean, std = self._statistics()
-        return self._model.decode((latents_BCTHW.float() * std + mean).to(self.dtype)).sample
+        latents = (latents_BCTHW.float() * std + mean).to(self.dtype)
+        if self.tiling != "auto":
+            return self._decoded(latents, self.tiling)
+        free = free_memory(self.device)
+        if free is None or self.decode_bytes(tuple(latents.shape)) <= free:
+            try:
+                return self._decoded(latents, False)
+            except torch.OutOfMemoryError:
+                self._model.clear_cache()  # after this block, with which the frames of the failed call go
+        if free is not None:
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"{self.path}: too little memory to decode latents of {list(latents.shape)} at once; in tiles, "
+            "whose seams differ a little (codec.tiling)",
+            stacklevel=2,
+        )
+        return self._decoded(latents, True)
+
+    def _decoded(self, latents: Tensor, tiled: bool) -> Tensor:
+        self._model.use_tiling = tiled
+        other = self.decode_dtype is not self.dtype
+        with torch.autocast(self.device.type, dtype=self.decode_dtype, enabled=other):
+            return self._model.decode(latents).sample
+
+    def decode_bytes(self, shape: tuple[int, ...]) -> int:
+        """Estimated memory to decode latents `[B, C, T, H, W]` at once, above the weights.
+
+        The decoder takes one latent frame at a time: four frames of the widest activations at full size, about six of
+        them alive, two frames that each of about eight causal convolutions keeps, and the pixels twice.
+        """
+        batch, _, frames, height, width = shape
+        pixels = batch * height * width * self.spatial_factor**2
+        wide = self._model.config.base_dim * (6 * self.temporal_factor + 2 * 8)
+        return pixels * (wide * self.decode_dtype.itemsize + 2 * 3 * frames * self.temporal_factor * 4)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that PyTorch could still allocate on a CUDA device, its own unused ones included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

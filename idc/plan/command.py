@@ -51,9 +51,11 @@ def main(args: Sequence[str]) -> int:
         make_folder(own.json.absolute().parent, "--json")
         own.json.write_text(json.dumps(as_json(plan, devices), indent=1) + "\n", encoding="utf-8")
     if own.measure:
+        from rich.console import Console
+
         from idc.plan.measure import measure
 
-        print(measure(plan))
+        Console().print(measure(plan), highlight=False)
     short = [device for device in devices if not _fits(plan, device)]
     for device_ in short:
         _warn(plan, device_)

@@ -188,6 +188,21 @@ class Plan:
         if self.averages:
             yield from (changed := self._try(room, "no EMA callback", averages=False))
             found |= bool(changed)
+        if self.layout.strategy == "fsdp":
+            heads, groups = self.structure.config["num_attention_heads"], self.layout.ranks // self.layout.sequence
+            for spread in (2, 4, 8):
+                if heads % spread or groups % spread or samples > 1:
+                    continue
+                text = (
+                    f"trainer.strategy.init_args.tensor_parallel_size={self.layout.sequence * spread} with "
+                    f"data.init_args.batch_size={groups // spread} and "
+                    f"trainer.accumulate_grad_batches={self.layout.accumulate * spread}"
+                )
+                sequence = replace(self.layout, sequence=self.layout.sequence * spread)
+                yield from (changed := self._try(room, text, layout=sequence, structure=lightest))
+                if changed:
+                    found = True
+                    break
         for ranks in (self.layout.ranks * factor for factor in (1, 2, 4, 8, 16)):
             if ranks == 1 or (ranks == self.layout.shards):
                 continue

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from idc.models.conditioning import Drop
 from idc.models.frozen import resolve
+from idc.models.spec import TransformerSpec
 from idc.models.trainable import set_trainable
 from idc.plan.encoders import text_tokens, vlm_tokens
 from idc.plan.trace import Passed, trace
@@ -78,12 +79,18 @@ class Structure:
         spec = self.stage.spec
         return spec.pretrained is not None and resolve(spec.pretrained, spec.subfolder, "", marker="config.json") is None
 
+    @property
+    def _spec(self) -> TransformerSpec:
+        return replace(self.stage.spec, pretrained=None) if self.from_recipe else self.stage.spec
+
+    @property
+    def _vlm_dim(self) -> int | None:
+        vlm = self.stage.encoders.vlm
+        return None if vlm is None else vlm.dim
+
     @cached_property
     def _whole(self) -> Any:
-        spec, encoders = self.stage.spec, self.stage.encoders
-        vlm_dim = None if encoders.vlm is None else encoders.vlm.dim
-        spec = replace(spec, pretrained=None) if self.from_recipe else spec
-        return spec.build(encoders.text.dim, vlm_dim, "meta")
+        return self._spec.build(self.stage.encoders.text.dim, self._vlm_dim, "meta")
 
     def _trained(self, model: Any) -> Any:
         set_trainable(model, self.trainable, **vars(self.stage.lora))
@@ -111,10 +118,17 @@ class Structure:
 
     def passed(self, work: Work) -> Passed:
         """Memory of a pass with these settings, besides weights and their gradients."""
-        return trace(self._build, len(self._whole.blocks), len(self._whole.id_blocks), self._loss(work))
+        return trace(self._build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work))
 
-    def _loss(self, work: Work) -> Callable[[nn.Module], Tensor]:
-        """The forward pass of the stage: velocities for clips of one size, and their error."""
+    def with_weights(self, device: torch.device) -> nn.Module:
+        """The whole model with random weights, ready to be trained."""
+        model = self._spec.build(self.stage.encoders.text.dim, self._vlm_dim, device)
+        self._trained(model).run_layers(self.checkpointing)
+        return model.train()
+
+    def loss(self, work: Work) -> Callable[[nn.Module], Tensor]:
+        """The forward pass of the stage: velocities for clips of one size, and their error, on tensors that it makes
+        on the default device."""
         stage = self.stage
         shape = stage.encoders.codec.latent_shape(work.bucket.frames, work.bucket.height, work.bucket.width)
 

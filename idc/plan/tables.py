@@ -19,17 +19,17 @@ TERA = 1e12
 
 def tables(plan: Plan, devices: Sequence[Device]) -> Iterator[Table | str]:
     """All that is printed, in order."""
-    yield _parameters(plan)
-    yield _memory(plan, devices)
-    yield _operations(plan)
-    yield _time(plan, devices)
-    yield from _data(plan)
+    for table in (_parameters(plan), _memory(plan, devices), _operations(plan), _time(plan, devices), *_data(plan)):
+        if isinstance(table, Table):  # a title of its own would be as narrow as the table
+            yield f"\n{table.title}"
+            table.title = None
+        yield table
     for note in notes(plan):
         yield f"note: {note}"
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right")
     return table
@@ -117,7 +117,6 @@ def _data(plan: Plan) -> Iterator[Table | str]:
     if samples.assignment is not None:
         table = samples.assignment.table(plan.recipe.data.batch_size)
         table.title = f"Training samples by bucket: {sum(samples.kept.values()):,} kept, {samples.dropped:,} dropped"
-        table.title_justify = "left"
         yield table
     else:
         yield "Training samples: not known: " + "; ".join(samples.lacking)

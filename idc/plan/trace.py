@@ -104,8 +104,9 @@ def trace(
         loss: runs the forward pass on tensors it makes itself, and returns the loss without a backward pass.
     """
     depth, ids = min(layers, _DEPTH), min(id_layers, _DEPTH if id_layers == layers else _DEPTH - 1)
-    with _without_content() as fake:
-        model: Any = fake(build(depth, ids))
+    model: Any = build(depth, ids)
+    with _without_content():
+        _take_content(model)
         storages = Storages(model)
         with storages, _watched(model, storages) as seconds:
             result = loss(model)
@@ -156,14 +157,15 @@ class _Second:
 
 
 @contextmanager
-def _without_content() -> Iterator[Callable[[nn.Module], nn.Module]]:
-    """A context in which tensors have no content, and what gives a model such weights, with gradients."""
+def _without_content() -> Iterator[None]:
+    """A context in which tensors have no content."""
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("ignore")  # of operators, on dtypes
-        yield _fake
+        yield
 
 
-def _fake(model: nn.Module) -> nn.Module:
+def _take_content(model: nn.Module) -> None:
+    """Give a model tensors without content, in that context."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -175,7 +177,6 @@ def _fake(model: nn.Module) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return model
 
 
 def _drop_gradient(parameter: Tensor) -> None:

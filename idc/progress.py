@@ -10,8 +10,13 @@ T = TypeVar("T")
 EVERY = 10.0  # seconds between lines
 
 
+def rate(speed: float) -> str:
+    """Pieces a second, or an hour where that is below one."""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{3600 * speed:.0f}/h"
+
+
 class Lines:
-    """Says how far a piece of work is, at most once in `every` seconds, for output that is no terminal.
+    """Says how far a piece of work is, and its rate, at most once in `every` seconds, where output is no terminal.
 
     Args:
         what: the work, first word of each line.
@@ -29,9 +34,10 @@ class Lines:
         if now - self._printed < self.every:
             return
         self._printed = now
-        left = (now - self._began) / max(done, 1) * (self.total - done) if self.total else 0
-        time_left = f"  {left:.0f} s left" if self.total and done else ""
-        self.console.print(f"{self.what} {done}/{self.total or '?'}{time_left}", highlight=False)
+        speed = done / (now - self._began)
+        news = f"  {rate(speed)}" if done else ""
+        news += f"  {(self.total - done) / speed:.0f} s left" if self.total and done else ""
+        self.console.print(f"{self.what} {done}/{self.total or '?'}{news}", highlight=False)
 
 
 def track(items: Iterable[T], what: str, total: int, shown: bool = True) -> Iterator[T]:

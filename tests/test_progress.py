@@ -45,14 +45,14 @@ def test_a_line_comes_now_and_then_and_says_what_is_left(console: Console) -> No
     lines = Lines("cutting", 100, console, every=10)
     for done in range(1, 31):
         lines.update(done)
-    assert printed(console) == ["cutting 10/100  90 s left", "cutting 20/100  80 s left", "cutting 30/100  70 s left"]
+    assert printed(console) == [f"cutting {n}0/100  1.0/s  {10 - n}0 s left" for n in (1, 2, 3)]
 
 
 def test_an_unknown_total_or_a_slow_first_piece_is_no_division_by_zero(console: Console) -> None:
     Lines("reading", None, console, every=1).update(5)
     Lines("reading", 7, console, every=1).update(0)
     Lines("reading", 0, console, every=1).update(0)
-    assert printed(console) == ["reading 5/?", "reading 0/7", "reading 0/?"]
+    assert printed(console) == ["reading 5/?  5.0/s", "reading 0/7", "reading 0/?"]
 
 
 def test_tracking_yields_everything_and_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -375,7 +375,7 @@ def decode_cutout(data: bytes) -> tuple[Pixels, Mask | None]:
     Raises:
         VideoError: for bytes that are no picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(BytesIO(data)) as opened:
@@ -390,5 +390,7 @@ def decode_cutout(data: bytes) -> tuple[Pixels, Mask | None]:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return np.asarray(image.convert("RGB")), mask
+    except UnidentifiedImageError:  # whose message is another in every run
+        raise VideoError("no picture: of no known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"no picture: {error}") from None

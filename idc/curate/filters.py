@@ -104,7 +104,7 @@ class TechnicalFilter(Step):
             frames: how many are looked at, each with another a quarter of a second behind.
             min_sharpness: least `sharpness`.
             brightness: least and most `brightness`, None for no limit.
-            max_dark, max_glaring: most share of black or white pixels, bars cropped.
+            max_dark, max_glaring: most share of black or white pixels, bars cropped; stills may be bright and white.
             max_blank: most share of black frames, and of white ones.
             max_frozen: most share of looks without change; 1 keeps still pictures.
             min_side: least shorter side in pixels, bars cropped.
@@ -147,14 +147,17 @@ class TechnicalFilter(Step):
             part = np.s_[:, int(bars.top) : int(bars.bottom), int(bars.left) : int(bars.right)]
             pictures, later = pictures[part], later[part]
         least, most = self.brightness
+        on_white = (
+            Rule("white", None, self.max_blank, "white frames"),
+            Rule("brightness", None, most, "too bright"),
+            Rule("glaring", None, self.max_glaring, "too bright"),
+        )
         rules = (
             Rule("short_side", self.min_side, None, "picture too small"),
             Rule("black", None, self.max_blank, "black frames"),
-            Rule("white", None, self.max_blank, "white frames"),
             Rule("brightness", least, None, "too dark"),
             Rule("dark", None, self.max_dark, "too dark"),
-            Rule("brightness", None, most, "too bright"),
-            Rule("glaring", None, self.max_glaring, "too bright"),
+            *(on_white if len(later) else ()),  # pictures of subjects are shown on white
             Rule("frozen", None, self.max_frozen, "frozen"),
             Rule("sharpness", self.min_sharpness, None, "blurred"),
         )

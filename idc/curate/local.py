@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import traceback
 from collections import deque
@@ -20,6 +19,7 @@ from idc.curate.plan import PlanGoneError, Task
 from idc.errors import UserError
 
 ATTEMPTS = 2
+GRACE = 5.0  # seconds for a worker at rest to end
 
 
 @dataclass
@@ -84,7 +84,10 @@ class _Worker:
         return True
 
     def end(self) -> None:
+        """One at rest frees what it holds of the system's, such as semaphores; one at work is not waited for."""
         self.connection.close()
+        if self.task is None:
+            self.process.join(GRACE)
         self.process.kill()
         self.process.join()
 
@@ -157,7 +160,7 @@ def _serve(connection: Connection, work: Work, folder: str, device: str) -> None
         while True:
             connection.send(work_on(work, connection.recv(), folder))
     except (EOFError, BrokenPipeError, ConnectionResetError, PlanGoneError):
-        os._exit(0)  # the parent is gone
+        return  # the parent is gone, or has no more work
     except OSError as error:
         connection.send(UserError(f"{folder}: {one_line(error)}"))
     except UserError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from idc.curate.parts import Count
-from idc.progress import Lines
+from idc.progress import Lines, rate
 
 if TYPE_CHECKING:
     from idc.curate.engine import CurationReport
@@ -67,13 +67,11 @@ def _bar(console: Any) -> Any:
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """Pieces a second, or an hour where that is below one."""
-
         def render(self, task: Any) -> Text:
             speed = task.finished_speed or task.speed
             if speed is None:
                 return Text("")
-            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{3600 * speed:.0f}/h")
+            return Text(rate(speed))
 
     return Progress(
         TextColumn("{task.description}"),

@@ -7,6 +7,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from idc.bench.setup import from_recipes, named
 from idc.bench.tables import print_report
 from idc.errors import UserError
 from idc.models.speed import Speed
+from idc.stages.rollouts import Rollouts
 
 CPU = torch.device("cpu")
 
@@ -59,8 +61,6 @@ def missing_gradients(config, setup, references: int) -> int:
     video = (setup.frames // 4 + 1) * (setup.height // 16) * (setup.width // 16)
     total = 2 * dim * patches * (video + references * setup.subject_tokens)
     total += 2 * config["freq_dim"] * dim + 2 * setup.text_length * config["text_dim"] * dim
-    if config["id_layers"]:
-        total += 2 * setup.vlm_tokens * config["vlm_dim"] * dim
     return total
 
 
@@ -77,8 +77,7 @@ def test_operations_of_a_training_step_are_those_that_torch_counts(bench, group,
             assert 4 * 0.95 * once < counter.get_total_flops() < 4 * once
         else:
             # MATH's backward pass computes no product twice, so that a backward pass is two forwards.
-            found = counted(case) + missing_gradients(config, bench.setup, subjects)
-            assert found == pytest.approx(case.flops, rel=0.002)
+            assert counted(case) + missing_gradients(config, bench.setup, subjects) == case.flops
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_operations_of_generation_are_those_that_torch_counts(bench, group, name
     codec = 0
     if subjects:  # the VAE's own operations are not those of the transformer
         encoders = random_encoders(bench.setup, CPU)
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             encoders.features([random_sample(bench.setup, subjects)], None, ("references",))
         codec = counter.get_total_flops()
     assert total - codec == case.flops
@@ -163,7 +162,7 @@ def test_weights_are_the_same_for_a_seed_nowhere_zero_and_islands_stay_float32(b
     assert dtypes["scale_shift_table"] is dtypes["blocks.0.norm2.weight"] is torch.float32
     linear = torch.nn.Linear(400, 300)
     fill_randomly(linear, 3)
-    assert linear.weight.std() == pytest.approx(1 / math.sqrt(400), rel=0.02)
+    assert linear.weight.std().item() == pytest.approx(1 / math.sqrt(400), rel=0.02)
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
@@ -358,7 +357,7 @@ def test_a_table_shows_rows_without_figures_and_that_it_was_interrupted(capsys):
     ("arguments", "message"),
     [
         (["trian"], "did you mean 'train'"),
-        (["train", "--size", "1.4b"], "did you mean '1.3b'"),
+        (["train", "--size", "1.3"], "did you mean '1.3b'"),
         (["train", "--frames", "8", "--device", "cpu"], "frames=8"),
         (["train", "--subjects", "9", "--device", "cpu"], "takes 0 to 4"),
         (["train", "--rounds", "0"], "--rounds 0: must be 1 or more"),
@@ -381,10 +380,15 @@ def test_sizes_come_from_a_recipe_without_its_weights():
     assert (setup.spec.num_layers, setup.spec.pretrained, setup.text_dim, setup.vlm_dim) == (30, None, 4096, 3584)
     assert (setup.frames, setup.height, setup.width, setup.sampling.steps) == (81, 480, 832, 50)
     assert setup.is_papers
-    toy, recipe = from_recipes(["--config", "recipes/grpo.yaml"])
-    assert (toy.spec.num_layers, toy.frames, toy.height) == (4, 9, 64)
-    plan = grpo.plan_of(Bench(toy, CPU, torch.float32, Speed(), 1, 1, 1, recipe))
-    assert (plan.rollouts, plan.group, plan.settings["steps"]) == (32, 8, 10)
+
+
+def test_a_recipe_of_alignment_says_how_its_rollouts_are_sampled(bench):
+    stage, data = SimpleNamespace(rollouts=Rollouts(steps=7, batch=2)), SimpleNamespace(group_size=4, batch_size=16)
+    told = replace(bench, recipe=SimpleNamespace(stage=stage, data=data))
+    plan = grpo.plan_of(told)
+    assert (plan.rollouts, plan.group, plan.settings["steps"], plan.settings["batch"]) == (16, 4, 7, 2)
+    shorter = grpo.plan_of(replace(told, options={"steps": 3, "group": 2, "rollouts": 6}))
+    assert (shorter.rollouts, shorter.group, shorter.settings["steps"]) == (6, 2, 3)
 
 
 def test_a_reason_is_one_line():

@@ -209,9 +209,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
-    gc.collect()
+    """Give back a GPU's memory that nobody holds any more."""
     if device.type == "cuda":
+        gc.collect()
         with suppress(RuntimeError):  # after an error of the device itself nothing works
             torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

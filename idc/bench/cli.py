@@ -91,8 +91,10 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: Sequence[str]) -> int:
+    from idc.bench.cases import run
     from idc.bench.context import quiet
-    from idc.bench.device import environment, find_device, matrix_ceiling
+    from idc.bench.device import environment, find_device, matrix_ceiling, stated_peak
+    from idc.bench.profiling import STEPS, profile_groups
     from idc.bench.results import Report
     from idc.bench.tables import print_report
 
@@ -104,11 +106,15 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
     )
     module = import_module(f"idc.bench.{command}")
     outcomes: list[Any] = []
+    groups = module.groups(bench)  # light; what is wrong with the settings shows here
     try:
         if command != "data":
             _tell("the device's matrix ceiling")
-            report.ceiling = matrix_ceiling(device)
-        _measure(module, bench, report, outcomes, options.profile)
+            report.ceiling = {**matrix_ceiling(device), "stated_tflops": stated_peak(device)}
+        run(groups, device, bench.rounds, bench.repeats, bench.warm_up, outcomes, _tell)
+        if options.profile:
+            short = module.groups(bench.with_steps(STEPS))
+            report.kernels += profile_groups(short, device, Path(options.profile), _tell)
     except KeyboardInterrupt:
         report.interrupted = True
     _conclude(module, bench, report, outcomes)
@@ -118,17 +124,6 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
     if report.interrupted:
         return 130
     return 3 if any(row.status != "ok" for row in report.rows) else 0
-
-
-def _measure(module: Any, bench: Any, report: Any, outcomes: list[Any], profile: str | None) -> None:
-    from idc.bench.cases import run
-
-    run(module.groups(bench), bench.device, bench.rounds, bench.repeats, bench.warm_up, outcomes, _tell)
-    if profile:
-        from idc.bench.profiling import STEPS, profile_groups
-
-        groups = module.groups(bench.with_steps(STEPS))
-        report.kernels += profile_groups(groups, bench.device, Path(profile), _tell)
 
 
 def _conclude(module: Any, bench: Any, report: Any, outcomes: list[Any]) -> None:

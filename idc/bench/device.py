@@ -14,6 +14,7 @@ import torch
 
 from idc.bench.cases import Clock, free
 from idc.errors import UserError
+from idc.plan.devices import DEVICES
 
 PACKAGES = ("torch", "diffusers", "transformers", "lightning", "triton", "flash-attn", "webdataset", "av")
 SIDES = {"cuda": (4096, 8192, 12288, 16384), "cpu": (256, 512, 1024)}
@@ -74,6 +75,17 @@ def _tflops(side: int, dtype: torch.dtype, generator: torch.Generator, repeats: 
             torch.mm(a, b, out=out)
         rates.append(flops * times / clock.read()["whole"] / 1e12)
     return statistics.median(rates)
+
+
+def stated_peak(device: torch.device) -> float | None:
+    """TFLOP/s in bfloat16 that the maker states, of a card in the table of `idc.plan.devices`; None of another."""
+    if device.type != "cuda":
+        return None
+    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / 2**30
+    known = [entry for entry in DEVICES.values() if entry.name.split()[1] in name.replace("-", " ").split()]
+    if not known:
+        return None
+    return min(known, key=lambda entry: abs(entry.memory - memory)).bf16
 
 
 def environment(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:

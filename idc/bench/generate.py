@@ -257,9 +257,9 @@ def _difference(bench: Bench, model: Any, encoders: Encoders, pipeline: Any, tex
 
 @contextmanager
 def _decoding(bench: Bench) -> Iterator[Sequence[Case]]:
-    """Latents to pixels on the device: our codec, and WanPipeline's lines with its VAE in float32."""
+    """Latents to pixels on the device: our codec, in bfloat16 on a GPU; WanPipeline's lines with its VAE in float32."""
     setup = bench.setup
-    codec = random_encoders(setup, bench.device, dtype=bench.dtype).codec
+    codec = random_encoders(setup, bench.device, decode_dtype=bench.dtype).codec
     theirs: Any = random_encoders(setup, bench.device, dtype="float32").codec
     latents = torch.randn(
         1, *codec.latent_shape(setup.frames, setup.height, setup.width), generator=torch.Generator().manual_seed(2)

@@ -129,13 +129,8 @@ class RandomVAE(WanVAECodec):
             model = model.to(self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
             fill_randomly(model, self.seed)
             self._model = model
-            self._loaded()
         self._model.to(self.device)
         return self
-
-    def _loaded(self) -> None:
-        if self.tiling:
-            self._model.enable_tiling()
 
     def _identity(self) -> dict[str, Any]:
         return {"random": self.seed, "config": self.config}

@@ -118,7 +118,7 @@ def set_backend(model: nn.Module, name: str) -> None:
     except Exception as error:  # as in `choose_backend`
         raise _refused(name, _reason(error)) from None
     for module in model.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_attention_backend"):
             processor._attention_backend = backend
 
@@ -177,23 +177,21 @@ def _error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, t
 
 def _mathematics(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        heads = (x.transpose(1, 2) for x in (query, key, value))
-        return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _time(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> float:
     """Milliseconds of one attention, the median of five after two that warm up."""
     batch, tokens, heads = _TIMED
-    leaves = [
-        torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=training)
-        for _ in range(3)
-    ]
+    shape: dict[str, Any] = {"size": (batch, tokens, heads, head_dim), "device": device, "dtype": dtype}
+    query, key, value = leaves = [torch.randn(**shape, requires_grad=training) for _ in range(3)]
     times = []
     for _ in range(7):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         with torch.set_grad_enabled(training):
-            out = attend(*leaves, None, AttentionBackendName(name))
+            out = attend(query, key, value, None, AttentionBackendName(name))
         if training:
             torch.autograd.grad(out, leaves, out.detach())
         end.record()

@@ -55,7 +55,7 @@ def run_layers(layers: Iterable[nn.Module], checkpointing: Checkpointing, compil
     for layer in layers:
         layer.__dict__.pop("forward", None)
         if checkpointing != "none" or compiled:
-            layer.forward = LayerForward(layer, checkpointing, compiled)  # type: ignore[assignment]  # of this instance
+            layer.forward = LayerForward(layer, checkpointing, compiled)  # of this instance
 
 
 class LayerForward:
@@ -72,7 +72,7 @@ class LayerForward:
 @functools.cache
 def _runner(forward: Callable[..., Any], checkpointing: Checkpointing, compiled: bool) -> Callable[..., Any]:
     """One function for all layers of a kind: they are its first argument, and share what it compiled."""
-    contexts = {"context_fn": _contexts} if checkpointing == "attention" else {}
+    contexts: dict[str, Any] = {"context_fn": _contexts} if checkpointing == "attention" else {}
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)

@@ -23,7 +23,6 @@ from idc.models.conditioning import Drop, Encoders, Features
 from idc.models.subject_cache import JoinedCaches, SubjectCache
 from idc.types import Bucket, Condition, Sample
 
-
 FEW_TOKENS = 8192  # of the video in one forward; a clip of 480p and 81 frames has 32,760
 
 
@@ -128,8 +127,8 @@ class Sampler:
     def autocast(self) -> AbstractContextManager:
         if self.dtype is torch.float32:
             return nullcontext()
-        # Its cache would hold a copy of every weight until the forward pass ends, FSDP's gathered ones among them (42 GB
-        # a rank at 14B), to save a second cast of the few weights that a pass reads twice.
+        # Its cache would hold a copy of every weight until the forward pass ends, FSDP's gathered ones among them (42
+        # GB a rank at 14B), to save a second cast of the few weights that a pass reads twice.
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     def predict_velocity(self, x_BCTHW: Tensor, t_B: Tensor, condition: Condition, cache: Any = None) -> Tensor:
@@ -169,19 +168,22 @@ class Sampler:
             return self.transformer.build_subject_cache(condition)
 
     def _batches_guidance(self, videos: int, latent_shape: tuple[int, ...]) -> bool:
-        if self.batch_guidance != "auto" or self.transformer.config["id_joint_references"]:
-            return bool(self.batch_guidance) and not self.transformer.config["id_joint_references"]
+        if self.transformer.config["id_joint_references"]:  # their tokens follow the video: nothing can be cached
+            return False
+        if self.batch_guidance != "auto":
+            return self.batch_guidance
         if isinstance(self.transformer, FSDPModule):
             return True
-        patches = math.prod(size // p for size, p in zip(latent_shape[1:], self.transformer.config["patch_size"]))
-        return self.device.type == "cuda" and videos * patches <= FEW_TOKENS
+        patch = self.transformer.config["patch_size"]
+        tokens = math.prod(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
+        return self.device.type == "cuda" and videos * tokens <= FEW_TOKENS
 
     def _batched_velocity(self, features: Sequence[Features], sampling: Sampling) -> Velocity:
         """Two-forward guidance as one forward: the conditional rows, then the unconditional ones."""
         conditions = [
             self.encoders.condition(features, drop).to(self.device, torch.float32) for drop in (Drop.NOTHING, Drop.BOTH)
         ]
-        caches = JoinedCaches(tuple(self._cache(condition) for condition in conditions))
+        caches = JoinedCaches(tuple(cache for c in conditions if (cache := self._cache(c)) is not None))
         both = Condition(torch.cat([condition.text_BLD for condition in conditions]))
 
         def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:

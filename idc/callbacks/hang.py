@@ -32,21 +32,23 @@ class HangWatchdog(Callback):
     """Ends all ranks when no step, held-out batch, rollout or preview has ended for `timeout` seconds.
 
     It watches from the start of training (or of validate, test and predict) to its end, and not in the sanity check.
-    Where something has been seen to take longer than a fifth of `timeout`, it waits for five times that.
+    Where something has been seen to take longer than a fifth of `timeout`, it waits for five times that. A process that
+    torch's own timeout aborts leaves its stacks there, too.
 
     Args:
-        timeout: seconds; more than any step, held-out batch or preview takes.
+        timeout: seconds; more than any step, held-out batch or preview takes, and less than the process group's own
+            timeout (half an hour in Lightning), which ends each rank by itself.
         first_timeout: seconds for what loads or compiles: the first step, the first held-out batch, the last save.
 
     Raises:
         UserError: for a time that is not positive, or a first one that is the shorter.
     """
 
-    def __init__(self, timeout: float = 1800.0, first_timeout: float = 7200.0) -> None:
+    def __init__(self, timeout: float = 1200.0, first_timeout: float = 7200.0) -> None:
         if not 0 < timeout <= first_timeout:
             raise UserError(
                 f"timeout={timeout}, first_timeout={first_timeout}: must be positive seconds, and the first, which "
-                "compiles and loads, not shorter; 1800 and 7200 are usual"
+                "compiles and loads, not shorter; 1200 and 7200 are usual"
             )
         self.timeout, self.first_timeout = timeout, first_timeout
         self._watch: Watch | None = None

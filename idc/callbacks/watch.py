@@ -55,6 +55,7 @@ class Watch:
         self._longest = 0.0
         self._last = time.monotonic(), "the start", True  # when, what, and whether the next beat may take long
         self._stopped = threading.Event()
+        self._enabled = False
         self._stream = None if not folder.is_dir() else self._path(self.rank).open("a")
         self._thread = threading.Thread(target=self._look, name="hang watchdog", daemon=True)
 
@@ -79,6 +80,10 @@ class Watch:
                 old.unlink(missing_ok=True)
         self._last = time.monotonic(), "the start", True
         self._thread.start()
+        # torch's own timeout of a collective ends in SIGABRT. Whoever has asked for stacks elsewhere gets them there.
+        if self._stream is not None and not faulthandler.is_enabled():
+            faulthandler.enable(file=self._stream, all_threads=True)
+            self._enabled = True
         return self
 
     def beat(self, what: str, long: bool = False) -> None:
@@ -100,6 +105,9 @@ class Watch:
         if self._thread.is_alive():
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if self._enabled:
+            faulthandler.disable()
+            self._enabled = False
         if self._stream is not None:
             self._stream.close()
             self._stream = None

@@ -14,6 +14,7 @@ from _tiny_wan import condition, inputs, run, tiny_model
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -226,6 +227,10 @@ def test_compiled_layers_are_one_graph_each_and_change_no_value_gradient_or_name
     model.run_layers("attention", True)
     before = graphs["unique_graphs"]
     compiled = gradients(model)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        gradients(model)
+    attended = Counter(event.name for event in profiler.events())[CPU_FLASH.name().split(".")[0]]
+    assert attended == 2 + 2 + 2 + 1  # the video's, to itself and to the text; each of two subjects' twice; to them
     assert graphs["unique_graphs"] == before + 2
     assert gradients(model).keys() == compiled.keys() == plain.keys()
     assert graphs["unique_graphs"] == before + 2

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from idc.plan.devices import Device
     from idc.plan.estimate import Plan
 
-_USAGE = "idc plan --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...] [--device NAME ...] [--strict] [--json FILE]"
+_USAGE = (
+    "idc plan --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...] [--device NAME ...] [--strict] [--json FILE]"
+)
 _SHOWN = 4  # changes that would make a run fit
 
 

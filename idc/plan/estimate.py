@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import isqrt
+from typing import Any
 
 from idc.models.cost import StepFlops
 from idc.plan.devices import Device
@@ -28,6 +29,9 @@ class Change:
 
     setting: str
     memory: Memory
+
+
+Tried = tuple[str, dict[str, Any]]  # a change in words, and what it gives to `Plan.memory`
 
 
 class Plan:
@@ -166,63 +170,74 @@ class Plan:
         )
 
     def changes(self, room: float) -> Iterator[Change]:
-        """Changes of one setting that make it fit into `room` bytes, the nearest first; then two at once."""
-        ladder = [kind for kind in ("attention", "full") if kind != self.structure.checkpointing]
-        if self.structure.checkpointing == "full":
-            ladder = []
-        found = False
-        lightest = self.structure
-        for kind in ladder:
-            lightest = Structure(self.stage, checkpointing=kind)
-            yield from (changed := self._try(room, f"model.init_args.speed.checkpointing={kind}", structure=lightest))
-            found |= bool(changed)
-        samples = self.clips_a_rank
-        if self.work.clips > 1 and samples > 1:
-            one = self._clips(1)
-            fewer = self.recipe.data.batch_size // samples
-            text = f"data.init_args.batch_size={fewer} with trainer.accumulate_grad_batches={samples * self.passes}"
-            if isinstance(self.stage, GRPO):
-                text = "model.init_args.rollouts.batch=1"
-            yield from (changed := self._try(room, text, clips=one, structure=lightest))
-            found |= bool(changed)
-        if self.averages:
-            yield from (changed := self._try(room, "no EMA callback", averages=False))
-            found |= bool(changed)
-        if self.layout.strategy == "fsdp":
-            heads, groups = self.structure.config["num_attention_heads"], self.layout.ranks // self.layout.sequence
-            for spread in (2, 4, 8):
-                if heads % spread or groups % spread or samples > 1:
-                    continue
-                text = (
-                    f"trainer.strategy.init_args.tensor_parallel_size={self.layout.sequence * spread} with "
-                    f"data.init_args.batch_size={groups // spread} and "
-                    f"trainer.accumulate_grad_batches={self.layout.accumulate * spread}"
-                )
-                sequence = replace(self.layout, sequence=self.layout.sequence * spread)
-                yield from (changed := self._try(room, text, layout=sequence, structure=lightest))
-                if changed:
-                    found = True
+        """Changes of the settings that make it fit into `room` bytes, the nearest first; of a kind the smallest."""
+        kinds = (self._recomputing(), self._fewer_clips(), self._no_averages(), self._spread(), self._sharded())
+        for kind in (*kinds, *([change] for change in self._smaller_sets())):
+            for setting, settings in kind:
+                structure = settings.get("structure")
+                if structure is not None and structure.checkpointing != self.structure.checkpointing:
+                    setting += f"model.init_args.speed.checkpointing={structure.checkpointing}"
+                changed = self.memory(**settings)
+                if changed.total <= room:
+                    yield Change(setting.removesuffix(" and "), changed)
                     break
-        for ranks in (self.layout.ranks * factor for factor in (1, 2, 4, 8, 16)):
-            if ranks == 1 or (ranks == self.layout.shards):
-                continue
-            text = f"recipes/hardware/fsdp.yaml over {ranks} ranks"
-            sharded = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks)
-            yield from (changed := self._try(room, text, layout=sharded, structure=lightest))
-            if changed:
-                found = True
-                break
-        for trainable in ("id_blocks", "id_blocks+lora", "lora"):
-            if trainable != self.structure.trainable and (self.structure.config["id_layers"] or trainable == "lora"):
-                smaller = Structure(self.stage, trainable=trainable, checkpointing=lightest.checkpointing)
-                yield from self._try(room, f"model.init_args.trainable={trainable}", structure=smaller)
 
-    def _try(self, room: float, setting: str, structure: Structure | None = None, **settings: object) -> list[Change]:
-        if structure is not None and structure.checkpointing != self.structure.checkpointing:
-            kind = f"speed.checkpointing={structure.checkpointing}"
-            setting = setting if kind in setting else f"{setting} and model.init_args.{kind}"
-        changed = self.memory(structure=structure, **settings)  # type: ignore[arg-type]
-        return [Change(setting, changed)] if changed.total <= room else []
+    @cached_property
+    def _lightest(self) -> Structure:
+        """The same with all layers recomputed."""
+        full = self.structure.checkpointing == "full"
+        return self.structure if full else Structure(self.stage, checkpointing="full")
+
+    def _recomputing(self) -> Iterator[Tried]:
+        if self.structure.checkpointing == "none":
+            yield "", {"structure": Structure(self.stage, checkpointing="attention")}
+        if self.structure.checkpointing != "full":
+            yield "", {"structure": self._lightest}
+
+    def _fewer_clips(self) -> Iterator[Tried]:
+        samples = self.clips_a_rank
+        if self._clips(1) == self.work.clips:
+            return
+        text = (
+            f"data.init_args.batch_size={self.recipe.data.batch_size // samples} with "
+            f"trainer.accumulate_grad_batches={samples * self.layout.accumulate}"
+        )
+        if isinstance(self.stage, GRPO):
+            text = "model.init_args.rollouts.batch=1"
+        yield text, {"clips": self._clips(1)}
+        yield f"{text} and ", {"clips": self._clips(1), "structure": self._lightest}
+
+    def _no_averages(self) -> Iterator[Tried]:
+        if self.averages:
+            yield "no EMA callback", {"averages": False}
+
+    def _spread(self) -> Iterator[Tried]:
+        """Each sample's tokens over several ranks."""
+        groups = self.layout.ranks // self.layout.sequence
+        for more in (2, 4, 8):
+            ranks = self.layout.sequence * more
+            heads = self.structure.config["num_attention_heads"]
+            if self.layout.strategy != "fsdp" or heads % ranks or groups % more or self.clips_a_rank > 1:
+                continue
+            text = (
+                f"trainer.strategy.init_args.tensor_parallel_size={ranks} with "
+                f"data.init_args.batch_size={groups // more} and "
+                f"trainer.accumulate_grad_batches={self.layout.accumulate * more} and "
+            )
+            yield text, {"layout": replace(self.layout, sequence=ranks), "structure": self._lightest}
+
+    def _sharded(self) -> Iterator[Tried]:
+        for ranks in (self.layout.ranks * more for more in (1, 2, 4, 8, 16)):
+            if ranks > max(1, self.layout.shards):
+                layout = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks)
+                text = f"FSDP2 over {ranks} ranks (recipes/hardware/fsdp.yaml) and "
+                yield text, {"layout": layout, "structure": self._lightest}
+
+    def _smaller_sets(self) -> Iterator[Tried]:
+        for trainable in ("id_blocks+lora", "id_blocks", "lora"):
+            fewer = Structure(self.stage, trainable=trainable, checkpointing="full")
+            if trainable != self.structure.trainable and (fewer.config["id_layers"] or trainable == "lora"):
+                yield f"model.init_args.trainable={trainable} and ", {"structure": fewer}
 
     # Operations and time --------------------------------------------------------------------------------------
 

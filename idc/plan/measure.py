@@ -39,8 +39,8 @@ def measure(plan: Plan) -> Table:
     room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free()
     if predicted.total > room:
         raise UserError(
-            f"--measure: one rank without sharding takes {predicted.total / GIB:.1f} GiB, and {room / GIB:.1f} are free "
-            "here; measure with fewer layers (transformer.num_layers, id_blocks.layers) or smaller buckets"
+            f"--measure: a rank without sharding takes {predicted.total / GIB:.1f} GiB, and {room / GIB:.1f} are free; "
+            "measure with fewer layers (transformer.num_layers, id_blocks.layers) or smaller buckets"
         )
     measured = measured_parts(plan, device)
     table = Table("part", "predicted, GiB", "measured, GiB", "measured / predicted")

@@ -77,7 +77,9 @@ class Structure:
     def from_recipe(self) -> bool:
         """Whether sizes are the recipe's own, since the weights are a hub's, which nothing is asked of."""
         spec = self.stage.spec
-        return spec.pretrained is not None and resolve(spec.pretrained, spec.subfolder, "", marker="config.json") is None
+        return (
+            spec.pretrained is not None and resolve(spec.pretrained, spec.subfolder, "", marker="config.json") is None
+        )
 
     @property
     def _spec(self) -> TransformerSpec:

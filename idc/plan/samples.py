@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from math import ceil, sqrt
+from typing import NamedTuple
 
+from idc.data import storage
 from idc.data.buckets import Assignment, assign
+from idc.data.index import Entry
 from idc.data.module import VideoDataModule
 from idc.data.plan import MixSource, Plan
+from idc.data.scan import reference_number
 from idc.data.sources import Source, ToyShards, source_name
 from idc.errors import UserError
-from idc.types import Bucket
+from idc.types import SPATIAL_MULTIPLE, Bucket
+
+_LOOKED_AT = 8  # samples of a source whose references are looked at
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Samples:
         assignment: of the training samples, None where some of their indexes are not there.
         held_out: samples by bucket, None where not known.
         words: of a caption, a mean; None where not known.
-        reference_side: of references, in tokens, where the source says it.
+        reference_side: of the largest reference that was looked at, in tokens, were it a square; None where none was.
         lacking: why something is not known.
     """
 
@@ -47,34 +55,47 @@ class Samples:
 def samples_of(data: VideoDataModule) -> Samples:
     """Read the indexes of a recipe's sources where they are there; nothing is written."""
     lacking: list[str] = []
-    words: list[int] = []
-    train = _assign(data, data.sources, lacking, words)
-    held_out = _assign(data, data.val_sources, lacking, words) if data.val_sources else None
-    sides = {source.reference_size for source in data.sources if isinstance(source, ToyShards)}
-    side = max(sides) // 16 if sides and len(data.sources) == len([*filter(_is_toy, data.sources)]) else None
+    read = _Read([], [])
+    train = _assign(data, data.sources, lacking, read)
+    held_out = _assign(data, data.val_sources, lacking, read) if data.val_sources else None
     kept = sum(held_out.kept.values(), Counter()) if held_out else None
-    mean = sum(words) / len(words) if words else None
-    return Samples(_shares(data, train), train, kept, mean, side, tuple(lacking))
+    mean = sum(read.words) / len(read.words) if read.words else None
+    return Samples(_shares(data, train), train, kept, mean, max(read.sides, default=None), tuple(lacking))
 
 
-def _is_toy(source: Source) -> bool:
-    return isinstance(source, ToyShards)
+class _Read(NamedTuple):
+    """Of the sources that are there: words of each caption, and sides of some references, in tokens."""
+
+    words: list[int]
+    sides: list[int]
 
 
-def _assign(
-    data: VideoDataModule, sources: Iterable[Source], lacking: list[str], words: list[int]
-) -> Assignment | None:
+def _sides(source: Source, entries: Sequence[Entry]) -> Iterator[int]:
+    """Of references of a few samples, from the heads of their pictures; a square's with as many tokens."""
+    from PIL import Image
+
+    for entry in entries[:: max(1, len(entries) // _LOOKED_AT)][:_LOOKED_AT]:
+        path = storage.join(source.path, entry.shard)
+        for member in entry.members:
+            if reference_number(member.ext) >= 0:
+                with Image.open(BytesIO(storage.read_range(path, member.offset, member.size))) as picture:
+                    yield ceil(sqrt(ceil(picture.width / SPATIAL_MULTIPLE) * ceil(picture.height / SPATIAL_MULTIPLE)))
+
+
+def _assign(data: VideoDataModule, sources: Iterable[Source], lacking: list[str], read: _Read) -> Assignment | None:
     sizes: list[tuple[str, list[Bucket]]] = []
     for source in sources:
         if isinstance(source, ToyShards) and not source._ready():
             sizes.append((source_name(source), _toy(source)))
+            read.sides.append(ceil(source.reference_size / SPATIAL_MULTIPLE))
             continue
         try:
             entries = source.index().entries
+            read.sides.extend(_sides(source, entries))
         except (UserError, OSError) as error:
             lacking.append(str(error))
             continue
-        words.extend(entry.caption_words for entry in entries)
+        read.words.extend(entry.caption_words for entry in entries)
         sizes.append((source_name(source), [entry.bucket for entry in entries]))
     if not sizes or lacking:
         return None

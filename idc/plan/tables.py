@@ -44,8 +44,8 @@ def _parameters(plan: Plan) -> Table:
     resident = plan.resident
     for encoder in plan.encoders:
         where = "" if encoder in resident else " (not on the device while it trains)"
-        count = "unknown" if encoder.parameters is None else f"{encoder.parameters:,}"
-        table.add_row(f"{encoder.part}: {encoder.name}{where}", count, "0", count)
+        known = "unknown" if encoder.parameters is None else f"{encoder.parameters:,}"
+        table.add_row(f"{encoder.part}: {encoder.name}{where}", known, "0", known)
     return table
 
 
@@ -83,9 +83,7 @@ def _operations(plan: Plan) -> Table:
     for bucket, share in plan.buckets.items():
         each = plan.operations[bucket]
         frozen = ", ".join(f"{name} {tera(flops)}" for name, flops in each.frozen.items())
-        table.add_row(
-            shape(bucket), f"{share:.0%}", *map(tera, each.trained), frozen or "0", tera(each.total)
-        )
+        table.add_row(shape(bucket), f"{share:.0%}", *map(tera, each.trained), frozen or "0", tera(each.total))
     step = plan.samples_a_step
     table.add_row(
         f"a step of {step:g} on {plan.layout.ranks}", "", *(tera(step * part) for part in plan.sample.trained),
@@ -137,8 +135,8 @@ def notes(plan: Plan) -> list[str]:
         found.append("sizes of the transformer are the recipe's; its weights are a hub's, which was not asked")
     if plan.samples.assignment is None:
         found.append(
-            f"without the shards' index: every bucket as often as the others, with {plan.recipe.data.rule.max_subjects} "
-            f"subjects (data.init_args.max_subjects) and captions of {plan.words:g} words"
+            "without the shards' index: every bucket as often as the others, with as many subjects as may come "
+            f"(data.init_args.max_subjects={plan.recipe.data.rule.max_subjects}) and captions of {plan.words:g} words"
         )
     if plan.samples.reference_side is None:
         found.append(f"references are taken to have {plan.reference_side**2} tokens, the cap of their area")
@@ -180,7 +178,11 @@ def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
             "encoders": {encoder.part: encoder.parameters for encoder in plan.encoders},
         },
         "layout": vars(plan.layout),
-        "pass": {"clips": plan.work.clips, "bucket": list(plan.work.bucket), "checkpointing": plan.structure.checkpointing},
+        "pass": {
+            "clips": plan.work.clips,
+            "bucket": list(plan.work.bucket),
+            "checkpointing": plan.structure.checkpointing,
+        },
         "memory": {"parts": found.parts, "margin": found.margin, "peak": found.total, "allocated": found.allocated},
         "operations": {
             shape(bucket): {**each.trained._asdict(), **each.frozen, "total": each.total}

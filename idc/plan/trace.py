@@ -5,8 +5,9 @@ of each storage. Whatever the model's code does is counted as it does it: autoca
 keeps, what checkpointing recomputes. A deep model is traced at the depth of a few layers, since what a layer keeps is
 the same for all of a kind; a test holds that equal to tracing all layers.
 
-Weights and their gradients are there before and not counted. What is run are the operators of the CPU. Attention is PyTorch's fused one, which keeps what FlashAttention keeps (queries,
-keys, values, outputs, and one number a query and head).
+Weights and their gradients are there before and not counted. What is run are the operators of the CPU. Attention is
+PyTorch's fused one, which keeps what FlashAttention keeps (queries, keys, values, outputs, and one number a query and
+head).
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class Passed(NamedTuple):
 class Storages(TorchDispatchMode):
     """Follows the storages that operators make: bytes that live now, and the most so far.
 
+    Args:
+        weights: a model whose parameters and buffers were there before.
+
     Attributes:
         live, peak: bytes. copies: bytes of each living copy of a weight in another dtype, by its number.
     """
@@ -66,8 +70,8 @@ class Storages(TorchDispatchMode):
         self.copies: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._count = 0
-        parameters = () if weights is None else weights.parameters()
-        self._weights = {parameter.untyped_storage()._cdata for parameter in parameters}
+        own = () if weights is None else (*weights.parameters(), *weights.buffers())
+        self._weights = {tensor.untyped_storage()._cdata for tensor in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -116,8 +120,12 @@ def trace(
             result.backward()
             backward = storages.peak
     more = {"blocks": layers - depth, "id_blocks": id_layers - ids}
-    rest = _Grown(*(sum(count * getattr(kinds[kind], name) for kind, count in more.items() if kind in kinds)
-                    for name in _Grown._fields))
+    rest = _Grown(
+        *(
+            sum(count * getattr(kinds[kind], name) for kind, count in more.items() if kind in kinds)
+            for name in _Grown._fields
+        )
+    )
     return Passed(
         kept=kept - copies + rest.kept,
         kept_copies=copies + rest.kept_copies,

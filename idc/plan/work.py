@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from idc.models.cost import StepFlops, forward_flops, step_flops
 from idc.models.conditioning import Drop
+from idc.models.cost import StepFlops, forward_flops, step_flops
 from idc.plan.devices import Device
+from idc.plan.encoders import vlm_tokens
 from idc.plan.memory import Optimiser
 from idc.plan.model import Parameters, Structure
-from idc.plan.encoders import vlm_tokens
 from idc.plan.recipe import Layout
 from idc.stages.dpo import DPO
 from idc.stages.grpo import GRPO
@@ -134,8 +134,9 @@ def seconds(
 def _communication(parameters: Parameters, layout: Layout, device: Device, passes: int) -> float:
     if layout.ranks == 1:
         return 0.0
-    within = 1e9 * (device.link if layout.shards * layout.nodes <= layout.ranks or layout.nodes == 1 else device.network)
+    inside = layout.shards * layout.nodes <= layout.ranks  # a copy of the weights lies on one node
     between = 1e9 * (device.link if layout.nodes == 1 else device.network)
+    within = 1e9 * device.link if inside else between
     weights, gradients = 4 * parameters.total, 4 * parameters.trained
     part = (layout.shards - 1) / layout.shards
     replicas = layout.ranks // layout.shards

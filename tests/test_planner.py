@@ -1,0 +1,311 @@
+"""`idc plan`: memory against real steps, operations against torch's count, recipes, advice."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from _tiny_wan import VLM_DIM, WAN, inputs, tiny_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from idc.cli import main
+from idc.errors import UserError
+from idc.models.conditioners import ToyTextConditioner
+from idc.models.conditioning import Drop, Encoders
+from idc.models.cost import forward_flops, step_flops
+from idc.models.toy_codec import CosineCodec
+from idc.models.trainable import set_trainable
+from idc.models.transformer import IDCrafterTransformer
+from idc.models.vlm import ToyVLM
+from idc.plan import trace as tracing
+from idc.plan.devices import DEVICES, device
+from idc.plan.encoders import PUBLISHED, cached_bytes
+from idc.plan.memory import memory, optimiser_of
+from idc.plan.model import Parameters
+from idc.plan.recipe import Layout
+from idc.plan.trace import Passed, trace
+from idc.types import Bucket, Condition
+
+MODES = ("none", "attention", "full")
+
+
+def make(layers: int, id_layers: int, checkpointing: str = "none", on: str = "cpu", **settings: Any) -> nn.Module:
+    with torch.device(on):
+        model = IDCrafterTransformer(
+            **{**WAN, "attention_head_dim": 24, "num_layers": layers, **settings}, id_layers=id_layers, vlm_dim=VLM_DIM
+        )
+    model.run_layers(checkpointing)
+    return model.train()
+
+
+def loss_of(batch: int, frames: int, grids: tuple[tuple[int, int], ...], bf16: bool = False):
+    """A forward pass at latents of `frames` x 8 x 12 and its error."""
+
+    def loss(model: Any) -> Tensor:
+        x = torch.randn(batch, 4, frames, 8, 12)
+        given = Condition(
+            text_BLD=torch.randn(batch, 5, 16),
+            references=tuple(torch.randn(batch, 4, 2 * h, 2 * w) for h, w in grids) if len(model.id_blocks) else (),
+            vlm_BLD=torch.randn(batch, 7, VLM_DIM),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            velocity = model(x, torch.rand(batch), given.text_BLD, given, return_dict=False)[0]
+        return (velocity.float() - x).square().mean()
+
+    return loss
+
+
+SIZES = [(1, 3, ((2, 2),)), (2, 6, ((2, 2), (3, 1), (4, 4)))]
+
+
+@pytest.mark.parametrize(("size", "bf16"), [(SIZES[0], False), (SIZES[1], True)], ids=["float32", "bfloat16"])
+def test_kept_activations_are_what_autograd_saves(size, bf16):
+    loss = loss_of(*size, bf16=bf16)
+    model = make(3, 2)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = loss(model)
+    predicted = trace(lambda layers, ids: make(layers, ids, on="meta"), 3, 2, loss)
+    assert held.requires_grad
+    assert predicted.kept + predicted.kept_copies == pytest.approx(sum(saved.values()), rel=0.01)
+    assert (predicted.kept_copies > 0) == bf16
+
+
+@pytest.mark.parametrize(("checkpointing", "size"), list(zip(MODES, (SIZES[1], SIZES[0], SIZES[1]), strict=True)))
+def test_the_peak_is_that_of_the_allocator(checkpointing, size):
+    loss = loss_of(*size)
+    model = make(3, 2, checkpointing)
+    loss(model).backward()  # gradients of an earlier pass, to which the measured one adds
+    allocated = allocations(lambda: loss(model).backward())
+    predicted = trace(lambda layers, ids: make(layers, ids, checkpointing, on="meta"), 3, 2, loss)
+    assert predicted.peak == pytest.approx(allocated, rel=0.1)
+
+
+def allocations(run) -> int:
+    """The most bytes that the CPU's allocator gave out at a time, as torch's profiler saw it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = most = 0
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "bf16", "layers", "ids"), [("attention", True, 4, 3), ("full", False, 4, 4), ("none", True, 5, 0)]
+)
+def test_a_few_layers_tell_all(checkpointing, bf16, layers, ids, monkeypatch):
+    loss = loss_of(1, 2, ((2, 2), (1, 2)), bf16)
+
+    def build(layers: int, ids: int) -> nn.Module:
+        return make(layers, ids, checkpointing, on="meta")
+
+    short = trace(build, layers, ids, loss)
+    monkeypatch.setattr(tracing, "_DEPTH", 99)
+    whole = trace(build, layers, ids, loss)
+    assert (short.kept, short.kept_copies, short.backward) == (whole.kept, whole.kept_copies, whole.backward)
+    assert short.forward == pytest.approx(whole.forward, rel=0.01)
+
+
+def test_checkpointing_keeps_less_and_attention_outputs_are_what_it_may_keep():
+    loss = loss_of(*SIZES[1])
+    none, attention, full = (
+        trace(lambda layers, ids, kind=kind: make(layers, ids, kind, on="meta"), 2, 1, loss) for kind in MODES
+    )
+    assert none.kept > attention.kept > full.kept
+    video, width = 6 * 4 * 6, 48
+    # Two attentions a layer and stage 3's over the video, and one number a query and head beside them.
+    at_least = 2 * video * (2 * 2 + 1) * width * 4
+    assert at_least < attention.kept - full.kept < 1.5 * at_least
+
+
+@pytest.mark.parametrize("settings", [{}, {"id_joint_references": True}, {"id_inter_subject": False}])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_operations_of_a_step_are_those_that_torch_counts(settings, checkpointing):
+    model: Any = tiny_model(**settings).train()
+    model.run_layers(checkpointing)
+    latents, timestep, text = inputs(1)
+    grids = ((2, 2), (1, 3))
+    given = Condition(
+        text_BLD=text,
+        references=tuple(torch.randn(1, 4, 2 * h, 2 * w) for h, w in grids),
+        vlm_BLD=torch.randn(1, 7, VLM_DIM),
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latents, timestep, text, given).sample.square().sum().backward()
+    sizes = (9, 32, 48, 5, tuple(math.prod(grid) for grid in grids), 7)
+    planned = step_flops(model.config, *sizes, checkpointing=checkpointing)
+    assert planned.forward == forward_flops(model.config, *sizes)
+    # Recomputation stops where nothing more is needed: up to one product short of a layer.
+    assert counter.get_total_flops() == pytest.approx(planned.total, rel=0 if checkpointing == "none" else 0.05)
+
+
+@pytest.mark.parametrize("trainable", ["id_blocks", "lora", "id_blocks+lora"])
+def test_operations_with_frozen_weights_are_near_torchs_count(trainable):
+    model: Any = tiny_model().train()
+    set_trainable(model, trainable, rank=1)
+    latents, timestep, text = inputs(1)
+    given = Condition(text_BLD=text, references=(torch.randn(1, 4, 4, 4),), vlm_BLD=torch.randn(1, 7, VLM_DIM))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latents, timestep, text, given).sample.square().sum().backward()
+    planned = step_flops(model.config, 9, 32, 48, 5, (4,), 7, trainable=trainable)
+    # Adapters themselves are not counted, and are large beside a width of 24.
+    assert counter.get_total_flops() == pytest.approx(planned.total, rel=0.02 if trainable == "id_blocks" else 0.25)
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("none", 3), ("full", 4), ("attention", 3.3)])
+def test_a_step_of_1_3b_costs_what_the_facts_say(kind, ratio):
+    config = {
+        **{"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
+        **{"patch_size": (1, 2, 2), "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256},
+        **{"id_layers": 20, "id_intra_subject": True, "id_inter_subject": True, "id_cross_modal": True},
+        **{"id_use_vlm": True, "vlm_dim": 3584},
+    }
+    step = step_flops(config, 81, 480, 832, subject_tokens=(1560,) * 3, vlm_tokens=512, checkpointing=kind)
+    assert step.total / step.forward == pytest.approx(ratio, rel=0.01)
+
+
+# Sums ---------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_gradients_and_states_are_those_of_a_real_step():
+    model = make(3, 2)
+    factory = torch.optim.AdamW
+    optimizer = factory(model.parameters())
+    loss_of(*SIZES[0])(model).backward()
+    optimizer.step()
+    numel = sum(p.numel() for p in model.parameters())
+    found = memory(Parameters({"all": (numel, numel)}, 1, 1), Passed(0, 0, 0, 0), optimiser_of(factory), Layout())
+    states = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert found.parts == {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "optimiser states": sum(v.nbytes for v in states),
+    }
+
+
+def test_optimisers_are_told_apart_by_their_states():
+    assert optimiser_of(torch.optim.AdamW).states == 8
+    assert optimiser_of(lambda p: torch.optim.SGD(p, lr=0.1)).states == 0
+    assert optimiser_of(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)).states == 4
+    assert optimiser_of(torch.optim.AdamW).step == 4  # foreach, on a GPU
+    assert optimiser_of(lambda p: torch.optim.AdamW(p, fused=True)).step == 0
+    assert optimiser_of(torch.optim.AdamW, on_gpu=False).step == 0
+
+
+def test_sharding_divides_what_it_shards_and_nothing_else():
+    parameters = Parameters({"all": (8_000, 8_000)}, 1_000, 500)
+    passed = Passed(kept=1_000, kept_copies=0, forward=1_500, backward=2_000)
+    optimiser = optimiser_of(torch.optim.AdamW)
+
+    def parts(**layout: Any) -> dict[str, int]:
+        return memory(parameters, passed, optimiser, Layout(**layout), average=True, on_gpu=False).parts
+
+    one, eight = parts(), parts(strategy="fsdp", ranks=8, shards=8)
+    for name in ("weights", "gradients", "optimiser states", "averages (EMA)"):
+        assert eight[name] == one[name] / 8
+    assert eight["activations kept"] == one["activations kept"] == 1_000
+    assert eight["gathered layers"] == 2 * 4 * (500 + 2 * 1_000)
+    spread = parts(strategy="fsdp", ranks=8, shards=8, sequence=4)
+    assert spread["activations kept"] == 250
+    assert spread["weights"] == eight["weights"]
+    zero2 = parts(strategy="zero2", ranks=8, shards=8)
+    assert (zero2["weights"], zero2["optimiser states"]) == (one["weights"], one["optimiser states"] / 8)
+    assert parts(strategy="ddp", ranks=8)["DDP's buckets of gradients"] == one["gradients"]
+
+
+# Encoders, cache, devices -------------------------------------------------------------------------------------------
+
+
+def test_published_encoders_have_the_parameters_of_their_structures():
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan()
+        config = UMT5Config(
+            vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        text = UMT5EncoderModel(config)
+    for part, model in (("codec", vae), ("text", text)):
+        assert sum(p.numel() for p in model.parameters()) == PUBLISHED[part]
+
+
+def test_the_cache_takes_the_bytes_of_real_features():
+    encoders = Encoders(CosineCodec(), ToyTextConditioner(), ToyVLM())
+    from idc.types import Sample, Subject
+
+    caption = " ".join(["word"] * 12)
+    subjects = tuple(Subject(torch.zeros(3, 32, 32), "a") for _ in range(2))
+    sample = Sample("a", caption, torch.zeros(3, 9, 64, 64), subjects, 8.0)
+    (features,) = encoders.features([sample])
+    real = sum(tensor.nbytes for tensor in features.values())
+    assert cached_bytes(encoders, Bucket(9, 64, 64, 2), reference_tokens=4, words=12) == pytest.approx(real, rel=0.02)
+    assert {drop.vlm for drop in Drop} <= set(features)
+
+
+def test_devices_are_known_by_name():
+    assert device("H100") is DEVICES["h100"]
+    assert device("nvidia-a100-80gb") is DEVICES["a100"]
+    assert device("cpu").memory > 0
+    with pytest.raises(UserError, match="did you mean 'h100'"):
+        device("h10")
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+WAN14B = ("--config", "recipes/sft.yaml", "--config", "recipes/scale/wan14b.yaml")
+
+
+def plan(tmp_path, capsys, *args: str) -> tuple[int, dict[str, Any], str]:
+    status = main(["plan", *args, "--json", str(tmp_path / "plan.json")])
+    return status, json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().err
+
+
+def test_14b_on_eight_gpus_is_told_what_makes_it_fit(tmp_path, capsys):
+    args = (*WAN14B, "--config", "recipes/hardware/fsdp.yaml", "--device", "h100", "--strict")
+    status, found, warned = plan(tmp_path, capsys, *args)
+    assert found["parameters"]["parts"]["backbone"]["all"] == 14_288_491_584
+    trained = sum(part["trained"] for part in found["parameters"]["parts"].values())
+    assert found["memory"]["parts"]["optimiser states"] == trained * 8 // found["layout"]["shards"]
+    (only,) = found["devices"].values()
+    assert only["fits"] == (found["memory"]["peak"] <= only["memory"])
+    assert status == (0 if only["fits"] else 1)
+    assert ("out of memory" in warned) != only["fits"]
+    assert ("GiB, fits" in warned) != only["fits"]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_toy_recipes_can_be_planned_for_this_machine(recipe, tmp_path, capsys, monkeypatch):
+    _, found, warned = plan(tmp_path, capsys, "--config", f"recipes/{recipe}.yaml", "--device", "cpu")
+    assert warned == ""
+    assert sum(part["all"] for part in found["parameters"]["parts"].values()) == 3_871_552
+    assert found["samples"]["kept"] == pytest.approx(4096, abs=4)
+    assert found["samples"]["dropped"] == 0
+
+
+def test_wrong_settings_are_told_as_fit_tells_them(capsys):
+    assert main(["plan", "--config", "recipes/sft.yaml", "--model.init_args.trainabel", "full"]) == 2
+    assert "trainable" in capsys.readouterr().err
+    assert main(["plan", "--config", "recipes/generate.yaml"]) == 2
+    assert "idc generate" in capsys.readouterr().err
+    assert main(["plan", "--config", "recipes/sft.yaml", "--device", "h1000"]) == 2
+    assert "h100" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+    assert "no recipe" in capsys.readouterr().err

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from _tiny_wan import VLM_DIM, WAN, condition, randomise
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from idc.callbacks.ema import EMAWeights
 from idc.models.sequence_parallel import spread_over
 from idc.models.transformer import IDCrafterTransformer
+from idc.models.weight_copy import local
+from idc.stages.sharding import shard
 from idc.types import Condition
 
 HEADS = 4
@@ -87,3 +94,30 @@ def _groups(rank: int, world: int) -> Iterator[tuple[int, dist.ProcessGroup, int
     yield world, dist.group.WORLD, 0
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
     yield 2, pairs[rank // 2], rank // 2
+
+
+def count_14b(out: str) -> None:
+    """Numbers and bytes of Wan2.1-14B with 20 blocks on rank 0 of 8, as JSON; no tensor has memory."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    with torch.device("meta"):
+        model = IDCrafterTransformer(vlm_dim=3584)  # the default sizes are the 14B model's
+    shard(model, init_device_mesh("cpu", (8,), mesh_dim_names=("shard",)))
+    layers = [sum(p.numel() for p in unit.parameters()) for unit in [*model.blocks, *model.id_blocks]]
+    weights = [local(parameter.detach()) for parameter in model.parameters()]
+    for weight in weights:
+        weight.requires_grad_().grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW(weights)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    averages = [local(average) for _, average in EMAWeights(model).named_buffers()]
+    parts = {"weights": weights, "gradients": [w.grad for w in weights], "adamw": moments, "ema": averages}
+    assert all(tensor.is_meta for part in parts.values() for tensor in part)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = {
+        "parameters": parameters,
+        "largest_unit": max(*layers, parameters - sum(layers)),  # what is gathered at once; the root has the rest
+        "local": sum(weight.numel() for weight in weights),
+        "bytes": {name: sum(tensor.nbytes for tensor in part) for name, part in parts.items()},
+    }
+    Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _scale_out_worker import CASES, loss_of, model_of, spread
+from _scale_out_worker import CASES, count_14b, loss_of, model_of, spread
 from _server import free_port, join, launch
 from _sft_worker import Fit, callbacks, merge, tiny_overlay
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from idc.callbacks.resume import consolidate
+from idc.cli import main
 from idc.errors import UserError
 from idc.models.sequence_parallel import check_heads
+from idc.stages.sharding import FSDP2, sequence_ranks
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +59,15 @@ def test_heads_that_do_not_divide_over_the_ranks_are_refused(heads, ranks, says)
 # A whole run --------------------------------------------------------------------------------------------------------
 
 
-def run(
-    folder: Path, data: Path, steps: int, strategy: dict[str, Any] | None = None, args: tuple[str, ...] = ()
-) -> Fit:
+CHANGES: dict[str, Any] = {"trainer": {"max_steps": 4, "val_check_interval": 4, "gradient_clip_val": 0.05}}
+
+
+def run(folder: Path, data: Path, strategy: dict[str, Any] | None = None, args: tuple[str, ...] = ()) -> Fit:
     """SFT of a tiny transformer to its end; on four ranks with a `strategy`, on one without."""
-    changes: dict[str, Any] = {"trainer": {"max_steps": steps, "val_check_interval": 4, "gradient_clip_val": 0.5}}
+    overlay = merge(tiny_overlay(data, folder / "runs"), callbacks(save_every=2, count=2), CHANGES)
     if strategy is not None:
         entry = {"class_path": "idc.stages.sharding.FSDP2", "init_args": strategy}
-        changes["trainer"] |= {"devices": 4, "strategy": entry}
-    overlay = merge(tiny_overlay(data, folder / "runs"), callbacks(save_every=2, count=2), changes)
+        overlay = merge(overlay, {"trainer": {"devices": 4, "strategy": entry}})
     made = Fit(folder, overlay, args, ranks=1 if strategy is None else 4)
     assert made.finish() == [0] * made.ranks, made.errors()
     return made
@@ -79,12 +83,12 @@ def weights(run: Fit, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def alone(toy_data, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("alone"), toy_data, steps=4)
+    return run(tmp_path_factory.mktemp("alone"), toy_data)
 
 
 def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_rank(alone, toy_data, tmp_path):
     """2 replicas x 2 shards of the weights, 2 batches x 2 ranks of a sequence; then resumed as 4 batches."""
-    both = run(tmp_path / "both", toy_data, 4, {"replicas": 2, "tensor_parallel_size": 2})
+    both = run(tmp_path / "both", toy_data, {"replicas": 2, "tensor_parallel_size": 2})
     assert both.losses() == pytest.approx(alone.losses(), rel=1e-5)
     assert len(set(alone.losses())) == 4
     assert both.validation()[4] == pytest.approx(alone.validation()[4], rel=1e-5)
@@ -92,7 +96,7 @@ def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_ra
     assert not set(both.steps(0)[1]["ids"]) & set(both.steps(2)[1]["ids"])
 
     checkpoint = str(both.run / "checkpoints" / "step-00000002")
-    resumed = run(tmp_path / "resumed", toy_data, 4, {"replicas": 2}, ("--ckpt_path", checkpoint))
+    resumed = run(tmp_path / "resumed", toy_data, {"replicas": 2}, ("--ckpt_path", checkpoint))
     assert resumed.losses() == pytest.approx(alone.losses()[2:], rel=1e-5)
     expected = weights(alone, 4)
     for other in (both, resumed):
@@ -101,3 +105,80 @@ def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_ra
         assert any(name.startswith("ema.") for name in found)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Sizes --------------------------------------------------------------------------------------------------------------
+
+
+def strategy_of(nodes: int, devices: int, **settings: Any) -> FSDP2:
+    """As Lightning connects it, up to where processes would start."""
+    strategy = FSDP2(**settings)
+    strategy.num_nodes, strategy.parallel_devices = nodes, [torch.device("cpu")] * devices
+    strategy.cluster_environment = TorchElasticEnvironment()
+    strategy._configure_launcher()
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "settings", "sizes"),
+    [
+        (1, 8, {}, (8, 1, 1)),
+        (4, 8, {"replicas": "nodes"}, (32, 1, 4)),
+        (2, 8, {"replicas": 4, "tensor_parallel_size": 8, "data_parallel_size": 2}, (2, 8, 4)),
+        (1, 1, {"replicas": "nodes"}, (1, 1, 1)),
+    ],
+)
+def test_sizes_follow_from_nodes_and_devices(nodes, devices, settings, sizes):
+    strategy = strategy_of(nodes, devices, **settings)
+    assert (strategy._data_parallel_size, sequence_ranks(strategy), strategy.replicas) == sizes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "settings", "says"),
+    [
+        (1, 8, {"tensor_parallel_size": 3}, r"tensor_parallel_size=3: must divide the 8 ranks.*choice is 2"),
+        (2, 8, {"replicas": 3}, r"replicas=3: must divide the 16 ranks \(2 nodes of 8 devices\).*choice is 2"),
+        (1, 4, {"data_parallel_size": 8}, r"data_parallel_size=8: 4 ranks \(1 node of 4 devices\).*make 4"),
+        (1, 4, {"replicas": 0}, r"replicas=0: must be 1 or more"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_ranks_are_refused_before_any_process_starts(nodes, devices, settings, says):
+    with pytest.raises(UserError, match=says):
+        strategy_of(nodes, devices, **settings)
+
+
+@pytest.mark.parametrize("recipe", ["deepspeed", "deepspeed_zero3"])
+def test_deepspeed_is_refused_without_cuda_in_one_message(recipe, capsys):
+    files = ["--config", "recipes/sft.yaml", "--config", f"recipes/hardware/{recipe}.yaml"]
+    assert main(["fit", *files, "--trainer.accelerator", "cpu"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("idc: error")]
+    assert "DeepSpeed" in line
+    assert "CUDA" in line
+
+
+def test_14b_with_its_blocks_fits_eight_devices_of_80_gb(tmp_path):
+    """On meta devices over a fake process group: the bytes that rank 0, which holds the most, would allocate."""
+    assert join(launch(count_14b, [(str(tmp_path / "14b.json"),)])) == [0]
+    found = json.loads((tmp_path / "14b.json").read_text())
+    dim, hidden, text, vlm, patch, frequencies = 5120, 13824, 4096, 3584, 16 * 4, 256
+
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    attention = 4 * linear(dim, dim) + 2 * dim
+    layer = 2 * attention + linear(dim, hidden) + linear(hidden, dim) + 2 * dim + 6 * dim
+    block = 3 * attention + linear(dim, dim) + 4 * 2 * dim  # stages, gate, norms
+    root = linear(patch, dim) + linear(text, dim) + linear(dim, dim)  # patches, text
+    root += linear(frequencies, dim) + linear(dim, dim) + linear(dim, 6 * dim)  # time
+    root += 2 * dim + linear(dim, patch) + 4 * dim + 2 * vlm + linear(vlm, dim) + linear(dim, dim)  # head, subjects, VLM
+    assert found["parameters"] == 40 * layer + 20 * block + root == 21_151_602_752
+    assert found["largest_unit"] == layer
+
+    # Rank 0 has the whole of what is a single row (modulations), and an eighth of the rest.
+    share = found["local"]
+    assert found["parameters"] / 8 <= share < 1.001 * found["parameters"] / 8
+    assert found["bytes"] == {"weights": 4 * share, "gradients": 4 * share, "adamw": 8 * share, "ema": 4 * share}
+    state = sum(found["bytes"].values())
+    gathered = 3 * 4 * layer  # a layer's weights, the next one's, and the gradients of one before they are scattered
+    assert 52.8e9 < state < 53e9
+    assert state + gathered < 0.72 * 80e9, "less than 22 GB are left for activations"

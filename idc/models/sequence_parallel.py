@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
 
 from idc.errors import UserError
+from idc.models.attention import attend
 from idc.models.hierarchy import rotate
 
 if TYPE_CHECKING:
@@ -163,12 +163,10 @@ class SequenceAttnProcessor(WanAttnProcessor):
         value = attn.to_v(hidden_states)
         projected = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         heads = [rotate(x.unflatten(2, (attn.heads, -1)), (rotary_emb.cos, rotary_emb.sin)) for x in projected]
-        # Under autocast the norms compute in float32: half the traffic in what attention would be cast to anyway.
+        # Under autocast the norms return float32: half the traffic in what `attend` would convert them to anyway.
         parts = [x.type_as(value) for x in heads] + [value.unflatten(2, (attn.heads, -1))]
         query, key, value = (self.parallel.to_heads(x, rotary_emb.video_tokens) for x in parts)
-        out = dispatch_attention_fn(
-            query, key, value, attn_mask=rotary_emb.mask, backend=self._attention_backend, parallel_config=None
-        )
+        out = attend(query, key, value, rotary_emb.mask, self._attention_backend)
         out = self.parallel.to_tokens(out.type_as(value), rotary_emb.video_tokens)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 

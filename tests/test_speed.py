@@ -262,6 +262,7 @@ def test_a_named_backend_is_checked_and_its_error_measured(dtype: torch.dtype, t
     assert choice.name == "_native_math"
     assert choice.error is not None
     assert choice.error < attention.TOLERANCE[dtype]
+    assert f"_native_math (off by {choice.error:.1e}" in str(choice)
     assert (choice.error > 1e-4) == (dtype is torch.bfloat16)
 
 

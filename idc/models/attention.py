@@ -51,8 +51,10 @@ class Choice:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {value:.2f} ms" for name, value in self.milliseconds.items())
-        return f"attention backend: {self.name}" + (f" ({times})" if times else "")
+        notes = [f"{name} {value:.2f} ms" for name, value in self.milliseconds.items()]
+        if self.error is not None:
+            notes.append(f"off by {self.error:.1e} of its size from float32")
+        return f"attention backend: {self.name}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def attend(query_BLAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask: Tensor | None, backend: Any) -> Tensor:

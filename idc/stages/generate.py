@@ -122,6 +122,8 @@ class Generate(LightningModule):
         else:
             assert self.system is not None
             model = {**self.system.identity, "compute_dtype": str(self.compute_dtype).removeprefix("torch.")}
+            if self.system.speed.attention.startswith("sage"):  # of 8 bits: other videos, not other rounding
+                model["attention"] = self.system.speed.attention
             if self.system.rewards:  # for whoever judges the videos
                 model["rewards"] = list(self.system.rewards)
         return {"model": model, "sampling": asdict(self.sampling), "encoding": asdict(self.encoding)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from idc.bench import generate, grpo, train
+from idc.bench import data, generate, grpo, train
 from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason, run, stepwise
 from idc.bench.cli import main
 from idc.bench.context import Bench
@@ -240,6 +241,20 @@ def test_an_interrupt_keeps_what_was_measured():
     assert (b.status, b.seconds.n) == ("interrupted", 2)
 
 
+def test_an_interrupt_of_a_trainer_is_one_here(bench, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+
+    class Interrupted(grpo.Meter):
+        def on_train_batch_start(self, *args):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "Meter", Interrupted)
+    (case, *_) = grpo.groups(bench)[0].open().__enter__()
+    with pytest.raises(KeyboardInterrupt):
+        case.turn(0, 1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_steps_that_warm_up_are_not_counted_and_what_they_hold_is_released():
     log = []
 
@@ -305,6 +320,19 @@ def test_the_ceiling_is_the_best_of_its_sweep():
     assert found["dtype"] == "float32"
 
 
+def test_data_measures_streams_and_stages_over_the_same_clips(bench):
+    told = replace(bench, options={"workers": [0], "clips": 16})
+    outcomes = []
+    run(data.groups(told), CPU, 1, 1, 0, outcomes)
+    rows = {row.name: row for row in rows_of(outcomes, None)}
+    assert [row.status for row in rows.values()] == ["ok"] * 5
+    assert {rows[name].ratio.to for name in (data.CACHED, data.PLAIN)} == {data.OURS}
+    assert set(rows["decoded"].parts) == {"bytes", "clip", "references", "to float"}
+    assert set(rows["cached features"].parts) == {"features"}
+    with pytest.raises(UserError, match="--clips 24"):
+        data._batch(replace(told, setup=replace(bench.setup, batch=12)))
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -367,6 +395,7 @@ def test_a_table_shows_rows_without_figures_and_that_it_was_interrupted(capsys):
         (["train", "--json", "nowhere/at/all.json"], "is no folder"),
         (["train", "--compile", "maybe"], "invalid choice"),
         (["grpo", "--device", "cpu", "--group", "4", "--rollouts", "6"], "whole groups of 4; the nearest is 8"),
+        (["data", "--config", "recipes/sft.yaml"], "leave it out"),
         (["data", "--device", "cpu", "--clips", "15"], "--clips 15: must be 16 or more"),
     ],
 )
@@ -383,8 +412,8 @@ def test_sizes_come_from_a_recipe_without_its_weights():
 
 
 def test_a_recipe_of_alignment_says_how_its_rollouts_are_sampled(bench):
-    stage, data = SimpleNamespace(rollouts=Rollouts(steps=7, batch=2)), SimpleNamespace(group_size=4, batch_size=16)
-    told = replace(bench, recipe=SimpleNamespace(stage=stage, data=data))
+    stage = SimpleNamespace(rollouts=Rollouts(steps=7, batch=2))
+    told = replace(bench, recipe=SimpleNamespace(stage=stage, data=SimpleNamespace(group_size=4, batch_size=16)))
     plan = grpo.plan_of(told)
     assert (plan.rollouts, plan.group, plan.settings["steps"], plan.settings["batch"]) == (16, 4, 7, 2)
     shorter = grpo.plan_of(replace(told, options={"steps": 3, "group": 2, "rollouts": 6}))

@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> int:
     if args[0] not in COMMANDS:
         raise UserError(f"bench {args[0]}: no such benchmark{nearest(args[0], COMMANDS)}")
     options, rest = _parser(args[0]).parse_known_args(args[1:])
+    if args[0] == "data" and options.config:
+        raise UserError(f"--config {options.config[0]}: idc bench data reads toy shards that it writes; leave it out")
     _check(options, rest)
     return _run(args[0], options, rest, args)
 

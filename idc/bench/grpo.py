@@ -11,6 +11,7 @@ the same time in every case.
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -240,11 +241,19 @@ def _turn(
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
-        trainer.fit(make_stage(bench, plan, way, cache), datamodule=Conditions(bench, plan, warm_up + repeats))
-    if trainer.interrupted:  # Lightning takes Ctrl-C for itself
-        raise KeyboardInterrupt
+        _fit(trainer, make_stage(bench, plan, way, cache), Conditions(bench, plan, warm_up + repeats))
     counts.update(meter.passes[-1])
     return meter.repeats[warm_up:]
+
+
+def _fit(trainer: Trainer, stage: GRPO, data: Conditions) -> None:
+    """`trainer.fit`, from which Ctrl-C comes out as itself: Lightning makes an exit of it and ignores further ones."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(stage, datamodule=data)
+    except SystemExit:
+        signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from None
 
 
 @contextmanager

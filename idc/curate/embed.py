@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
 
 from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Step, model_version
 from idc.curate.face_quality import frontal_and_sharp
@@ -58,11 +58,9 @@ class EmbedFaces(Step):
     def models(self) -> tuple[str, ...]:
         return self.faces.models
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.faces.load(device)
-
-    def unload(self) -> None:
-        self.faces.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return (self.faces,)
 
     def apply(self, candidate: Candidate) -> Outcome:
         subjects = [self._embedded(candidate, s) if s.kind in PEOPLE else s for s in candidate.subjects]
@@ -129,11 +127,9 @@ class EmbedSubjects(Step):
     def models(self) -> tuple[str, ...]:
         return (model_version(self.embedder),)
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.embedder.load(device)
-
-    def unload(self) -> None:
-        self.embedder.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return (self.embedder,)
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
         jobs: list[list[tuple[int, list[Pixels]]]] = []

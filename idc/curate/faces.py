@@ -15,7 +15,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Outcome, Pixels, Step
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
@@ -180,11 +179,9 @@ class FaceTracks(Step):
     def models(self) -> tuple[str, ...]:
         return self.faces.models
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.faces.load(device)
-
-    def unload(self) -> None:
-        self.faces.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return (self.faces,)
 
     def apply(self, candidate: Candidate) -> Outcome:
         every = looks_every(candidate, self.looks_per_second)

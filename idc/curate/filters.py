@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from idc.curate.candidate import Box, Candidate, Outcome, Pixels, Step
 from idc.curate.geometry import recropped
@@ -270,11 +269,9 @@ class AestheticFilter(Step):
     def models(self) -> tuple[str, ...]:
         return (f"LAION aesthetic head on {self.predictor.clip.name} ({self.predictor.fingerprint})",)
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.predictor.load(device)
-
-    def unload(self) -> None:
-        self.predictor.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return (self.predictor,)
 
     def describe(self) -> Mapping[str, Any]:
         """Settings, the networks by their fingerprint."""

@@ -48,6 +48,8 @@ class LocalExecutor(Executor):
         try:
             for task in tasks:
                 yield work_on(work, task, folder)
+        except OSError as error:
+            raise UserError(f"{folder}: {one_line(error)}") from error
         finally:
             for step in work.steps:
                 step.unload()

@@ -1,9 +1,10 @@
 """Working on a Ray cluster: the same steps by Ray Data, light ones in tasks, heavy ones in actors that hold networks.
 
-A row is a chunk. Runs of light and of heavy steps take turns; between two of them a chunk travels through Ray's object
-store in the form in which parts are written, so that it comes out as it does on one machine. The last of them encodes
-the clips and writes the part itself: nothing large comes back to where the run was started. Steps that cut pixels
-are best put behind the last heavy one, since pixels travel as they are.
+A row is a chunk. It goes through three runs of steps: light ones, those from the first heavy one to the last, by actors
+that hold all the networks as a local worker does, and light ones again. Between them it travels through Ray's object
+store in the form in which parts are written, so that it comes out as it does on one machine. The last run encodes the
+clips and writes the part itself: nothing large comes back to where it was started. Put `Cut` behind the last heavy
+step: pixels travel as they are.
 
 The folder of the parts must be reached by all machines: a shared file system, or a URL.
 """
@@ -40,7 +41,7 @@ class RayExecutor(Executor):
 
     Attributes:
         address: of the cluster: "auto" is the one that this machine belongs to; null starts one here and ends it.
-        actors: how many hold each run of heavy steps; null is one a GPU of the cluster, one without GPUs.
+        actors: how many take chunks through the heavy steps; null is one a GPU of the cluster, one without GPUs.
         gpus_per_actor: share of a GPU that a heavy actor asks for; 0 runs networks on CPUs.
         cpus_per_actor, cpus_per_task: CPUs that heavy actors and light tasks ask for.
         attempts: how often a chunk is begun whose worker dies; then its units are dropped.
@@ -137,16 +138,13 @@ DONE, REFUSED, BROKEN = 1, 2, 3  # how a chunk ended: its part is written; the u
 
 
 def grouped(steps: Sequence[Step]) -> list[tuple[tuple[Step, ...], bool]]:
-    """The steps in runs of light and heavy ones, (steps, heavy): a light run first, which opens the units, and last,
-    which writes the part; both may be without a step."""
-    groups: list[tuple[list[Step], bool]] = [([], False)]
-    for step in steps:
-        if step.heavy != groups[-1][1]:
-            groups.append(([], step.heavy))
-        groups[-1][0].append(step)
-    if groups[-1][1]:
-        groups.append(([], False))
-    return [(tuple(group), heavy) for group, heavy in groups]
+    """The steps in three runs, (steps, heavy): light ones, which open the units; from the first heavy one to the last,
+    with the light ones between them; light ones, which write the part. Without a heavy step there is one run."""
+    heavy = [number for number, step in enumerate(steps) if step.heavy]
+    if not heavy:
+        return [(tuple(steps), False)]
+    first, end = heavy[0], heavy[-1] + 1
+    return [(tuple(steps[:first]), False), (tuple(steps[first:end]), True), (tuple(steps[end:]), False)]
 
 
 class _Cluster:

@@ -166,15 +166,9 @@ class OtherMoment(Step):
     def models(self) -> tuple[str, ...]:
         return self.faces.models + (() if self.segmenter is None else (model_version(self.segmenter),))
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.faces.load(device)
-        if self.segmenter is not None:
-            self.segmenter.load(device)
-
-    def unload(self) -> None:
-        self.faces.unload()
-        if self.segmenter is not None:
-            self.segmenter.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return (self.faces,) if self.segmenter is None else (self.faces, self.segmenter)
 
     def apply(self, candidate: Candidate) -> Outcome:
         people = [n for n, s in enumerate(candidate.subjects) if s.kind in PEOPLE and s.track]

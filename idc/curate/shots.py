@@ -95,11 +95,9 @@ class Shots(Step):
     def models(self) -> tuple[str, ...]:
         return self.detector.models
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.detector.load(device)
-
-    def unload(self) -> None:
-        self.detector.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return (self.detector,)
 
     def apply(self, candidate: Candidate) -> Outcome | Sequence[Outcome]:
         if candidate.clip is not None or candidate.encoded is not None or inspect(candidate).is_image:

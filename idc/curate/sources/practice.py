@@ -41,7 +41,8 @@ class PracticeVideos(VideoFolder):
     """A folder of practice videos with captions, written the first time that it is listed.
 
     carphone_first and carphone_second show one man at two times, astronaut a woman, pair both; film has four shots with
-    cuts at its frames 40, 70 and 120; broken.mp4 is empty.
+    cuts at its frames 40, 70 and 120; broken.mp4 is empty. The film repeats footage of the others, so that
+    what is held out here measures nothing.
 
     Args:
         path: where they are written.

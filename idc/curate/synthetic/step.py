@@ -9,8 +9,6 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-import torch
-
 from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Reference, Step, encode_png
 from idc.curate.synthetic import prompts
 from idc.curate.synthetic.checks import Known, ReferenceCheck, Verdict
@@ -106,13 +104,9 @@ class Synthesise(Step):
         version = self.editor.version
         return (f"{self.editor.name}@{version}" if version else self.editor.name, *self.check.models)
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        self.editor.load(device)
-        self.check.load(device)
-
-    def unload(self) -> None:
-        self.editor.unload()
-        self.check.unload()
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        return self.editor, self.check
 
     def remark(self) -> str:
         return self.editor.remark()

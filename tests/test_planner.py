@@ -106,9 +106,7 @@ def allocations(run) -> int:
     return most
 
 
-@pytest.mark.parametrize(
-    ("checkpointing", "bf16", "layers", "ids"), [("attention", True, 4, 3), ("full", False, 4, 4), ("none", True, 5, 0)]
-)
+@pytest.mark.parametrize(("checkpointing", "bf16", "layers", "ids"), [("attention", True, 4, 2), ("full", False, 4, 0)])
 def test_a_few_layers_tell_all(checkpointing, bf16, layers, ids, monkeypatch):
     loss = loss_of(1, 2, ((2, 2), (1, 2)), bf16)
 

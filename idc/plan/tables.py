@@ -15,6 +15,7 @@ from idc.types import Bucket
 
 GIB = 2**30
 TERA = 1e12
+_LAUNCHES = 0.1  # seconds that a pass takes for its thousands of kernels alone, about
 
 
 def tables(plan: Plan, devices: Sequence[Device]) -> Iterator[Table | str]:
@@ -26,6 +27,9 @@ def tables(plan: Plan, devices: Sequence[Device]) -> Iterator[Table | str]:
         yield table
     for note in notes(plan):
         yield f"note: {note}"
+    short = [device for device in devices if on_gpu(device) and plan.seconds(device).compute < _LAUNCHES * plan.passes]
+    if short:
+        yield f"note: {short[0].name}: passes this short wait for kernels to be launched, and take longer than is told"
 
 
 def _table(title: str, *columns: str) -> Table:

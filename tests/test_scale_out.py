@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _scale_out_worker import CASES, count_14b, loss_of, model_of, spread
@@ -15,6 +16,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from idc.callbacks.resume import consolidate
 from idc.cli import main
+from idc.data.video import decode_video
 from idc.errors import UserError
 from idc.models.sequence_parallel import check_heads
 from idc.stages.sharding import FSDP2, sequence_ranks
@@ -81,6 +83,11 @@ def weights(run: Fit, step: int) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+def previews(run: Fit) -> dict[str, np.ndarray]:
+    """Pixels by file, of the last step."""
+    return {path.name: decode_video(path).astype(int) for path in run.run.glob("samples/step-000004/*.mp4")}
+
+
 @pytest.fixture(scope="module")
 def alone(toy_data, tmp_path_factory):
     return run(tmp_path_factory.mktemp("alone"), toy_data)
@@ -94,6 +101,13 @@ def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_ra
     assert both.validation()[4] == pytest.approx(alone.validation()[4], rel=1e-5)
     assert both.steps(0) == both.steps(1)
     assert not set(both.steps(0)[1]["ids"]) & set(both.steps(2)[1]["ids"])
+
+    pictures, expected_pictures = (previews(run) for run in (both, alone))
+    shared = pictures.keys() & expected_pictures.keys()
+    assert len(pictures) == 2
+    assert shared
+    for name in shared:
+        assert abs(pictures[name] - expected_pictures[name]).max() <= 3
 
     checkpoint = str(both.run / "checkpoints" / "step-00000002")
     resumed = run(tmp_path / "resumed", toy_data, {"replicas": 2}, ("--ckpt_path", checkpoint))
@@ -170,7 +184,8 @@ def test_14b_with_its_blocks_fits_eight_devices_of_80_gb(tmp_path):
     block = 3 * attention + linear(dim, dim) + 4 * 2 * dim  # stages, gate, norms
     root = linear(patch, dim) + linear(text, dim) + linear(dim, dim)  # patches, text
     root += linear(frequencies, dim) + linear(dim, dim) + linear(dim, 6 * dim)  # time
-    root += 2 * dim + linear(dim, patch) + 4 * dim + 2 * vlm + linear(vlm, dim) + linear(dim, dim)  # head, subjects, VLM
+    root += 2 * dim + linear(dim, patch) + 4 * dim  # head, subjects
+    root += 2 * vlm + linear(vlm, dim) + linear(dim, dim)
     assert found["parameters"] == 40 * layer + 20 * block + root == 21_151_602_752
     assert found["largest_unit"] == layer
 

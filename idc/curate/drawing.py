@@ -15,6 +15,7 @@ STYLE = (
     ".w{fill:#fff;font-weight:600}.m{stroke:#222;stroke-dasharray:4 3}.big{font-size:26px;font-weight:600}"
 )
 MOST_BINS = 30
+FEWEST_BINS = 6
 
 
 def document(width: float, height: float, title: str, parts: Iterable[str]) -> str:
@@ -109,6 +110,7 @@ def histogram(
 ) -> Iterator[str]:
     """A histogram with its axes in the given rectangle, the title above it; a dashed line at the `middle`."""
     counts, start, step, beyond = bins(values, whole=whole)
+    counts += [0] * (FEWEST_BINS - len(counts))  # few bins do not become planks
     top, bottom, left = y + 44, y + height - 38, x + 46
     room = x + width - left
     total = sum(values.values())
@@ -121,7 +123,7 @@ def histogram(
         level = bottom - (bottom - top) * number * line / most
         yield f'<path class="g" d="M{left:.1f} {level:.1f}H{x + width:.1f}"/>'
         yield text(left - 7, level + 4, f"{number * line:,.0f}", "n", "end")
-    pitch = room / max(len(counts), 6)  # few bins do not become planks
+    pitch = room / len(counts)
     for place, count in enumerate(counts):
         tall = (bottom - top) * count / most
         low = start + place * step

@@ -32,6 +32,9 @@ PRELOAD = (
     "av",
     "filelock",
     "omegaconf",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
     "PIL.PngImagePlugin",
     "peft",
     "rich.progress",
@@ -40,7 +43,7 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
     "webdataset.writer",
-    "webdataset.writer",
+    "_warm",  # the last
 )
 
 context = multiprocessing.get_context("forkserver")

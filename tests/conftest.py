@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Set aside from garbage collection what the imports have left: some million objects, which each full collection
+    would walk through. With them, collections take a quarter of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,26 @@
 """How a repeated layer runs: recomputed in the backward pass or not, compiled or not.
 
-Both are put around the layer's `forward` and inside whatever hooks a strategy hangs on the layer, in the order that
-FSDP2 needs: gather, then the compiled region, and the recomputation in it. Names of parameters stay as they are.
+A layer is one of Wan's blocks and the hierarchical block after it (`idc.models.layers`): only what enters it is kept,
+and nothing between the two. Under FSDP2 they stay two units of sharding, whose hooks the recomputation calls as well.
+It gathers nothing once more: the second block's backward pass has the first's weights fetched ahead, and the
+recomputation uses them and leaves them to the first's own backward pass. Names of parameters stay as they are.
 Selective checkpointing after torch's `create_selective_checkpoint_contexts`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from idc.models.speed import Checkpointing
 
+T = TypeVar("T")
 RECOMPILES = 64  # sizes of video and sets of references that one compiled layer serves before it would fail
 _SDPA = (
     "_scaled_dot_product_flash_attention",
@@ -45,44 +49,60 @@ def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if is_attention(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_layers(layers: Iterable[nn.Module], checkpointing: Checkpointing, compiled: bool) -> None:
-    """Make each layer run so from now on; the last call holds.
+class LayerRunner:
+    """Runs functions of a layer, recomputed in the backward pass or not, compiled or not; its modules' newest holds.
 
     Args:
+        modules: all blocks that it will run. Sharded ones must be sharded by now.
         checkpointing: as in `idc.models.speed.Speed`.
-        compiled: by `torch.compile`, in one graph; all layers of a kind share it.
+        compiled: by `torch.compile`, each kind of layer as one graph that all of the kind share.
     """
-    for layer in layers:
-        layer.__dict__.pop("forward", None)
-        if checkpointing != "none" or compiled:
-            layer.forward = LayerForward(layer, checkpointing, compiled)  # of this instance
+
+    def __init__(self, modules: Sequence[nn.Module], checkpointing: Checkpointing, compiled: bool) -> None:
+        self.checkpointing, self.compiled = checkpointing, compiled
+        # FSDP's hooks are in no graph: there each block is compiled within its hooks, and the layer recomputed around
+        # them. Kernels of a graph cannot be told apart from outside, so that keeping attentions' results is inside too.
+        apart = compiled and any(isinstance(module, FSDPModule) for module in modules)
+        inside: Checkpointing = "none"
+        if apart:
+            self.compiled = False
+            if checkpointing == "attention":
+                inside, self.checkpointing = checkpointing, "none"
+        for module in modules:
+            module.__dict__.pop("forward", None)
+            if apart:
+                module.forward = CompiledForward(module, inside)  # of this instance
+
+    def __call__(self, run: Callable[..., T], *args: Any) -> T:
+        """`run(*args)`; a function of a module, whose first arguments are the layer's modules."""
+        return _runner(run, self.checkpointing if torch.is_grad_enabled() else "none", self.compiled)(*args)
 
 
-class LayerForward:
-    """The `forward` of one layer, in place of its class's own. Copies and pickles with its layer."""
+class CompiledForward:
+    """The `forward` of one block, in place of its class's own. Copies and pickles with its block."""
 
-    def __init__(self, layer: nn.Module, checkpointing: Checkpointing, compiled: bool) -> None:
-        self.layer, self.checkpointing, self.compiled = layer, checkpointing, compiled
+    def __init__(self, module: nn.Module, checkpointing: Checkpointing) -> None:
+        self.module, self.checkpointing = module, checkpointing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
-        return _runner(type(self.layer).forward, checkpointing, self.compiled)(self.layer, *args, **kwargs)
+        return _runner(type(self.module).forward, checkpointing, True)(self.module, *args, **kwargs)
 
 
 @functools.cache
-def _runner(forward: Callable[..., Any], checkpointing: Checkpointing, compiled: bool) -> Callable[..., Any]:
-    """One function for all layers of a kind: they are its first argument, and share what it compiled."""
+def _runner(run: Callable[..., Any], checkpointing: Checkpointing, compiled: bool) -> Callable[..., Any]:
+    """One function for all layers of a kind: their modules are its first arguments, and share what it compiled."""
     contexts: dict[str, Any] = {"context_fn": _contexts} if checkpointing == "attention" else {}
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, **contexts, **kwargs)
 
-    run = forward if checkpointing == "none" else recomputed
+    chosen = run if checkpointing == "none" else recomputed
     if not compiled:
-        return run
+        return chosen
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    return torch.compile(run, fullgraph=True)
+    return torch.compile(chosen, fullgraph=True)
 
 
 def _contexts() -> Any:

@@ -47,3 +47,27 @@ def complete_settings(settings: Mapping[str, Any], known: Sequence[str], num_lay
         if name not in known:
             raise UserError(f"{name!r} is not a setting of the id blocks{nearest(name, known)}")
     return {"id_layers": min(PAPER_LAYERS, num_layers), **settings}
+
+
+def check_references(config: Mapping[str, Any], count: int) -> None:
+    """Raise `UserError` where a model of this config cannot take so many references."""
+    limit = config["id_max_subjects"]
+    if not (config["id_layers"] or config["id_joint_references"]):
+        raise UserError(
+            f"{count} references, but no path leads from them to the video: set id_layers to 1 or more, or "
+            "id_joint_references=True, or drop the references"
+        )
+    if count > limit:
+        raise UserError(f"{count} subjects: the model was built with id_max_subjects={limit}, the most it can take")
+
+
+def reads_vlm(config: Mapping[str, Any], width: int) -> bool:
+    """Whether a model of this config reads VLM tokens. Raises `UserError` where they are not of its width."""
+    if not (config["id_use_vlm"] and config["id_cross_modal"] and config["id_layers"]):
+        return False
+    if config["vlm_dim"] != width:
+        raise UserError(
+            f"VLM tokens of width {width}: the model was built with vlm_dim={config['vlm_dim']}; "
+            f"set vlm_dim={width}, or id_use_vlm=False to leave the VLM out"
+        )
+    return True

@@ -17,7 +17,7 @@ R counts the ranks of the group; the rest as in `idc.models.hierarchy`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ from idc.models.attention import attend
 from idc.models.hierarchy import rotate
 
 if TYPE_CHECKING:
-    from idc.models.subjects import JointSequence
     from idc.models.transformer import IDCrafterTransformer
 
 
@@ -100,13 +99,10 @@ class SequenceParallel:
         cos, sin = (torch.cat([self.split(t[:, :video_tokens]), t[:, video_tokens:]], dim=1) for t in rotary[:2])
         return SpreadRotary(cos, sin, video_tokens, rotary[2] if len(rotary) == 3 else None)
 
-    def enter(
-        self, video_BLD: Tensor, rotary: tuple[Tensor, ...], joint: JointSequence | None
-    ) -> tuple[Tensor, SpreadRotary, JointSequence | None]:
-        """The transformer's tokens, rotary tables and joint sequence as its blocks need them on this rank."""
+    def enter(self, video_BLD: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, SpreadRotary]:
+        """The transformer's tokens and rotary tables as its blocks need them on this rank."""
         spread = self.rotary(rotary, video_BLD.shape[1])
-        video_BLD = self.split(video_BLD)
-        return video_BLD, spread, joint and replace(joint, video_tokens=video_BLD.shape[1])
+        return self.split(video_BLD), spread
 
     def to_heads(self, x_BLAE: Tensor, video_tokens: int) -> Tensor:
         """All tokens of this rank's heads `[B, video_tokens + S, A / R, E]`, of this rank's tokens with all heads.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -108,49 +107,33 @@ def _concatenate(tables: list[Rotary]) -> Rotary:
     return torch.cat([cos for cos, _ in tables], dim=1), torch.cat([sin for _, sin in tables], dim=1)
 
 
-@dataclass(frozen=True)
-class JointSequence:
-    """Video tokens, then reference tokens, as one sequence of the backbone's self-attention.
+def joint_rotary(
+    rope: WanRotaryPosEmbed, rotary: Rotary, video_BLD: Tensor, layout: SubjectLayout, timestep: Tensor, frames: int
+) -> tuple[Tensor, ...]:
+    """Rotary tables of video tokens, then reference tokens, as one sequence of the backbone's self-attention.
 
-    Reference k stands at frame T + k with its own rows and columns. `rotary` is what a Wan block takes, with the
+    Reference k stands at frame T + k with its own rows and columns. The result is what a Wan block takes, with the
     sequence's key mask as a third element where references are padded (see `VideoAttnProcessor`).
+
+    Args:
+        rotary: the video's own.
+
+    Raises:
+        UserError: for a time per token, which references have not.
     """
-
-    rotary: tuple[Tensor, ...]
-    video_tokens: int
-
-    @classmethod
-    def build(
-        cls,
-        rope: WanRotaryPosEmbed,
-        rotary: Rotary,
-        video_BLD: Tensor,
-        layout: SubjectLayout,
-        timestep: Tensor,
-        frames: int,
-    ) -> JointSequence:
-        """`rotary` is the video's own. Raises `UserError` for a time per token, which references have not."""
-        if timestep.ndim != 1:
-            raise UserError("id_joint_references=True needs one timestep a sample, not one a token")
-        tables = [grid_rotary(rope, frames + k, *grid) for k, grid in enumerate(layout.grids)]
-        joint: tuple[Tensor, ...] = _concatenate([rotary, *tables])
-        if layout.mask_BS is not None:
-            video = torch.ones(video_BLD.shape[:2], dtype=torch.bool, device=video_BLD.device)
-            joint = (*joint, torch.cat([video, layout.mask_BS], dim=1)[:, None, None])
-        return cls(joint, video_BLD.shape[1])
-
-    @staticmethod
-    def join(video_BLD: Tensor, tokens_BSD: Tensor) -> Tensor:
-        return torch.cat([video_BLD, tokens_BSD], dim=1)
-
-    def split(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        return sequence[:, : self.video_tokens], sequence[:, self.video_tokens :]
+    if timestep.ndim != 1:
+        raise UserError("id_joint_references=True needs one timestep a sample, not one a token")
+    joint = _concatenate([rotary, *(grid_rotary(rope, frames + k, *grid) for k, grid in enumerate(layout.grids))])
+    if layout.mask_BS is None:
+        return joint
+    video = torch.ones(video_BLD.shape[:2], dtype=torch.bool, device=video_BLD.device)
+    return *joint, torch.cat([video, layout.mask_BS], dim=1)[:, None, None]
 
 
 class VideoAttnProcessor(WanAttnProcessor):
     """Wan's attention in the precision of its values, for every backend, and with a key mask for self-attention.
 
-    Wan's block has no argument for a mask, so it comes with the rotary tables (`JointSequence`).
+    Wan's block has no argument for a mask, so it comes with the rotary tables (`joint_rotary`).
     """
 
     def __call__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,15 +24,16 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from idc.errors import UserError
-from idc.models.checkpointing import run_layers
+from idc.models.checkpointing import LayerRunner
 from idc.models.frozen import aligned, check_complete
 from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
-from idc.models.id_settings import check_settings, complete_settings
+from idc.models.id_settings import check_references, check_settings, complete_settings, reads_vlm
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
+from idc.models.layers import LayerInputs, run_layer, run_subjects
 from idc.models.sequence_parallel import SequenceParallel
 from idc.models.speed import Checkpointing
 from idc.models.subject_cache import JoinedCaches, SubjectCache
-from idc.models.subjects import JointSequence, SubjectSide, VideoAttnProcessor, embed_references
+from idc.models.subjects import SubjectSide, VideoAttnProcessor, embed_references, joint_rotary
 from idc.types import Condition
 
 WAN_SETTINGS = tuple(inspect.signature(WanTransformer3DModel.__init__).parameters)[1:]
@@ -113,6 +115,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         for block in self.blocks:
             for attention in (block.attn1, block.attn2):
                 attention.set_processor(VideoAttnProcessor())  # type: ignore[union-attr, operator]  # of a ModuleList
+        self.run_layers()
         if not self.proj_out.weight.is_meta:
             initialise_id_blocks(self, draw_seed(None), id_gate_bias)
 
@@ -225,9 +228,9 @@ class IDCrafterTransformer(WanTransformer3DModel):
     # Running --------------------------------------------------------------------------------------------------------
 
     def run_layers(self, checkpointing: Checkpointing = "none", compiled: bool = False) -> None:
-        """How the repeated layers run from now on (`idc.models.checkpointing`); before or after sharding."""
+        """How the repeated layers run from now on (`idc.models.checkpointing`); where they are sharded, after that."""
         self.gradient_checkpointing = checkpointing != "none"
-        run_layers([*self.blocks, *self.id_blocks], checkpointing, compiled)
+        self.layers = LayerRunner([*self.blocks, *self.id_blocks], checkpointing, compiled)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
         """Behind diffusers' `enable_gradient_checkpointing`, which has no choice between kinds."""
@@ -279,28 +282,19 @@ class IDCrafterTransformer(WanTransformer3DModel):
         if self.training and torch.is_grad_enabled():
             video = self._add_idle(video, side)
         temb, modulation, text = self._embed(timestep, encoder_hidden_states, encoder_hidden_states_image)
-        subjects: Any = side.tokens_BSD
-        joint = None
+        joint = False
         if self.config["id_joint_references"] and side.layout is not None:
-            joint = JointSequence.build(self.rope, rotary, video, side.layout, timestep, hidden_states.shape[2])
-            rotary = joint.rotary
+            joint = True
+            rotary = joint_rotary(self.rope, rotary, video, side.layout, timestep, hidden_states.shape[2])
         if self.sequence_parallel is not None:
-            video, rotary, joint = self.sequence_parallel.enter(video, rotary, joint)
+            video, rotary = self.sequence_parallel.enter(video, rotary)
             if timestep.ndim == 2:
                 temb, modulation = self.sequence_parallel.split(temb), self.sequence_parallel.split(modulation)
 
-        for index, block in enumerate(self.blocks):
-            if joint is None:
-                video = block(video, text, modulation, rotary)
-            else:
-                video, subjects = joint.split(block(joint.join(video, subjects), text, modulation, rotary))
-            if index < len(self.id_blocks):
-                # A block with nothing to read is called as well: FSDP's ranks gather the same layers in step.
-                follow, videos = self.id_blocks[index], []
-                for part, mask_BM, memory in zip(video.chunk(len(caches)), masks, memories, strict=True):
-                    part, subjects, _ = follow(part, subjects, side.layout, side.vlm_BMD, mask_BM, memory[index])
-                    videos.append(part)
-                video = videos[0] if len(videos) == 1 else torch.cat(videos)
+        given = LayerInputs(text, modulation, rotary, joint, side.layout, side.vlm_BMD, tuple(masks))
+        subjects = side.tokens_BSD
+        for block, follow, memory in zip_longest(self.blocks, self.id_blocks, zip(*memories, strict=True)):
+            video, subjects = self.layers(run_layer, block, follow, video, subjects, given, memory)
         output = self._unpatchify(video, temb, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -323,9 +317,10 @@ class IDCrafterTransformer(WanTransformer3DModel):
             return SubjectSide()
         tokens, layout, vlm = None, None, None
         if condition.references:
-            embedding = self._checked_embedding(condition)
-            tokens, layout = embed_references(self.patch_embedding, embedding, self.rope, condition)
-        if condition.vlm_BLD is not None and self._reads_vlm(condition.vlm_BLD):
+            check_references(self.config, len(condition.references))
+            assert self.id_subject_embedding is not None
+            tokens, layout = embed_references(self.patch_embedding, self.id_subject_embedding, self.rope, condition)
+        if condition.vlm_BLD is not None and reads_vlm(self.config, condition.vlm_BLD.shape[-1]):
             assert self.id_vlm_projector is not None
             vlm = self.id_vlm_projector(condition.vlm_BLD)
         return SubjectSide.build(tokens, layout, vlm, condition.vlm_mask_BL)
@@ -333,9 +328,10 @@ class IDCrafterTransformer(WanTransformer3DModel):
     def _cache(self, side: SubjectSide) -> SubjectCache:
         if side.batch is None:
             return SubjectCache(layers=(), mask_BM=None, batch=1)
-        layers, subjects = [], side.tokens_BSD
+        layers: list[Any] = []
+        subjects = side.tokens_BSD
         for block in self.id_blocks:
-            _, subjects, memory = block(None, subjects, side.layout, side.vlm_BMD)
+            subjects, memory = self.layers(run_subjects, block, subjects, side.layout, side.vlm_BMD)
             layers.append(memory)
         return SubjectCache(layers=tuple(layers), mask_BM=side.mask_BM, batch=side.batch)
 
@@ -386,29 +382,6 @@ class IDCrafterTransformer(WanTransformer3DModel):
         if side.vlm_BMD is None and self.id_vlm_projector is not None:
             idle.extend(self.id_vlm_projector.parameters())
         return add_idle(video, idle)
-
-    def _checked_embedding(self, condition: Condition) -> Tensor:
-        """The subject-index embedding, if the model can take the condition's references."""
-        count, limit = len(condition.references), self.config["id_max_subjects"]
-        if self.id_subject_embedding is None:
-            raise UserError(
-                f"{count} references, but no path leads from them to the video: set id_layers to 1 or more, or "
-                "id_joint_references=True, or drop the references"
-            )
-        if count > limit:
-            raise UserError(f"{count} subjects: the model was built with id_max_subjects={limit}, the most it can take")
-        return self.id_subject_embedding
-
-    def _reads_vlm(self, vlm_BLD: Tensor) -> bool:
-        config = self.config
-        if not (config["id_use_vlm"] and config["id_cross_modal"] and config["id_layers"]):
-            return False
-        if config["vlm_dim"] != vlm_BLD.shape[-1]:
-            raise UserError(
-                f"VLM tokens of width {vlm_BLD.shape[-1]}: the model was built with vlm_dim={config['vlm_dim']}; "
-                f"set vlm_dim={vlm_BLD.shape[-1]}, or id_use_vlm=False to leave the VLM out"
-            )
-        return True
 
 
 ID_SETTINGS = tuple(inspect.signature(IDCrafterTransformer.__init__).parameters)[len(WAN_SETTINGS) + 1 :]

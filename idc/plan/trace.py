@@ -112,25 +112,21 @@ def trace(
     with _without_content():
         _take_content(model)
         storages = Storages(model)
-        with storages, _watched(model, storages) as seconds:
+        with storages, _watched(model, storages) as (seconds, turn):
             result = loss(model)
             forward, kept, copies = storages.peak, storages.live, sum(storages.copies.values())
             kinds = {kind: layer.settled(storages.copies) for kind, layer in seconds.items()}
             storages.peak = storages.live
             result.backward()
             backward = storages.peak
-    more = {"blocks": layers - depth, "id_blocks": id_layers - ids}
-    rest = _Grown(
-        *(
-            sum(count * getattr(kinds[kind], name) for kind, count in more.items() if kind in kinds)
-            for name in _Grown._fields
-        )
-    )
+    every = _times(kinds, {"blocks": layers - depth, "id_blocks": id_layers - ids})
+    # What layers without an id block keep is free again when the backward pass comes to those that have one.
+    lower = _times(kinds, dict.fromkeys(kinds, id_layers - ids)) if turn.passes == 1 else every
     return Passed(
-        kept=kept - copies + rest.kept,
-        kept_copies=copies + rest.kept_copies,
-        forward=forward + rest.kept + rest.copies,
-        backward=backward + rest.kept + rest.kept_copies,
+        kept=kept - copies + every.kept,
+        kept_copies=copies + every.kept_copies,
+        forward=forward + every.kept + every.copies,
+        backward=max(turn.peak + every.kept + every.kept_copies, backward + lower.kept + lower.kept_copies),
     )
 
 
@@ -141,6 +137,34 @@ class _Grown(NamedTuple):
     kept: int
     copies: int
     kept_copies: int
+
+
+def _times(kinds: dict[str, _Grown], layers: dict[str, int]) -> _Grown:
+    """Of that many layers of each kind together."""
+    every = [(count, kinds[kind]) for kind, count in layers.items() if kind in kinds]
+    return _Grown(*(sum(count * getattr(grown, name) for count, grown in every) for name in _Grown._fields))
+
+
+class _Turn:
+    """Where the backward pass comes to the last layer that has an id block: the peak until then.
+
+    Attributes:
+        peak: 0 before. passes: through that layer in the forward pass.
+    """
+
+    def __init__(self, storages: Storages) -> None:
+        self._storages = storages
+        self.peak = self.passes = 0
+
+    def leave(self, _: nn.Module, inputs: Any, outputs: tuple[Tensor | None, ...]) -> None:
+        video = outputs[0]
+        if video is not None and not self.peak:  # else it is the subject side alone, or is computed again
+            self.passes += 1
+            video.register_hook(self._reached)
+
+    def _reached(self, _: Tensor) -> None:
+        self.peak = max(self.peak, self._storages.peak)
+        self._storages.peak = self._storages.live
 
 
 class _Second:
@@ -192,10 +216,13 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _watched(model: Any, storages: Storages) -> Iterator[dict[str, _Second]]:
-    """The second layer of each kind, watched while the context lasts; a model of fewer than three layers has none."""
+def _watched(model: Any, storages: Storages) -> Iterator[tuple[dict[str, _Second], _Turn]]:
+    """The second layer of each kind, watched while the context lasts, and the turn; a model of fewer than three layers
+    has no second ones."""
     found: dict[str, _Second] = {}
-    handles = []
+    turn, handles = _Turn(storages), []
+    if len(model.id_blocks):
+        handles.append(model.id_blocks[-1].register_forward_hook(turn.leave))
     order = [layer for pair in zip_longest(model.blocks, model.id_blocks) for layer in pair if layer is not None]
     for kind in ("blocks", "id_blocks"):
         layers = list(getattr(model, kind))
@@ -205,6 +232,6 @@ def _watched(model: Any, storages: Storages) -> Iterator[dict[str, _Second]]:
         following = order[order.index(layers[1]) + 1]
         handles.append(layers[1].register_forward_pre_hook(second.enter))
         handles.append(following.register_forward_pre_hook(second.leave))
-    yield found
+    yield found, turn
     for handle in handles:
         handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from idc.callbacks.ema import EMAWeights
 from idc.models.sequence_parallel import spread_over
 from idc.models.transformer import IDCrafterTransformer
 from idc.models.weight_copy import local
-from idc.stages.sharding import shard
+from idc.stages.sharding import islands, shard
 from idc.types import Condition
 
 HEADS = 4
@@ -101,8 +102,12 @@ def count_14b(out: str) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with torch.device("meta"):
         model = IDCrafterTransformer(vlm_dim=3584)  # the default sizes are the 14B model's
-    shard(model, init_device_mesh("cpu", (8,), mesh_dim_names=("shard",)))
-    layers = [sum(p.numel() for p in unit.parameters()) for unit in [*model.blocks, *model.id_blocks]]
+    units = {"embedder": model.condition_embedder, "layer": model.blocks[0], "id_block": model.id_blocks[0]}
+    gathered = {
+        name: sum(p.numel() for p in unit.parameters()) - sum(p.numel() for p in islands(unit))
+        for name, unit in units.items()
+    }
+    shard(model, init_device_mesh("cpu", (8,), mesh_dim_names=("shard",)), torch.bfloat16)
     weights = [local(parameter.detach()) for parameter in model.parameters()]
     for weight in weights:
         weight.requires_grad_().grad = torch.zeros_like(weight)
@@ -115,9 +120,40 @@ def count_14b(out: str) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     found = {
         "parameters": parameters,
-        "largest_unit": max(*layers, parameters - sum(layers)),  # what is gathered at once; the root has the rest
+        "gathered": gathered,  # numbers in bfloat16, of each of a kind; the root gathers the rest in float32
         "local": sum(weight.numel() for weight in weights),
         "bytes": {name: sum(tensor.nbytes for tensor in part) for name, part in parts.items()},
     }
     Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _note_types(met: dict[str, torch.dtype], name: str, module: torch.nn.Module, _: Any) -> None:
+    met.update({f"{name}.{key}": value.dtype for key, value in module.named_parameters(recurse=False)})
+
+
+def gather(rank: int, world: int, port: int, out: str) -> None:
+    """One pass under bfloat16 autocast, its layers recomputed, with weights gathered in either type: rank 0's output,
+    all gradients, and the types of the parameters that modules compute with."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    results = {}
+    for name in ("padded", "even"):
+        for gathered in (torch.float32, torch.bfloat16):
+            model = model_of(CASES[name][0])
+            model.enable_gradient_checkpointing()
+            shard(model, mesh, gathered)
+            met: dict[str, torch.dtype] = {}
+            for module_name, module in model.named_modules():
+                module.register_forward_pre_hook(partial(_note_types, met, module_name))
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                output, loss = loss_of(model, name, rank)
+            loss.backward()
+            gradients = {key: value.grad.full_tensor() for key, value in model.named_parameters()}
+            results[name, gathered] = (output.detach(), gradients, met)
+            assert all(value.grad.dtype is value.dtype is torch.float32 for value in model.parameters())
+            assert not [key for key in model.state_dict() if key.startswith("islands")]
+    if rank == 0:
+        torch.save(results, out)
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from _survival_worker import SAMPLES, Run, Stage, Stream, make_trainer, validation_batches
 from lightning.pytorch import Callback, Trainer
 
+from idc.callbacks import host_averages
+from idc.callbacks.background import Background
 from idc.callbacks.checkpoint import CheckpointError
 from idc.callbacks.ema import EMA, attach, ema_state_dict, swapped
 from idc.errors import UserError
@@ -35,10 +38,10 @@ def fit(tmp_path: Path, **settings: Any) -> tuple[Trainer, Stage, EMA, Watch]:
     stage, watch = Stage(), Watch()
     settings = {"steps": 8, "ckpt_path": None, **settings}
     ckpt_path = settings.pop("ckpt_path")
-    every = settings.pop("every_n_steps", 1)
+    every, offload = settings.pop("every_n_steps", 1), settings.pop("offload", False)
     trainer = make_trainer(Run(str(tmp_path), "unused", **settings), [watch])
     ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), EMA())
-    ema.every_n_steps = every
+    ema.every_n_steps, ema.offload = every, offload
     trainer.fit(stage, Stream(0, 1), validation_batches(0, 1), ckpt_path=ckpt_path)
     return trainer, stage, ema, watch
 
@@ -201,4 +204,84 @@ def test_updates_follow_weights_that_change_in_place_and_a_new_training_lists_th
         for name, average in stage.ema.named_buffers():
             torch.testing.assert_close(average.double(), expected[name.replace("/", ".")], rtol=1e-6, atol=1e-6)
         ema.updated_at = 0
+        ema.on_train_end(SimpleNamespace(), stage)
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+def test_averages_in_host_memory_are_the_same_bit_for_bit(every_n_steps: int, tmp_path: Path) -> None:
+    """Validation, checkpoints and a resume as well; a run may turn it on or off on its way."""
+    settings: dict[str, Any] = {"every_n_steps": every_n_steps}
+    _, plain, _, _ = fit(tmp_path / "plain", **settings)
+    _, offloaded, ema, _ = fit(tmp_path / "host", offload=True, **settings)
+    _, on, _, _ = fit(tmp_path / "on", offload=True, ckpt_path=saved(tmp_path / "plain", 4), **settings)
+    _, off, _, _ = fit(tmp_path / "off", ckpt_path=saved(tmp_path / "host", 4), **settings)
+    expected = plain.state_dict()
+    assert ema.updated_at == 8 // every_n_steps * every_n_steps
+    assert any(name.startswith("ema.") for name in expected)
+    for stage in (offloaded, on, off):
+        assert stage.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in stage.state_dict().items())
+        assert stage.validation == plain.validation[-len(stage.validation) :]
+    for step in (4, 8):
+        states = [torch.load(saved(tmp_path / name, step), weights_only=True) for name in ("plain", "host")]
+        assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
+
+
+class _Held(Background):
+    """Work that ends when it is waited for, not before."""
+
+    def __init__(self, name: str, work: Any) -> None:
+        self.awaited = threading.Event()
+        super().__init__(name, lambda: (self.awaited.wait(10), work()))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.awaited.set()
+        return super().wait(timeout)
+
+
+@pytest.mark.parametrize("what", ["save", "swap", "load", "optimiser", "reference", "export", "next update"])
+def test_whatever_reads_averages_or_changes_weights_waits_for_an_update(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_averages, "Background", _Held)
+    ema, stage = EMA(decay=0.5, offload=True), Stage()
+    stage.transformer = torch.nn.Linear(3, 2)
+    trainer = SimpleNamespace(global_step=0)
+    ema.setup(trainer, stage, "fit")
+    ema.on_train_start(trainer, stage)
+    old = copy.deepcopy(stage.state_dict())
+    with torch.no_grad():
+        stage.transformer.weight.add_(1.0)
+    ema.update(stage, 100)
+    stage.reference = object()
+    running = stage.ema.host._running
+    assert not running.awaited.is_set()  # training goes on
+
+    def other() -> None:
+        with ema.swapped():
+            pass
+
+    reads = {
+        "save": stage.state_dict,
+        "swap": other,
+        "load": lambda: stage.load_state_dict(old),
+        "optimiser": lambda: ema.on_before_optimizer_step(trainer, stage, None),
+        "reference": lambda: ema.on_train_batch_start(trainer, stage, None, 0),
+        "export": lambda: ema_state_dict(stage, "transformer"),
+        "next update": lambda: ema.update(stage, 101),
+    }
+    reads[what]()
+    assert running.awaited.is_set()
+    assert running.done
+    found = stage.state_dict()["ema.transformer/weight"]
+    shift = {"load": 0.0, "next update": 0.75}.get(what, 0.5)
+    torch.testing.assert_close(found, old["transformer.weight"] + shift)
+
+
+def test_a_failed_update_in_host_memory_is_told() -> None:
+    ema, stage = EMA(offload=True), Stage()
+    stage.transformer = torch.nn.Linear(3, 2)
+    ema.on_train_start(SimpleNamespace(global_step=0), stage)
+    stage.ema.host.start([torch.zeros(2)], [torch.zeros(3)], 0.5)
+    with pytest.raises(RuntimeError, match="could not be updated"):
         ema.on_train_end(SimpleNamespace(), stage)

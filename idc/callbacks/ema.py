@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from idc.callbacks.host_averages import HostLerp
 from idc.errors import UserError
 from idc.models.weight_copy import local, reshard
 
@@ -28,6 +29,7 @@ class EMAWeights(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.host = HostLerp()
         reshard(module)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -42,6 +44,16 @@ class EMAWeights(nn.Module):
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
+    def to_host(self) -> None:
+        """Into host memory, until the module is moved."""
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to("cpu")
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.host.wait()
+        super()._save_to_state_dict(*args)
+
     def pairs(self, module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, parameter, average), whole tensors or this rank's shards of both."""
         for (parameter, average), name in zip(self.trained(module), self._buffers, strict=True):
@@ -49,6 +61,7 @@ class EMAWeights(nn.Module):
 
     def trained(self, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """The parameters themselves (under FSDP2 the sharded ones) and their averages."""
+        self.host.wait()
         reshard(module)
         parameters = {original_name(name): parameter for name, parameter in module.named_parameters()}
         return [(parameters[name.replace("/", ".")], average) for name, average in self.named_buffers()]
@@ -65,18 +78,24 @@ class EMA(Callback):
     Args:
         decay: d, in [0, 1): the decay per optimiser step.
         every_n_steps: optimiser steps between updates; the decay is raised to this power, so the horizon stays.
+        offload: keep the averages in host memory while it trains, 4 bytes a trained parameter (of a rank's shard) that
+            the device does not take. They are updated in a thread beside the next forward and backward pass, and the
+            next optimiser step waits for it. Averages are those of `offload=False`: on a CPU bit for bit, on CUDA but
+            for the last bit of a multiplication and addition (2^-23 of the value an update). What computes with them
+            (validation, previews) swaps weights and averages through the bus, and back.
 
     Raises:
         UserError: `decay` outside [0, 1) or `every_n_steps` below 1.
     """
 
-    def __init__(self, decay: float = 0.999, every_n_steps: int = 1) -> None:
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, offload: bool = False) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"decay={decay}: must be at least 0 and less than 1; 0.999 is usual")
         if every_n_steps < 1:
             raise UserError(f"every_n_steps={every_n_steps}: must be 1 or more")
         self.decay = decay
         self.every_n_steps = every_n_steps
+        self.offload = offload
         self.updated_at = 0  # the optimiser step of the last update; 0: the averages are not in use yet
         self.is_swapped = False
         self._module: LightningModule | None = None
@@ -113,6 +132,16 @@ class EMA(Callback):
             with torch.no_grad():
                 for _, parameter, average in attach(pl_module).pairs(pl_module):
                     average.copy_(parameter)
+        if self.offload:  # not before: to load a whole checkpoint into shards, FSDP2 wants all of them on one device
+            attach(pl_module).to_host()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.offload and getattr(pl_module, "reference", None) is not None:
+            attach(pl_module).host.wait()  # such a stage puts other weights in place within a batch
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self.offload:
+            attach(pl_module).host.wait()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -129,10 +158,12 @@ class EMA(Callback):
         # Listed at a training's first update, when FSDP2 has settled which tensors are its shards, and kept: listing
         # takes as long as the update of a small model. From an optimiser step to the next only their values change.
         self._pairs = self._pairs or attach(pl_module).trained(pl_module)
-        parameters = [local(parameter) for parameter, _ in self._pairs]
+        parameters = [local(parameter.detach()) for parameter, _ in self._pairs]
         averages = [local(average) for _, average in self._pairs]
         weight = 1 - self.decay_at(step)
-        if {parameter.dtype for parameter in parameters} == {torch.float32}:
+        if self.offload:
+            attach(pl_module).host.start(averages, parameters, weight)
+        elif {parameter.dtype for parameter in parameters} == {torch.float32}:
             torch._foreach_lerp_(averages, parameters, weight)
         else:  # one after another, so that there is no second copy of the weights in float32
             for average, parameter in zip(averages, parameters, strict=True):
@@ -141,6 +172,8 @@ class EMA(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pairs = []
+        if self.offload:
+            attach(pl_module).host.wait()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation.enter_context(self.swapped())
@@ -222,7 +255,8 @@ def ema_state_dict(module: nn.Module, submodule: str = "") -> dict[str, Tensor]:
     for name, value in module.state_dict().items():
         name = original_name(name)
         if name.startswith(prefix) and not name.startswith(_PREFIX):
-            tensor = averages.get(name, value).detach()
+            # An average that lies in host memory goes where its ranks can exchange it.
+            tensor = averages.get(name, value).detach().to(value.device)
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             exported[name.removeprefix(prefix)] = tensor.to("cpu", value.dtype, copy=True)
     return exported
@@ -237,7 +271,7 @@ def _exchange(module: LightningModule, backup: dict[str, Tensor]) -> dict[str, T
         if name in backup:
             parameter.copy_(backup[name])
         elif parameter.dtype != average.dtype:
-            kept[name] = parameter.clone()
+            kept[name] = parameter.to(average.device, copy=True)
             parameter.copy_(average)
         else:
             weight = parameter.clone()
@@ -254,6 +288,8 @@ def original_name(name: str) -> str:
 def _attach_for(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if any(key.startswith(prefix + _PREFIX) for key in state_dict):
         attach(module)
+    if isinstance(weights := getattr(module, ATTRIBUTE, None), EMAWeights):
+        weights.host.wait()  # before weights or averages change
 
 
 def tolerate(module: nn.Module) -> None:

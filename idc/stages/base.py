@@ -135,7 +135,7 @@ class Stage(LightningModule):
             return model
 
         strategy = self._trainer.strategy if self._trainer is not None else None
-        self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
+        self.transformer = build_sharded(build, strategy, self.compute_dtype) if is_sharding(strategy) else build("cpu")
         mixed = self._trainer is not None and "bf16" in str(self._trainer.precision)
         dtype = torch.bfloat16 if mixed else self.compute_dtype
         self.speed_chosen = apply_speed(self.transformer, self.speed, strategy, dtype, training=True)

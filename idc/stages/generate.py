@@ -138,7 +138,7 @@ class Generate(LightningModule):
 
         build = self.system.build_transformer
         strategy = self._trainer.strategy if self._trainer is not None else None
-        self.transformer = build_sharded(build, strategy) if is_sharding(strategy) else build("cpu")
+        self.transformer = build_sharded(build, strategy, self.compute_dtype) if is_sharding(strategy) else build("cpu")
         self.transformer.requires_grad_(False)
         apply_speed(self.transformer, self.system.speed, strategy, self.compute_dtype, training=False)
 

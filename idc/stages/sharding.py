@@ -10,13 +10,15 @@ Lightning's tensor-parallel dimension carries the sequence; its weights are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from idc.errors import UserError, counted
 
@@ -138,19 +140,60 @@ def weights_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: IDCrafterTransformer, mesh: DeviceMesh) -> None:
-    """`fully_shard` every layer and the root."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: IDCrafterTransformer, mesh: DeviceMesh, gathered: torch.dtype = torch.float32) -> None:
+    """`fully_shard` every layer, the embedder of times and texts, and the root, which has the rest.
 
-    for layer in [*model.blocks, *model.id_blocks]:
-        fully_shard(layer, mesh=mesh)
+    Gathering in bfloat16 for a model that computes under bfloat16 autocast: matrices travel and lie gathered in the
+    type in which autocast would use them, at half the bytes and without its copies beside them; gradients are averaged
+    over ranks in float32. What autocast leaves in float32 (`islands`) is small, and the root gathers it as it is. So
+    outputs and gradients are those of gathering in float32 but for one rounding: of a matrix that a pass uses several
+    times (S1 and S2 of the hierarchy, with several subjects), the gradients are summed in bfloat16.
+
+    Args:
+        mesh: as `weights_mesh` gives it.
+        gathered: float32, or bfloat16 where every forward pass runs under bfloat16 autocast.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    units = [model.condition_embedder, *model.blocks, *model.id_blocks]
+    kept = [parameter for unit in units for parameter in islands(unit)] if gathered is not torch.float32 else []
+    policy = MixedPrecisionPolicy()
+    if kept:
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
+    # A root takes what its units ignored where it owns it, too: for the moment of sharding.
+    model.islands = nn.ParameterList(kept)
     # By default the root keeps its gathered weights after a forward without a backward (a preview), and whatever
     # reads or swaps parameters then would see stale ones.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    del model.islands
+
+
+def islands(unit: nn.Module) -> list[nn.Parameter]:
+    """Parameters that bfloat16 autocast leaves in float32: all but those of linear layers, and the time embedder's."""
+    cast = {
+        parameter
+        for module in _under_autocast(unit)
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+    return [parameter for parameter in unit.parameters() if parameter not in cast]
+
+
+def _under_autocast(module: nn.Module) -> Iterator[nn.Module]:
+    from idc.models.transformer import TimeEmbedding
+
+    if not isinstance(module, TimeEmbedding):
+        yield module
+        for child in module.children():
+            yield from _under_autocast(child)
 
 
 def build_sharded(
-    build: Callable[[str], IDCrafterTransformer], strategy: ModelParallelStrategy
+    build: Callable[[str], IDCrafterTransformer],
+    strategy: ModelParallelStrategy,
+    gathered: torch.dtype = torch.float32,
 ) -> IDCrafterTransformer:
     """Shard the structure, then fill the shards from rank 0's weights; spread sequences where the strategy does.
 
@@ -158,6 +201,7 @@ def build_sharded(
         build: makes the model on "cpu" (with weights) or on "meta" (structure alone). Only rank 0 builds with
             weights, so that a 14B model is in host memory once and not once a rank.
         strategy: a `ModelParallelStrategy` whose processes have started.
+        gathered: of weights, as in `shard`.
 
     Raises:
         UserError: on all ranks alike, where the attention heads do not divide over the ranks of a sequence.
@@ -171,7 +215,7 @@ def build_sharded(
 
         spread_over(model, sequence.get_group())
     source = build("cpu").state_dict() if dist.get_rank() == 0 else {}
-    shard(model, weights_mesh(strategy))
+    shard(model, weights_mesh(strategy), gathered)
     model.to_empty(device=strategy.root_device)
     model.refresh_rotary_tables()  # in no state dict, and `to_empty` left garbage in them
     set_model_state_dict(model, source, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

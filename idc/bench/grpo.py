@@ -29,6 +29,8 @@ from idc.bench.models import RandomSpec, random_encoders, random_sample
 from idc.bench.results import Aim, Report, at_least
 from idc.bench.setup import PAPER
 from idc.errors import UserError
+from idc.models.codecs import Codec
+from idc.models.toy_codec import CosineCodec
 from idc.rewards.composite import Composite, Term
 from idc.rewards.runner import RewardRunner
 from idc.rewards.watch import Saturation
@@ -123,7 +125,7 @@ def _case(bench: Bench, plan: Plan, way: str, cache: bool) -> Case:
         against=against,
         flops=flops,
         items=plan.rollouts,
-        settings={"attention": attention_of(bench, True), "compile": "on" if bench.speed.compile else "off"},
+        settings={"attention": attention_of(bench, True), "compile": "off"},  # the stage takes no other
         counts=counts,
     )
 
@@ -204,6 +206,12 @@ class Meter(Callback):
         self.repeats.append({WHOLE: self.clock.read()[WHOLE], **parts})
 
 
+def _codec(bench: Bench) -> Codec | None:
+    """The recipe's own codec, where it has no weights to read."""
+    own = bench.recipe.stage.encoders.codec if bench.recipe else None
+    return own if isinstance(own, CosineCodec) else None
+
+
 def make_stage(bench: Bench, plan: Plan, way: str, cache: bool) -> GRPO:
     """The stage as recipes/grpo.yaml describes it, on random weights."""
     setup = bench.setup
@@ -214,13 +222,13 @@ def make_stage(bench: Bench, plan: Plan, way: str, cache: bool) -> GRPO:
         rollouts=Rollouts(**{**plan.settings, **rollouts}, cache=cache),
         objective=PolicyGradient(**objective),
         transformer=RandomSpec.like(setup.spec, bench.device, torch.float32, setup.seed),
-        codec=encoders.codec,
+        codec=_codec(bench) or encoders.codec,
         text=encoders.text,
         vlm=encoders.vlm,
         trainable="lora" if bench.is_real else "full",
         optimizer=partial(torch.optim.AdamW, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         compute_dtype=str(bench.dtype).removeprefix("torch."),
-        speed=bench.speed,
+        speed=replace(bench.speed, compile=False),
     )
 
 

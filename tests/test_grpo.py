@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -41,10 +42,12 @@ from idc.metrics.base import Clip
 from idc.models.sampling import to_uint8
 from idc.models.spec import Lora
 from idc.models.speed import Speed
+from idc.models.system import open_system
 from idc.models.weight_copy import WeightCopy
 from idc.rewards.composite import Composite, Term
 from idc.rewards.measures import Brightness
 from idc.rewards.runner import RewardRunner
+from idc.stages import aligned
 from idc.stages.grpo import GRPO
 from idc.stages.rollouts import Rollouts, portions
 from idc.stages.updates import Contrast, PolicyGradient
@@ -100,6 +103,18 @@ def test_before_an_update_the_ratio_is_one_to_the_bit(settings: dict[str, Any], 
         assert metrics["policy/first_ratio_error"] == metrics["policy/clip_fraction"] == 0
     assert kept.metrics[0]["policy/kl"] == 0 < kept.metrics[1]["policy/kl"]
     assert kept.modes == [True, True], "every module trains from the first batch on"
+
+
+def test_a_compiled_policy_is_refused_where_its_ratio_counts(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graphs with and without gradients round differently. What the start was trained with is no wish."""
+    with pytest.raises(UserError, match=r"speed.compile=true.*ratio.*model.init_args.speed.compile=false"):
+        stage(start, speed=Speed(compile=True))
+    assert stage(start, speed=Speed(compile=True), objective=Contrast()).speed.compile
+    with pytest.raises(UserError, match=r"speed\.compile=true"):
+        stage(start, speed=Speed(compile=True), contrast=Contrast())
+    trained = Speed(checkpointing="full", compile=True)
+    monkeypatch.setattr(aligned, "open_system", lambda *given: replace(open_system(*given), speed=trained))
+    assert stage(start).speed == Speed(checkpointing="full")
 
 
 def test_with_joint_references_there_is_no_cache_and_the_ratio_is_one(tmp_path: Path, toy_data: Path) -> None:

@@ -64,7 +64,8 @@ class GRPO(Aligned):
         aligned_args: of `Aligned`.
 
     Raises:
-        UserError: for settings out of range or that contradict each other.
+        UserError: for settings out of range or that contradict each other, such as a compiled policy of which an
+            objective needs log-probabilities. (Where the start was compiled in its training, this one is not.)
     """
 
     can_stop = True  # `idc.errors.StoppedError`
@@ -101,6 +102,15 @@ class GRPO(Aligned):
                 raise UserError(f"{name}={locals()[name]}: must be {rule}")
         for objective in self.objectives:
             objective.check_rollouts(self.rollouts)
+        if self.speed.compile and any(objective.log_probs for objective in self.objectives):
+            asked = aligned_args.get("speed")
+            if asked is not None and asked.compile:
+                raise UserError(
+                    "speed.compile=true: a policy's ratio to itself must be 1, and compiled layers round otherwise in "
+                    "updates, which have gradients, than in rollouts; set model.init_args.speed.compile=false "
+                    "(idc.stages.updates.Contrast, without log-probabilities, can be compiled)"
+                )
+            self.speed = replace(self.speed, compile=False)  # as the start was trained
         self.automatic_optimization = False
         self.runner, self.advantage_clip = reward, advantage_clip
         self.updates, self.rollouts_a_step = updates, rollouts_a_step

@@ -103,10 +103,10 @@ class OutputFolder:
         wanted = {item.id for item in items}
         return sorted(path.name for path in self.path.glob("*.mp4") if path.stem not in wanted)
 
-    def write(self, item: Item, video: bytes, seed: int) -> None:
-        """Put one encoded video into the folder; its record says the seed of its noise."""
+    def write(self, item: Item, video: bytes, seed: int, notes: Mapping[str, Any] | None = None) -> None:
+        """Put one encoded video into the folder; its record says the seed of its noise, and `notes` of its making."""
         record = {"id": item.id, "seed": seed, "key": self._key(item), "sha256": hashlib.sha256(video).hexdigest()}
-        _write_json(self._record(item.id), record)
+        _write_json(self._record(item.id), {**(notes or {}), **record})
         with storage.open_atomic(str(self._video(item.id))) as stream:
             stream.write(video)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +20,14 @@ from idc.flow.guidance import guide, guided, guided_text_image
 from idc.flow.path import Velocity
 from idc.flow.times import noise_like
 from idc.models.conditioning import Drop, Encoders, Features
+from idc.models.step_reuse import Reuse, StepReuse, Tally
 from idc.models.subject_cache import JoinedCaches, SubjectCache
 from idc.types import Bucket, Condition, Sample
 
+REUSE_SHARDED = (
+    "sampling.reuse.threshold={}: ranks that share weights must run the same layers; set 0, or take a strategy that "
+    "does not shard (auto, ddp)"
+)
 FEW_TOKENS = 8192  # of the video in one forward; a clip of 480p and 81 frames has 32,760
 
 
@@ -32,6 +37,7 @@ class Sampling:
 
     `image_scale` separates the references' scale from the text's (three forwards); None means one scale (two).
     `rescale` draws the guided velocity's standard deviation back to the conditional one's (0 is plain guidance).
+    `reuse` lets steps take over what layers computed in earlier ones; it is off, and not exact.
     """
 
     steps: int = 50
@@ -40,8 +46,11 @@ class Sampling:
     shift: float = 3.0
     solver: Literal["euler", "heun"] = "euler"
     rescale: float = 0.0
+    reuse: Reuse = field(default_factory=Reuse)
 
     def __post_init__(self) -> None:
+        if isinstance(self.reuse, dict):  # of a pipeline's saved settings
+            self.reuse = Reuse(**self.reuse)
         rules = {
             "steps": (self.steps >= 1, "at least 1; the paper's is 50"),
             "shift": (0 < self.shift < math.inf, "a number above 0 (1 is none)"),
@@ -54,6 +63,13 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"sampling: {name}={value}: must be a finite number; the paper's is 2.5")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a video depends on, as plain JSON."""
+        settings = asdict(self)
+        del settings["reuse"]
+        return settings | ({"reuse": {"threshold": self.reuse.threshold}} if self.reuse else {})
 
     @property
     def drops(self) -> list[Drop]:
@@ -73,6 +89,7 @@ class SamplingChanges:
     shift: float | None = None
     solver: Literal["euler", "heun"] | None = None
     rescale: float | None = None
+    reuse: Reuse | None = None
 
     def over(self, base: Sampling) -> Sampling:
         """`base` with these changes."""
@@ -116,6 +133,7 @@ class Sampler:
         batch_guidance: in `videos`, run the two forwards of guidance as one of twice the batch. `auto` does on CUDA for
             up to `FEW_TOKENS`, where one forward leaves much of an H100 idle, and where the weights are sharded, since
             each forward gathers them all. Equal to two forwards but for the rounding of other kernels.
+        tally: of forward passes where `Sampling.reuse` is on.
     """
 
     transformer: Any
@@ -123,6 +141,7 @@ class Sampler:
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_guidance: bool | Literal["auto"] = False
+    tally: Tally = field(default_factory=Tally, compare=False)
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype is torch.float32:
@@ -131,7 +150,14 @@ class Sampler:
         # GB a rank at 14B), to save a second cast of the few weights that a pass reads twice.
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
-    def predict_velocity(self, x_BCTHW: Tensor, t_B: Tensor, condition: Condition, cache: Any = None) -> Tensor:
+    def predict_velocity(
+        self,
+        x_BCTHW: Tensor,
+        t_B: Tensor,
+        condition: Condition,
+        cache: Any = None,
+        reuse: StepReuse | None = None,
+    ) -> Tensor:
         """v(z_t, t, C) in float32; `t_B` in [0, 1]. With `cache`, the subject side is not computed again."""
         with self.autocast():
             (velocity,) = self.transformer(
@@ -141,15 +167,19 @@ class Sampler:
                 condition=None if cache is not None else condition,
                 subject_cache=cache,
                 return_dict=False,
+                reuse=reuse,
             )
         return velocity.float()
 
-    def velocity_function(self, condition: Condition, group: int | None = None, cached: bool = True) -> Velocity:
+    def velocity_function(
+        self, condition: Condition, group: int | None = None, cached: bool = True, reuse: StepReuse | None = None
+    ) -> Velocity:
         """velocity(x, t) for the samplers, with the subject side computed once where that is exact.
 
         Args:
             group: one condition for that many videos, as GRPO's groups have it: encoded once for all of them.
             cached: False computes the subject side at every call, for every video.
+            reuse: of these videos' steps under this condition.
         """
         cache = self._cache(condition) if cached else None
         if group is not None:
@@ -157,7 +187,7 @@ class Sampler:
 
         def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
             t_B = torch.as_tensor(t, dtype=torch.float32, device=x_BCTHW.device).expand(x_BCTHW.shape[0])
-            return self.predict_velocity(x_BCTHW, t_B, condition, cache)
+            return self.predict_velocity(x_BCTHW, t_B, condition, cache, reuse)
 
         return velocity
 
@@ -194,8 +224,17 @@ class Sampler:
 
         return velocity
 
+    def _step_reuse(self, sampling: Sampling) -> StepReuse | None:
+        if not sampling.reuse:
+            return None
+        # Ranks whose videos differ would run different layers, and wait for each other's weights or tokens for ever.
+        if isinstance(self.transformer, FSDPModule) or hasattr(self.transformer.proj_out.weight, "ds_id"):
+            raise UserError(REUSE_SHARDED.format(sampling.reuse.threshold))
+        last = samplers.shifted_times(sampling.steps, sampling.shift)[-2].item() * 1000.0
+        return StepReuse(sampling.reuse.threshold, last, self.tally)
+
     def _velocity(self, features: Sequence[Features], sampling: Sampling, latent_shape: tuple[int, ...]) -> Velocity:
-        two = sampling.drops == [Drop.NOTHING, Drop.BOTH]
+        two = sampling.drops == [Drop.NOTHING, Drop.BOTH] and not sampling.reuse  # each forward reuses for itself
         if two and self._batches_guidance(len(features), latent_shape):
             return self._batched_velocity(features, sampling)
         return self.guided_velocity(features, sampling)
@@ -207,7 +246,7 @@ class Sampler:
 
         def branch(drop: Drop) -> Velocity:
             condition = self.encoders.condition(features, drop).to(self.device, torch.float32)
-            return self.velocity_function(condition, group, cached)
+            return self.velocity_function(condition, group, cached, self._step_reuse(sampling))
 
         velocity = branch(Drop.NOTHING)
         if Drop.TEXT in sampling.drops:

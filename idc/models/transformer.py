@@ -32,6 +32,7 @@ from idc.models.initialisation import OURS, draw_seed, initialise_backbone, init
 from idc.models.layers import LayerInputs, run_layer, run_subjects
 from idc.models.sequence_parallel import SequenceParallel
 from idc.models.speed import Checkpointing
+from idc.models.step_reuse import StepReuse, modulated
 from idc.models.subject_cache import JoinedCaches, SubjectCache
 from idc.models.subjects import SubjectSide, VideoAttnProcessor, embed_references, joint_rotary
 from idc.types import Condition
@@ -248,6 +249,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         build_cache: bool = False,
+        reuse: StepReuse | None = None,
     ) -> Any:
         """The velocity. Without references and VLM tokens it is Wan's, bit for bit.
 
@@ -261,6 +263,7 @@ class IDCrafterTransformer(WanTransformer3DModel):
             return_dict, attention_kwargs, encoder_hidden_states_image: as in `WanTransformer3DModel`.
             build_cache: return a `SubjectCache` for `condition` and read nothing else. It is a mode of `forward`
                 because FSDP gathers the root's parameters around `forward` alone.
+            reuse: of the steps of one video; decides whether the layers run. Without gradients, and not sharded.
 
         Returns:
             `Transformer2DModelOutput` with latents `[B, out_channels, T, H, W]`, or a tuple of them.
@@ -291,10 +294,16 @@ class IDCrafterTransformer(WanTransformer3DModel):
             if timestep.ndim == 2:
                 temb, modulation = self.sequence_parallel.split(temb), self.sequence_parallel.split(modulation)
 
-        given = LayerInputs(text, modulation, rotary, joint, side.layout, side.vlm_BMD, tuple(masks))
-        subjects = side.tokens_BSD
-        for block, follow, memory in zip_longest(self.blocks, self.id_blocks, zip(*memories, strict=True)):
-            video, subjects = self.layers(run_layer, block, follow, video, subjects, given, memory)
+        entered, subjects = video, side.tokens_BSD
+        reused = None if reuse is None else reuse.residual(modulated(self.blocks[0], video, modulation), timestep)
+        if reused is not None:
+            video = video + reused
+        else:
+            given = LayerInputs(text, modulation, rotary, joint, side.layout, side.vlm_BMD, tuple(masks))
+            for block, follow, memory in zip_longest(self.blocks, self.id_blocks, zip(*memories, strict=True)):
+                video, subjects = self.layers(run_layer, block, follow, video, subjects, given, memory)
+            if reuse is not None:
+                reuse.keep(video - entered)
         output = self._unpatchify(video, temb, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

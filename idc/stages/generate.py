@@ -8,9 +8,10 @@ describe editing (`idc.flow.editing` says what is done).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
@@ -28,9 +29,10 @@ from idc.models.baselines import Baseline
 from idc.models.checkpoints import Which
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
-from idc.models.sampling import Sampler, Sampling, SamplingChanges, Source, to_uint8
+from idc.models.sampling import REUSE_SHARDED, Sampler, Sampling, SamplingChanges, Source, to_uint8
 from idc.models.spec import Lora, TransformerSpec
 from idc.models.speed import Speed
+from idc.models.step_reuse import Reuse, Tally, error_of
 from idc.models.system import Parts, System, open_system
 from idc.models.vlm import VLMConditioner
 from idc.stages.speed import apply_speed
@@ -105,9 +107,15 @@ class Generate(LightningModule):
         else:
             base = baseline.sampling
         self.sampling = changes.over(base)
+        if baseline is not None and self.sampling.reuse:
+            raise UserError(
+                f"sampling.reuse.threshold={self.sampling.reuse.threshold} and a baseline: steps are reused in our own "
+                "model; set 0"
+            )
         self.transformer: Any = None  # an IDCrafterTransformer from configure_model on, unless a baseline runs
         self.failures: dict[str, str] = {}  # of this rank; of all of them in the end
         self._items: list[Item] = []
+        self._tally = Tally()  # of the video that is being made
 
     @property
     def exit_status(self) -> int:
@@ -126,7 +134,7 @@ class Generate(LightningModule):
                 model["attention"] = self.system.speed.attention
             if self.system.rewards:  # for whoever judges the videos
                 model["rewards"] = list(self.system.rewards)
-        return {"model": model, "sampling": asdict(self.sampling), "encoding": asdict(self.encoding)}
+        return {"model": model, "sampling": self.sampling.identity, "encoding": asdict(self.encoding)}
 
     # Building -------------------------------------------------------------------------------------------------
 
@@ -138,6 +146,8 @@ class Generate(LightningModule):
 
         build = self.system.build_transformer
         strategy = self._trainer.strategy if self._trainer is not None else None
+        if is_sharding(strategy) and self.sampling.reuse:
+            raise UserError(REUSE_SHARDED.format(self.sampling.reuse.threshold))
         self.transformer = build_sharded(build, strategy, self.compute_dtype) if is_sharding(strategy) else build("cpu")
         self.transformer.requires_grad_(False)
         apply_speed(self.transformer, self.system.speed, strategy, self.compute_dtype, training=False)
@@ -193,24 +203,41 @@ class Generate(LightningModule):
         """The one that the pipeline has, too."""
         assert self.system is not None
         speed = self.system.speed
-        return Sampler(self.transformer, self.system.encoders, self.device, self.compute_dtype, speed.batch_guidance)
+        parts = self.transformer, self.system.encoders, self.device, self.compute_dtype
+        return Sampler(*parts, speed.batch_guidance, self._tally)
 
     def predict_step(self, request: Request, batch_idx: int) -> None:
         """Make, encode and write one video. What is wrong with the item is recorded, and the next one comes."""
         if request.problem:
             self._fail(request, request.problem)
             return
+        self._tally = Tally()
         try:
-            video_CTHW = self.make(request)
+            pixels = to_uint8(self.make(request))
+            notes = self._notes(request, pixels)
         except UserError as error:
             self._fail(request, str(error))
             return
         if not request.padding:
-            data = encode_video(to_uint8(video_CTHW), request.fps, **asdict(self.encoding))
-            self.folder.write(request.item, data, request.seed)
+            data = encode_video(pixels, request.fps, **asdict(self.encoding))
+            self.folder.write(request.item, data, request.seed, notes)
 
-    def make(self, request: Request) -> Tensor:
+    def _notes(self, request: Request, pixels_THWC: np.ndarray) -> dict[str, Any]:
+        """What the record says of steps that were taken over."""
+        reuse = self.sampling.reuse
+        if not reuse:
+            return {}
+        notes: dict[str, Any] = {"reused": self._tally.share}
+        if reuse.report_error:
+            exact = to_uint8(self.make(request, replace(self.sampling, reuse=Reuse())))
+            notes["error"] = error_of(pixels_THWC, exact)
+        return notes
+
+    def make(self, request: Request, sampling: Sampling | None = None) -> Tensor:
         """The video of a request, `[3, T, H, W]` in [-1, 1].
+
+        Args:
+            sampling: in place of the stage's own.
 
         Raises:
             UserError: for an item that this model or stage cannot make.
@@ -219,13 +246,13 @@ class Generate(LightningModule):
         if request.item.source is not None:
             raise UserError("it has a source clip: idc.stages.generate.Edit edits")
         if self.baseline is not None:
-            return self.baseline.video(request.sample, request.bucket, request.seed, self.sampling)
-        return self._sample(request, None)
+            return self.baseline.video(request.sample, request.bucket, request.seed, sampling or self.sampling)
+        return self._sample(request, None, sampling)
 
-    def _sample(self, request: Request, source: Source | None) -> Tensor:
+    def _sample(self, request: Request, source: Source | None, sampling: Sampling | None) -> Tensor:
         assert request.sample is not None
         seeds_B = torch.tensor([request.seed])
-        return self.sampler.videos([request.sample], request.bucket, seeds_B, self.sampling, source)[0]
+        return self.sampler.videos([request.sample], request.bucket, seeds_B, sampling or self.sampling, source)[0]
 
     def _fail(self, request: Request, reason: str) -> None:
         if not request.padding:
@@ -276,8 +303,8 @@ class Edit(Generate):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "edit": {"strength": self.strength, "invert_mask": self.invert_mask}}
 
-    def make(self, request: Request) -> Tensor:
+    def make(self, request: Request, sampling: Sampling | None = None) -> Tensor:
         if request.sample is None or request.sample.video_CTHW is None:
             raise UserError("it has no source clip to edit")
         mask_BTHW = None if request.mask_THW is None else (request.mask_THW ^ self.invert_mask)[None]
-        return self._sample(request, Source(request.sample.video_CTHW[None], self.strength, mask_BTHW))
+        return self._sample(request, Source(request.sample.video_CTHW[None], self.strength, mask_BTHW), sampling)

@@ -179,7 +179,7 @@ class MinedPairs(MadePairs):
         sampling = (self.sampling or SamplingChanges()).over(system.sampling)
         return {
             "checkpoint": system.identity,
-            "sampling": asdict(sampling),
+            "sampling": sampling.identity,
             "items": describe(self.items, 6),
             "reward": describe(self.reward, 8),
             "size": self._data(0).settings,
@@ -337,7 +337,7 @@ class Regenerate(Corruption):
     @property
     def settings(self) -> dict[str, Any]:
         system = self._open()
-        sampling = asdict(self.sampling.over(system.sampling))
+        sampling = self.sampling.over(system.sampling).identity
         return {"name": self.name, "checkpoint": system.identity, "strength": self.strength, "sampling": sampling}
 
     def _open(self) -> System:

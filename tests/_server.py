@@ -55,10 +55,16 @@ def launch(target: Callable[..., None], calls: Sequence[Sequence[Any]]) -> list[
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     context.set_forkserver_preload(list(PRELOAD))
-    processes = [context.Process(target=target, args=tuple(arguments)) for arguments in calls]
+    processes = [context.Process(target=_begin, args=(target, *arguments)) for arguments in calls]
     for process in processes:
         process.start()
     return processes  # type: ignore[return-value]
+
+
+def _begin(target: Callable[..., None], *arguments: Any) -> None:
+    # Its own processes start as those of a command do; as ours, each would import torch.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    target(*arguments)
 
 
 def join(processes: Sequence[multiprocessing.Process], timeout: float = 60) -> list[int | None]:

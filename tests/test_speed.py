@@ -128,15 +128,33 @@ class Allocations(TorchDispatchMode):
         return sum(size for storage, size in self.storages.values() if not storage.expired())
 
 
+def held_by(model: Any) -> int:
+    """Bytes at the end of a forward pass, weights apart."""
+    with Allocations() as allocations:
+        loss = loss_of(model)
+    assert loss.requires_grad
+    for parameter in model.parameters():
+        allocations.storages.pop(parameter.untyped_storage()._cdata, None)
+    return allocations.bytes()
+
+
+def test_nothing_between_a_layer_and_its_hierarchical_block_is_kept() -> None:
+    """One block more keeps no more: what enters its layer is kept without it, too."""
+    models = [tiny_model(id_layers=id_layers).train() for id_layers in (2, 3)]
+    plain = [held_by(model) for model in models]
+    for model in models:
+        model.run_layers("full")
+    held = [held_by(model) for model in models]
+    assert held[0] == held[1]
+    assert plain[0] < plain[1]
+
+
 def test_the_backward_pass_keeps_less_and_the_attention_outputs_are_the_difference() -> None:
     model = tiny_model().train()
     held = {}
     for mode in ("none", "attention", "full"):
         model.run_layers(mode)
-        with Allocations() as allocations:
-            loss = loss_of(model)
-        held[mode] = allocations.bytes()
-        del loss
+        held[mode] = held_by(model)
     assert held["none"] > 2 * held["attention"]
     assert held["full"] < held["attention"] < held["full"] + _attention_bytes(model) * 1.01
 
@@ -196,7 +214,8 @@ def test_a_copy_of_a_model_runs_its_own_layers_and_the_weights_keep_their_names(
 def test_twenty_steps_have_one_loss_curve_to_the_bit() -> None:
     curves = {}
     for mode in ("none", "attention", "full"):
-        model = tiny_model().train()
+        model = tiny_model(id_layers=1).train()
+        del model.blocks[2:]
         model.run_layers(mode)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         curves[mode] = []
@@ -238,6 +257,27 @@ def test_compiled_layers_are_one_graph_each_and_change_no_value_gradient_or_name
     assert list(model.state_dict()) == names
     model.run_layers("none", False)
     assert all(torch.equal(ours, plain[name]) for name, ours in gradients(model).items())
+    checkpointing._runner.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["none", "attention", "full"])
+def test_sharded_blocks_are_compiled_within_their_hooks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed, and what again, with a compiler that only tells what it is given."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(checkpointing.torch, "compile", lambda run, fullgraph: compiled.append(run) or run)
+    model = tiny_model(id_layers=1).train()
+    plain = gradients(model)
+    model.run_layers(mode)
+    once = flops(lambda: loss_of(model).backward())
+    monkeypatch.setattr(checkpointing, "FSDPModule", type(model.blocks[0]))
+    checkpointing._runner.cache_clear()
+    model.run_layers(mode, True)
+    found = gradients(model)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert len(compiled) == 2  # one of each kind
+    assert flops(lambda: loss_of(model).backward()) == once
+    model.run_layers(mode)
+    assert flops(lambda: loss_of(model).backward()) == once
     checkpointing._runner.cache_clear()
 
 

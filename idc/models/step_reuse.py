@@ -24,7 +24,8 @@ class Reuse:
 
     Attributes:
         threshold: of the accumulated relative change; 0 computes every step, bit for bit as without. The larger, the
-            faster and the further off: compare videos before more than 0.1.
+            faster and the further off: the toy model at 10 steps takes over a sixth of its passes at 0.1 and 0.45 at
+            0.2 (tests/benchmarks/LOG.md).
         report_error: `idc generate` also makes every video exactly and records how far this one is from it.
     """
 
@@ -33,11 +34,11 @@ class Reuse:
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
-            raise UserError(f"sampling.reuse.threshold={self.threshold}: must be 0 (exact) or positive; try 0.05")
+            raise UserError(f"sampling.reuse.threshold={self.threshold}: must be 0 (exact) or positive; try 0.1")
         if self.report_error and not self.threshold:
             raise UserError(
                 "sampling.reuse.report_error=true: nothing is taken over at threshold=0, so there is no error; set "
-                "report_error=false, or a threshold such as 0.05"
+                "report_error=false, or a threshold such as 0.1"
             )
 
     def __bool__(self) -> bool:

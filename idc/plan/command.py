@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,10 +44,11 @@ def main(args: Sequence[str]) -> int:
     check_recipe_given(rest, "plan")
     check_command_line(rest)
     check_stage(rest, "plan")
-    from idc.plan.estimate import Plan
-    from idc.plan.recipe import read
+    with _uncollected():
+        from idc.plan.estimate import Plan
+        from idc.plan.recipe import read
 
-    plan = Plan(read(rest), own.share)
+        plan = Plan(read(rest), own.share)
     _show(plan, devices)
     if own.json is not None:
         from idc.plan.tables import as_json
@@ -62,6 +65,18 @@ def main(args: Sequence[str]) -> int:
     for device_ in short:
         _warn(plan, device_)
     return 1 if short and own.strict else 0
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which takes a fifth of the time of imports that leave hardly any garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _show(plan: Plan, devices: Sequence[Device]) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from idc.models.cost import StepFlops
 from idc.plan.devices import Device
@@ -113,8 +115,18 @@ class Plan:
     # Memory ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def averages(self) -> bool:
-        return self.recipe.callback("EMA") is not None
+    def averages(self) -> Literal["none", "device", "host"]:
+        """Where EMA's averages lie."""
+        callback = self.recipe.callback("EMA")
+        if callback is None:
+            return "none"
+        return "host" if getattr(callback, "init_args", {}).get("offload") else "device"
+
+    @property
+    def host_bytes(self) -> int:
+        """Of a rank's host memory that the averages take."""
+        shards = 1 if self.layout.strategy == "zero2" else self.layout.shards
+        return 4 * self.structure.parameters.trained // shards if self.averages == "host" else 0
 
     @cached_property
     def keeps_reference(self) -> bool:
@@ -144,8 +156,8 @@ class Plan:
         return optimiser_of(self.stage.optimizer_factory, on_gpu)
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the command
-    def passed(self, structure: Structure, clips: int) -> Passed:
-        return structure.passed(replace(self.work, clips=clips))
+    def passed(self, structure: Structure, clips: int, gathered: torch.dtype = torch.float32) -> Passed:
+        return structure.passed(replace(self.work, clips=clips), gathered)
 
     def memory(
         self,
@@ -156,13 +168,14 @@ class Plan:
         averages: bool | None = None,
     ) -> Memory:
         """Of a rank; arguments stand in for the recipe's own settings."""
-        structure = structure or self.structure
+        structure, layout = structure or self.structure, layout or self.layout
+        gathered = layout.gathered if layout.strategy == "fsdp" else torch.float32
         return memory(
             structure.parameters,
-            self.passed(structure, self.work.clips if clips is None else clips),
+            self.passed(structure, self.work.clips if clips is None else clips, gathered),
             self.optimiser(on_gpu),
-            layout or self.layout,
-            average=self.averages if averages is None else averages,
+            layout,
+            average=self.averages == "device" if averages is None else averages,
             reference=self.keeps_reference,
             encoders=sum(encoder.bytes for encoder in self.resident),
             rollouts=self.rollout_bytes,
@@ -171,7 +184,7 @@ class Plan:
 
     def changes(self, room: float) -> Iterator[Change]:
         """Changes of the settings that make it fit into `room` bytes, the nearest first; of a kind the smallest."""
-        kinds = (self._recomputing(), self._fewer_clips(), self._no_averages(), self._spread(), self._sharded())
+        kinds = (self._recomputing(), self._fewer_clips(), self._averages_to_host(), self._spread(), self._sharded())
         for kind in (*kinds, *([change] for change in self._smaller_sets())):
             for setting, settings in kind:
                 structure = settings.get("structure")
@@ -207,9 +220,9 @@ class Plan:
         yield text, {"clips": self._clips(1)}
         yield f"{text} and ", {"clips": self._clips(1), "structure": self._lightest}
 
-    def _no_averages(self) -> Iterator[Tried]:
-        if self.averages:
-            yield "no EMA callback", {"averages": False}
+    def _averages_to_host(self) -> Iterator[Tried]:
+        if self.averages == "device":
+            yield "the EMA callback's init_args.offload=true", {"averages": False}
 
     def _spread(self) -> Iterator[Tried]:
         """Each sample's tokens over several ranks."""
@@ -271,7 +284,7 @@ class Plan:
             device,
             dtype=dtype,
             matmul_precision=self.stage.speed.matmul_precision,
-            average=self.averages,
+            average=self.averages == "device",
             passes=self.passes,
             share=self.share,
         )

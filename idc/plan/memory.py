@@ -107,10 +107,12 @@ def memory(
         parts["DDP's buckets of gradients"] = _MASTER * trained
         static += parts["DDP's buckets of gradients"]
     if layout.strategy in ("fsdp", "zero3"):
-        # The root's and two layers' weights, of which one comes while the other computes; two layers' gradients.
-        share = trained / total
+        # The root's and two layers' weights, of which one comes while the other computes; the gradients of the root, of
+        # a layer, and of one that are being scattered.
+        each = layout.gathered.itemsize if layout.strategy == "fsdp" else _MASTER
         unit, root = parameters.largest_unit, parameters.root_unit
-        parts["gathered layers"] = round(_MASTER * (root + 2 * unit + share * (root + 2 * unit)))
+        gradients = _MASTER * root + (each + _MASTER) * unit
+        parts["gathered layers"] = round(_MASTER * root + 2 * each * unit + trained / total * gradients)
     over = layout.sequence  # of the video's tokens, which nearly all of this is
     parts["activations kept"] = passed.kept // over
     if passed.kept_copies:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,12 +19,19 @@ from idc.plan.trace import Passed, trace
 from idc.stages.base import Stage
 from idc.stages.dpo import DPO
 from idc.stages.grpo import GRPO
+from idc.stages.sharding import islands, units_of
 from idc.types import Bucket
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters: of each part in all and trained, and of FSDP's units."""
+    """Numbers of parameters.
+
+    Attributes:
+        parts: by name, in all and trained.
+        largest_unit: of the largest layer that FSDP2 gathers, as far as its weights travel in the compute dtype.
+        root_unit: of what it gathers in float32 for a whole pass.
+    """
 
     parts: dict[str, tuple[int, int]]
     largest_unit: int
@@ -98,10 +105,15 @@ class Structure:
         set_trainable(model, self.trainable, **vars(self.stage.lora))
         return model
 
-    def _build(self, layers: int, id_layers: int) -> nn.Module:
+    def _build(self, layers: int, id_layers: int, gathered: torch.dtype) -> nn.Module:
         with torch.device("meta"):
-            model = type(self._whole).from_config({**self.config, "num_layers": layers, "id_layers": id_layers})
+            model: Any = type(self._whole).from_config({**self.config, "num_layers": layers, "id_layers": id_layers})
         self._trained(model).run_layers(self.checkpointing)
+        for unit in units_of(model):
+            kept = {*islands(unit)}
+            for parameter in unit.parameters():
+                if parameter not in kept:
+                    parameter.data = parameter.data.to(gathered)
         return model.train()
 
     @cached_property
@@ -114,13 +126,15 @@ class Structure:
             counts = parts.setdefault(part, [0, 0])
             counts[0] += parameter.numel()
             counts[1] += parameter.numel() * parameter.requires_grad
-        units = [sum(p.numel() for p in unit.parameters()) for unit in [*model.blocks, *model.id_blocks]]
+        units = [_numel(unit.parameters()) - _numel(islands(unit)) for unit in units_of(model)]
         total = sum(count for count, _ in parts.values())
         return Parameters({name: (a, b) for name, (a, b) in parts.items()}, max(units), total - sum(units))
 
-    def passed(self, work: Work) -> Passed:
-        """Memory of a pass with these settings, besides weights and their gradients."""
-        return trace(self._build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work))
+    def passed(self, work: Work, gathered: torch.dtype = torch.float32) -> Passed:
+        """Memory of a pass with these settings, besides weights and their gradients; `gathered` as in
+        `idc.stages.sharding.shard`."""
+        build = partial(self._build, gathered=gathered)
+        return trace(build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work))
 
     def with_weights(self, device: torch.device) -> nn.Module:
         """The whole model with random weights, ready to be trained."""
@@ -166,6 +180,10 @@ class Structure:
                 tokens = vlm_tokens(encoders, subjects if drop.references else 0, words)
                 features[drop.vlm] = torch.empty(max(1, tokens), encoders.vlm.dim, dtype=torch.bfloat16)
         return features
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def clips_a_pass(stage: Stage, clips: int) -> int:

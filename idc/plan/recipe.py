@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from idc.data.module import VideoDataModule
 from idc.errors import UserError
@@ -45,6 +47,7 @@ class Layout:
         shards: ranks that a copy of the weights is spread over; 1 where each has all of them.
         sequence: ranks that share one sample's tokens.
         accumulate: passes a step.
+        gathered: the type in which FSDP2's ranks send matrices to each other (`idc.stages.sharding.shard`).
     """
 
     strategy: str = "one"
@@ -53,6 +56,7 @@ class Layout:
     shards: int = 1
     sequence: int = 1
     accumulate: int = 1
+    gathered: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def read(args: Sequence[str]) -> Recipe:
     """
     cli: Any = command_line(_Reading, "fit", args, "plan")
     layout, notes = _layout(cli.trainer_settings)
+    layout = replace(layout, gathered=cli.model.compute_dtype)
     batch, groups = cli.datamodule.batch_size, layout.ranks // layout.sequence
     if batch % groups:
         raise UserError(

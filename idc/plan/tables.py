@@ -70,6 +70,8 @@ def _memory(plan: Plan, devices: Sequence[Device]) -> Table:
     if found.margin:
         table.add_row(f"margin ({found.margin_note}), assumed", gib(found.margin))
     table.add_row("peak", gib(found.total), style="bold")
+    if plan.host_bytes:
+        table.add_row("in host memory: averages (EMA)", gib(plan.host_bytes))
     for device in devices:
         if on_gpu(device):
             fits = found.total <= device.memory * GIB
@@ -146,6 +148,9 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"references are taken to have {plan.reference_side**2} tokens, the cap of their area")
     if plan.stage.speed.compile:
         found.append("speed.compile keeps fewer activations than are counted here")
+    if plan.host_bytes:
+        size = gib(plan.layout.ranks // plan.layout.nodes * plan.host_bytes)
+        found.append(f"averages take {size} GiB of a node's host memory; an asynchronous save's copy comes to that")
     if plan.layout.sequence > 1:
         found.append("a sequence is spread over ranks: the subjects' tokens, which all of them hold, count as spread")
     if isinstance(plan.stage, GRPO):
@@ -181,13 +186,14 @@ def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
             "parts": {name: {"all": a, "trained": b} for name, (a, b) in parameters.parts.items()},
             "encoders": {encoder.part: encoder.parameters for encoder in plan.encoders},
         },
-        "layout": vars(plan.layout),
+        "layout": {**vars(plan.layout), "gathered": str(plan.layout.gathered).removeprefix("torch.")},
         "pass": {
             "clips": plan.work.clips,
             "bucket": list(plan.work.bucket),
             "checkpointing": plan.structure.checkpointing,
         },
         "memory": {"parts": found.parts, "margin": found.margin, "peak": found.total, "allocated": found.allocated},
+        "host_memory": {"averages (EMA)": plan.host_bytes},
         "operations": {
             shape(bucket): {**each.trained._asdict(), **each.frozen, "total": each.total}
             for bucket, each in plan.operations.items()

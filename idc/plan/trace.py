@@ -74,6 +74,8 @@ class Storages(TorchDispatchMode):
         self._weights = {tensor.untyped_storage()._cdata for tensor in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two thirds of all calls, on tensors without content alone
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for tensor in tree_leaves(result):

@@ -137,7 +137,8 @@ def _communication(parameters: Parameters, layout: Layout, device: Device, passe
     inside = layout.shards * layout.nodes <= layout.ranks  # a copy of the weights lies on one node
     between = 1e9 * (device.link if layout.nodes == 1 else device.network)
     within = 1e9 * device.link if inside else between
-    weights, gradients = 4 * parameters.total, 4 * parameters.trained
+    each = layout.gathered.itemsize if layout.strategy == "fsdp" else 4
+    weights, gradients = each * parameters.total, 4 * parameters.trained
     part = (layout.shards - 1) / layout.shards
     replicas = layout.ranks // layout.shards
     reduced = 2 * (replicas - 1) / replicas * gradients / layout.shards / between

@@ -155,7 +155,7 @@ def shard(model: IDCrafterTransformer, mesh: DeviceMesh, gathered: torch.dtype =
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    units = [model.condition_embedder, *model.blocks, *model.id_blocks]
+    units = units_of(model)
     kept = [parameter for unit in units for parameter in islands(unit)] if gathered is not torch.float32 else []
     policy = MixedPrecisionPolicy()
     if kept:
@@ -168,6 +168,11 @@ def shard(model: IDCrafterTransformer, mesh: DeviceMesh, gathered: torch.dtype =
     # reads or swaps parameters then would see stale ones.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     del model.islands
+
+
+def units_of(model: IDCrafterTransformer) -> list[nn.Module]:
+    """What is gathered by itself."""
+    return [model.condition_embedder, *model.blocks, *model.id_blocks]
 
 
 def islands(unit: nn.Module) -> list[nn.Parameter]:

@@ -1,9 +1,12 @@
-"""What several test files share: toy shards that are made once a session, with their features cached."""
+"""What several test files share, made once a session: toy shards with their features, and runs trained on them."""
 
 from __future__ import annotations
 
 import gc
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +30,19 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ToyShards(str(folder / "train"), 48, 0, **WORLD).prepare()
     ToyShards(str(folder / "held_out"), 8, 1_000_000, **WORLD).prepare()
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`trained(**settings of the stage)` is a finished run of `_generate.tiny_run`, made once; nobody writes there."""
+    from _generate import tiny_run
+
+    made: dict[str, Path] = {}
+
+    def run(**model: Any) -> Path:
+        key = json.dumps(model, sort_keys=True)
+        if key not in made:
+            made[key] = tiny_run(toy_data, tmp_path_factory.mktemp("trained"), **model)
+        return made[key]
+
+    return run

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import insightface
 import numpy as np
 import pytest
-from _sft_worker import ROOT, Fit, callbacks, fit_here, merge, scalars, tiny_overlay, written
+from _sft_worker import ROOT, scalars, written
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule
 from PIL import Image
@@ -141,13 +142,10 @@ def test_faces_are_scored_with_real_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_here")
-def test_a_model_generates_in_a_process_of_its_own_before_it_is_judged(toy_data: Path, tmp_path: Path) -> None:
-    """A model of two steps; of an item that it cannot make, the results say what generation said."""
-    steps = {"trainer": {"max_steps": 2, "val_check_interval": 2}}
-    run = Fit(tmp_path, merge(tiny_overlay(toy_data, tmp_path / "runs", features=False), callbacks(count=1), steps))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert fit_here(run) == 0
+def test_a_model_generates_in_a_process_of_its_own_before_it_is_judged(
+    trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of an item that it cannot make, the results say what generation said."""
     picture = tmp_path / "reference.png"
     Image.new("RGB", (16, 16), "red").save(picture)
     asked = Item("made", "a red square", (picture,)), Item("broken", "a red square", (tmp_path / "missing.png",))
@@ -157,7 +155,7 @@ def test_a_model_generates_in_a_process_of_its_own_before_it_is_judged(toy_data:
         "init_args": {"path": str(write_items(tmp_path / "asked", asked))},
     }
     size = {"items": items, "frames": 5, "height": 32, "width": 32}
-    sampling = {"checkpoint": str(run.run), "sampling": {"steps": 2}}
+    sampling = {"checkpoint": str(trained()), "sampling": {"steps": 2}}
     overlay = written(tmp_path / "g.yaml", {"data": {"init_args": size}, "model": {"init_args": sampling}})
     config = [str(ROOT / "recipes" / "generate.yaml"), str(overlay)]
     source = {"class_path": "idc.stages.generated.Generated", "init_args": {"config": config, "system": "ours"}}

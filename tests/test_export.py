@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _generate import tiny_run
 
 from idc.cli import main
 from idc.data.toy import ToyWorld
@@ -21,8 +21,8 @@ from idc.models.system import open_system
 
 
 @pytest.fixture(scope="module")
-def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(toy_data, tmp_path_factory.mktemp("run"))
+def run(trained: Callable[..., Path]) -> Path:
+    return trained()
 
 
 def test_an_exported_run_has_the_runs_averages_and_says_how_it_was_trained(run: Path, tmp_path: Path) -> None:

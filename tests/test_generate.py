@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from _generate import EDIT, SIZE, apart, command, contents, direct, held_out, here, tiny_run, toy_items, videos
+from _generate import EDIT, SIZE, apart, command, contents, direct, held_out, here, toy_items, videos
 from _sft_worker import ROOT, TRANSFORMER
 from _shards import restamp
 from PIL import Image
@@ -45,8 +46,8 @@ def _lightnings_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(toy_data, tmp_path_factory.mktemp("run"))
+def run(trained: Callable[..., Path]) -> Path:
+    return trained()
 
 
 @pytest.fixture(scope="module")

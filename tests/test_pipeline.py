@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _generate import direct, tiny_run, toy_items, videos
+from _generate import direct, toy_items, videos
 from _sft_worker import TRANSFORMER, Fit, callbacks, merge, one_thread, tiny_overlay
 from _tiny_real import TEXT_DIM, save_qwen, save_wan
 from _tiny_wan import randomise
@@ -63,9 +64,14 @@ def toy_pipeline(**blocks: Any) -> IDCrafterPipeline:
 # One video, three ways ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainable", ["full", "id_blocks", "id_blocks+lora"])
-def test_stage_pipeline_and_saved_pipeline_give_the_same_video(trainable: str, toy_data: Path, tmp_path: Path) -> None:
-    run = tiny_run(toy_data, tmp_path, trainable=trainable)
+LORA = {"trainable": "id_blocks+lora", "lora": {"rank": 4, "alpha": 12}}
+
+
+@pytest.mark.parametrize("settings", [{}, {"trainable": "id_blocks"}, LORA], ids=["full", "id_blocks", "lora"])
+def test_stage_pipeline_and_saved_pipeline_give_the_same_video(
+    settings: dict[str, Any], trained: Callable[..., Path], toy_data: Path, tmp_path: Path
+) -> None:
+    run = trained(**settings)
     out, lossless = tmp_path / "videos", Encoding(crf=0, pixel_format="yuv444p")
     assert direct(out, run, toy_items(toy_data, limit=2), fps=8).exit_status == 0
     item = read_items(out / "items.jsonl")[1]
@@ -86,12 +92,11 @@ def test_stage_pipeline_and_saved_pipeline_give_the_same_video(trainable: str, t
     assert videos(again) == videos(out)
 
 
-def test_a_merged_lora_is_the_adapted_layer(toy_data: Path, tmp_path: Path) -> None:
+def test_a_merged_lora_is_the_adapted_layer(trained: Callable[..., Path]) -> None:
     """Against peft's own forward pass, on the weights of a run."""
     from idc.models.trainable import set_trainable
 
-    run = tiny_run(toy_data, tmp_path, trainable="id_blocks+lora", lora={"rank": 4, "alpha": 12})
-    checkpoint = find_checkpoint(run)
+    checkpoint = find_checkpoint(trained(**LORA))
     state = torch.load(checkpoint.state, weights_only=True)["state_dict"]
     adapted = TransformerSpec(**TRANSFORMER, id_blocks=IDBlocks(layers=1)).build(32, 32)
     set_trainable(adapted, "id_blocks+lora", rank=4, alpha=12)
@@ -134,9 +139,9 @@ def test_shards_of_fsdp2_give_the_weights_of_a_single_file(toy_data: Path, tmp_p
     call(IDCrafterPipeline.from_run(run.run))
 
 
-def test_a_folder_of_runs_means_the_newest_with_a_checkpoint(toy_data: Path, tmp_path: Path) -> None:
-    run = tiny_run(toy_data, tmp_path)
-    root = run.parent
+def test_a_folder_of_runs_means_the_newest_with_a_checkpoint(trained: Callable[..., Path], tmp_path: Path) -> None:
+    root = tmp_path / "sft"
+    run = shutil.copytree(trained(), root / "version_0", symlinks=True)
     shutil.copytree(run, root / "version_2", symlinks=True)
     (root / "version_10").mkdir()
     (root / "notes").mkdir()
@@ -252,9 +257,11 @@ def picture_files(folder: Path) -> list[Path]:
     return [folder / name for name in ("large.png", "alpha.png", "turned.jpg", "odd.png")]
 
 
-def test_a_picture_is_the_same_to_the_stage_and_in_every_form_to_the_pipeline(toy_data: Path, tmp_path: Path) -> None:
+def test_a_picture_is_the_same_to_the_stage_and_in_every_form_to_the_pipeline(
+    trained: Callable[..., Path], tmp_path: Path
+) -> None:
     """Bit for bit: file by the stage; path, PIL image, array and tensor by the pipeline."""
-    run, files, out = tiny_run(toy_data, tmp_path), picture_files(tmp_path), tmp_path / "videos"
+    run, files, out = trained(), picture_files(tmp_path), tmp_path / "videos"
     rows = [{"id": file.stem, "prompt": "a red cube", "references": [file.name]} for file in files]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert direct(out, run, ItemFile(f"{tmp_path}/items.jsonl"), fps=8).exit_status == 0
@@ -295,8 +302,8 @@ def test_a_clip_is_the_same_in_every_form() -> None:
     assert np.array_equal(call(own, source=clip, mask=half), call(own, source=clip, mask=torch.from_numpy(half)))
 
 
-def test_it_edits_as_the_stage_does(toy_data: Path, tmp_path: Path) -> None:
-    run = tiny_run(toy_data, tmp_path)
+def test_it_edits_as_the_stage_does(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained()
     clip = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     (tmp_path / "clip.mp4").write_bytes(encode_video(clip, 8, crf=0, pixel_format="yuv444p"))
     mask = np.zeros((32, 32), np.uint8)

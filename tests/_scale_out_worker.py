@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from _tiny_wan import VLM_DIM, WAN, condition, randomise
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from idc.callbacks.ema import EMAWeights
@@ -132,13 +132,28 @@ def _note_types(met: dict[str, torch.dtype], name: str, module: torch.nn.Module,
     met.update({f"{name}.{key}": value.dtype for key, value in module.named_parameters(recurse=False)})
 
 
+def losses_of(mesh: DeviceMesh, gathered: torch.dtype, rank: int) -> list[float]:
+    """Of 20 steps of one layer with its block on one batch, under bfloat16 autocast."""
+    model, losses = model_of({"num_layers": 1, "id_layers": 1}), []
+    shard(model, mesh, gathered)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            _, loss = loss_of(model, "padded", rank)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def gather(rank: int, world: int, port: int, out: str) -> None:
     """One pass under bfloat16 autocast, its layers recomputed, with weights gathered in either type: rank 0's output,
-    all gradients, and the types of the parameters that modules compute with."""
+    all gradients, and the types of the parameters that modules compute with; and the losses of 20 steps."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
-    results = {}
+    results: dict[Any, Any] = {g: losses_of(mesh, g, rank) for g in (torch.float32, torch.bfloat16)}
     for name in ("padded", "even"):
         for gathered in (torch.float32, torch.bfloat16):
             model = model_of(CASES[name][0])
@@ -151,9 +166,9 @@ def gather(rank: int, world: int, port: int, out: str) -> None:
                 output, loss = loss_of(model, name, rank)
             loss.backward()
             gradients = {key: value.grad.full_tensor() for key, value in model.named_parameters()}
-            results[name, gathered] = (output.detach(), gradients, met)
             assert all(value.grad.dtype is value.dtype is torch.float32 for value in model.parameters())
             assert not [key for key in model.state_dict() if key.startswith("islands")]
+            results[name, gathered] = (output.detach(), gradients, met)
     if rank == 0:
         torch.save(results, out)
     dist.destroy_process_group()

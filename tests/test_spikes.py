@@ -238,7 +238,9 @@ def test_grpo_skips_steps_that_are_nan_and_its_weights_stay(toy_data: Path, tmp_
     module = stage(start, objective=Broken(), gradient_norm=1.0)
     guard, poison = LossGuard(on_nan="skip", max_skips=9), Poison(str(tmp_path / "states"), {})
     with one_thread():
-        trainer = Trainer(callbacks=[guard, poison], **{**QUIET, "devices": 1, "max_steps": 2})
+        trainer = Trainer(
+            callbacks=[guard, poison], **{**QUIET, "devices": 1, "max_steps": 2, "default_root_dir": tmp_path}
+        )
         trainer.fit(module, datamodule=data(toy_data))
     records = [json.loads(line) for line in (tmp_path / "states-0").read_text().splitlines()]
     assert [record["step"] for record in records if record["place"] == "end"] == [1, 2]

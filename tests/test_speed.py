@@ -215,7 +215,7 @@ def test_twenty_steps_have_one_loss_curve_to_the_bit() -> None:
     curves = {}
     for mode in ("none", "attention", "full"):
         model = tiny_model(id_layers=1).train()
-        del model.blocks[2:]
+        del model.blocks[1:]
         model.run_layers(mode)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         curves[mode] = []
@@ -260,24 +260,22 @@ def test_compiled_layers_are_one_graph_each_and_change_no_value_gradient_or_name
     checkpointing._runner.cache_clear()
 
 
-@pytest.mark.parametrize("mode", ["none", "attention", "full"])
+@pytest.mark.parametrize("mode", ["attention", "full"])
 def test_sharded_blocks_are_compiled_within_their_hooks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed, and what again, with a compiler that only tells what it is given."""
     compiled: list[Any] = []
     monkeypatch.setattr(checkpointing.torch, "compile", lambda run, fullgraph: compiled.append(run) or run)
     model = tiny_model(id_layers=1).train()
-    plain = gradients(model)
+    del model.blocks[1:]
     model.run_layers(mode)
-    once = flops(lambda: loss_of(model).backward())
+    plain = flops(lambda: gradients(model))
+    expected = gradients(model)
     monkeypatch.setattr(checkpointing, "FSDPModule", type(model.blocks[0]))
     checkpointing._runner.cache_clear()
     model.run_layers(mode, True)
-    found = gradients(model)
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert flops(lambda: gradients(model)) == plain
     assert len(compiled) == 2  # one of each kind
-    assert flops(lambda: loss_of(model).backward()) == once
-    model.run_layers(mode)
-    assert flops(lambda: loss_of(model).backward()) == once
+    assert all(torch.equal(found, expected[name]) for name, found in gradients(model).items())
     checkpointing._runner.cache_clear()
 
 

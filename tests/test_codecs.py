@@ -195,7 +195,8 @@ def _decoded_in_tiles_of_32(codec, latents):
 
 @pytest.mark.parametrize("cause", ["estimate", "error"])
 def test_what_does_not_fit_the_free_memory_is_decoded_in_tiles_and_said_so(root, monkeypatch, cause):
-    """Tiles of tiny clips differ from the whole by their seams: about 2 of 255 here, on noise, random weights and an overlap of 8 pixels."""
+    """Tiles of tiny clips differ from the whole by their seams: about 2 of 255 here, on noise, random weights and an
+    overlap of 8 pixels."""
     latents = torch.randn(1, 16, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     whole = WanVAECodec(str(root), tiling=False).decode(latents)
     codec = WanVAECodec(str(root)).load()

@@ -81,6 +81,7 @@ def apply_speed(bench: Bench, model: Any, speed: Speed, training: bool) -> dict[
     Raises:
         UserError: for an attention backend that cannot run here.
     """
+    torch.set_float32_matmul_precision(speed.matmul_precision)
     checkpointing = speed.checkpointing if training else "none"
     model.run_layers(checkpointing, speed.compile)
     attention = attention_of(bench, training, speed)

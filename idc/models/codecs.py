@@ -190,7 +190,8 @@ class WanVAECodec(Codec):
         batch, _, frames, height, width = shape
         pixels = batch * height * width * self.spatial_factor**2
         wide = self._model.config.base_dim * (6 * self.temporal_factor + 2 * 8)
-        return pixels * (wide * self.decode_dtype.itemsize + 2 * 3 * frames * self.temporal_factor * 4)
+        kept = max(self.dtype.itemsize, self.decode_dtype.itemsize)  # norms give the weights' type under autocast
+        return pixels * (wide * kept + 2 * 3 * frames * self.temporal_factor * 4)
 
 
 def free_memory(device: torch.device) -> int | None:

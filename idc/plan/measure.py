@@ -15,6 +15,7 @@ from idc.plan.estimate import Plan
 from idc.plan.memory import memory
 from idc.plan.recipe import Layout
 from idc.plan.trace import Storages
+from idc.stages.speed import optimizer_settings
 
 GIB = 2**30
 
@@ -64,7 +65,7 @@ def measured_parts(plan: Plan, device: torch.device) -> dict[str, int]:
     stage = plan.stage.to(device)
     model: Any = plan.structure.with_weights(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = stage.optimizer_factory(parameters)
+    optimizer = stage.optimizer_factory(parameters, **optimizer_settings(stage.optimizer_factory, device))
     run = plan.structure.loss(plan.work)
     with torch.device(device):
         run(model).backward()

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from idc.plan.model import Parameters
 from idc.plan.recipe import Layout
 from idc.plan.trace import Passed
+from idc.stages.speed import optimizer_settings
 
 _MASTER = 4  # bytes of a weight: float32 in all recipes, and so are its gradient, its average and its reference
 _CONTEXT = 600 * 2**20  # a CUDA context with cuBLAS and cuDNN, about
@@ -64,7 +65,7 @@ def optimiser_of(factory: OptimizerCallable, on_gpu: bool = True) -> Optimiser:
         return Optimiser(type(optimizer).__name__, 8.0, 0.0)
     state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
     states = sum(value.nbytes for value in state if value.numel() > 1) / parameter.numel()
-    group = optimizer.param_groups[0]
+    group = optimizer.param_groups[0] | (optimizer_settings(factory, torch.device("cuda")) if on_gpu else {})
     # Without one kernel for all, a step on a GPU goes over all parameters at once, with a temporary of their size.
     at_once = on_gpu and not group.get("fused") and group.get("foreach") is not False and "foreach" in group
     return Optimiser(type(optimizer).__name__, states, float(_MASTER) if at_once else 0.0)

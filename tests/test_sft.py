@@ -17,7 +17,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from _sft_worker import RECIPE, TRANSFORMER, Fit, callbacks, fit_here, merge, one_thread, scalars, shards, tiny_overlay
+from _sft_worker import (
+    ROOT,
+    TRANSFORMER,
+    Fit,
+    callbacks,
+    fit_here,
+    merge,
+    one_thread,
+    scalars,
+    shards,
+    tiny_overlay,
+)
 from _shards import corrupt, overwrite, restamp, write_shards
 from diffusers import WanTransformer3DModel
 from PIL import Image
@@ -36,7 +47,7 @@ GOLDEN_TOLERANCE = 2e-3
 
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(RECIPE.parent.parent)
+    monkeypatch.chdir(ROOT)
 
 
 def test_the_golden_curve(toy_data: Path, tmp_path: Path) -> None:
@@ -163,40 +174,46 @@ def test_only_the_chosen_parameters_are_trained_and_a_resume_goes_on_exactly(
     assert set(back.steps()) == {3, 4}
 
 
-def test_validate_repeats_the_held_out_loss_of_the_averaged_weights(toy_data: Path, tmp_path: Path) -> None:
-    overlay = merge(tiny_overlay(toy_data, tmp_path / "runs"), callbacks(save_every=100, ema=0.9))
-    run = Fit(tmp_path, overlay)
-    assert fit_here(run) == 0
-    command = ["validate", *replace(run, log="validate").command()[1:], "--ckpt_path", "last"]
-    with one_thread():
-        assert main(command) == 0
-    assert replace(run, log="validate").validation()[0] == run.validation()[8]
-
-    raw = merge(overlay, {"trainer": {"callbacks": [{"class_path": "idc.callbacks.checkpoint.Checkpoint"}]}})
-    unaveraged = Fit(tmp_path / "raw", merge(raw, tiny_overlay(toy_data, tmp_path / "raw" / "runs")))
-    assert fit_here(unaveraged) == 0
-    assert unaveraged.losses() == run.losses()
-    assert unaveraged.validation()[8]["val/loss"] != run.validation()[8]["val/loss"]
-
-
-def test_test_and_predict_use_the_averaged_weights_and_folders_of_their_own(toy_data: Path, tmp_path: Path) -> None:
-    overlay = merge(
-        tiny_overlay(toy_data, tmp_path / "runs"),
-        callbacks(save_every=100, ema=0.9),
-    )
+@pytest.fixture(scope="module")
+def averaged(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """A run with an average of its weights, and previews of all that is held out."""
+    folder = tmp_path_factory.mktemp("averaged")
+    overlay = merge(tiny_overlay(toy_data, folder / "runs"), callbacks(save_every=100, ema=0.9))
     overlay["trainer"]["callbacks"].append(
         {"class_path": "idc.callbacks.previews.Previews", "init_args": {"count": 100, "truth": False}}
     )
-    run = Fit(tmp_path, overlay)
-    assert fit_here(run) == 0
-    (folder,) = (tmp_path / "runs").glob("**/version_0")
+    run = Fit(folder, overlay)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert fit_here(run) == 0
+    return run
+
+
+def test_validate_repeats_the_held_out_loss_of_the_averaged_weights(
+    averaged: Fit, toy_data: Path, tmp_path: Path
+) -> None:
+    command = ["validate", *replace(averaged, log="validate").command()[1:], "--ckpt_path", "last"]
+    with one_thread():
+        assert main(command) == 0
+    assert replace(averaged, log="validate").validation()[0] == averaged.validation()[8]
+
+    overlay = merge(tiny_overlay(toy_data, tmp_path / "runs"), callbacks(save_every=100))
+    raw = merge(overlay, {"trainer": {"callbacks": [{"class_path": "idc.callbacks.checkpoint.Checkpoint"}]}})
+    unaveraged = Fit(tmp_path, raw)
+    assert fit_here(unaveraged) == 0
+    assert unaveraged.losses() == averaged.losses()
+    assert unaveraged.validation()[8]["val/loss"] != averaged.validation()[8]["val/loss"]
+
+
+def test_test_and_predict_use_the_averaged_weights_and_folders_of_their_own(averaged: Fit) -> None:
+    folder = averaged.run
     before = scalars(folder)
     last = max((folder / "samples").iterdir())
     with one_thread():
         for command in ("test", "predict"):
-            assert main([command, *replace(run, log=command).command()[1:], "--ckpt_path", "last"]) == 0
+            assert main([command, *replace(averaged, log=command).command()[1:], "--ckpt_path", "last"]) == 0
     ((_, loss),) = scalars(folder / "test")["test/loss"]
-    assert loss == pytest.approx(run.validation()[8]["val/loss"], rel=1e-6)
+    assert loss == pytest.approx(averaged.validation()[8]["val/loss"], rel=1e-6)
     assert scalars(folder) == before, "nothing was added to the training run's own curves"
     sampled = {path.name: path.read_bytes() for path in (folder / "predict" / "samples").glob("*.mp4")}
     previewed = {path.name: path.read_bytes() for path in last.glob("*.mp4")}
@@ -230,14 +247,11 @@ def test_a_validation_that_a_signal_cuts_short_logs_no_loss(batch: int, toy_data
     assert (folder / "checkpoints" / "preempted.json").is_file()
 
 
-def test_cached_and_live_features_train_alike(toy_data: Path, tmp_path: Path) -> None:
-    runs = [
-        Fit(tmp_path / name, merge(tiny_overlay(toy_data, tmp_path / name / "runs", features), callbacks()))
-        for name, features in (("cached", True), ("live", False))
-    ]
-    assert [fit_here(run) for run in runs] == [0, 0]
-    assert runs[0].steps() == runs[1].steps()
-    assert runs[0].validation() == runs[1].validation()
+def test_cached_and_live_features_train_alike(averaged: Fit, toy_data: Path, tmp_path: Path) -> None:
+    live = Fit(tmp_path, merge(tiny_overlay(toy_data, tmp_path / "runs", features=False), callbacks(ema=0.9)))
+    assert fit_here(live) == 0
+    assert live.steps() == averaged.steps()
+    assert live.validation() == averaged.validation()
 
 
 # Corrupt samples ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from _tiny_wan import randomise
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from idc.callbacks import writing
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.resume import resolve_ckpt_path
 from idc.data.module import VideoDataModule
@@ -389,14 +390,14 @@ def _before_update(module: GRPO, number: int) -> None:
 
 def _after_save(module: GRPO, number: int) -> None:
     """Kill this process when the checkpoint of that step is in its place, before anything else."""
-    prune = Checkpoint._prune
+    prune = writing._prune
 
-    def deadly(self: Checkpoint, *args: Any, **kwargs: Any) -> Any:
-        if (self.directory / f"step-{number:08d}").is_dir():
+    def deadly(directory: Path, keep_last: int) -> None:
+        if (directory / f"step-{number:08d}").is_dir():
             os.kill(os.getpid(), signal.SIGKILL)
-        return prune(self, *args, **kwargs)
+        prune(directory, keep_last)
 
-    Checkpoint._prune = deadly  # type: ignore[method-assign]
+    writing._prune = deadly
 
 
 PLACES: dict[str, Callable[[GRPO, int], None]] = {"update": _before_update, "saved": _after_save}

@@ -55,6 +55,7 @@ class SaveConfig(SaveConfigCallback):
     resumes = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.resumes = trainer.strategy.broadcast(self.resumes)  # what follows is for all ranks together
         if not self.resumes:
             super().setup(trainer, pl_module, stage)
 
@@ -119,7 +120,7 @@ class CLI(LightningCLI):
             )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        from idc.callbacks.resume import resolve_ckpt_path
+        from idc.callbacks.resume import prepare_resume
 
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("weights_only") is None:
@@ -129,7 +130,7 @@ class CLI(LightningCLI):
             wanted = "last" if wanted == "auto" else wanted
             run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             run_dir = run_dir.parent if run_dir.name == subcommand else run_dir
-            kwargs["ckpt_path"] = resolve_ckpt_path(wanted, run_dir, self.trainer.strategy)
+            kwargs["ckpt_path"] = prepare_resume(wanted, run_dir, self.trainer)
         elif subcommand != "fit" and isinstance(self.model, Stage) and not self.model.has_weights:
             raise UserError(
                 f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"

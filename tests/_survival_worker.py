@@ -25,12 +25,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from idc.callbacks import writing
+from idc.callbacks import resume, writing
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.ema import EMA, ema_state_dict
 from idc.callbacks.hang import HangWatchdog
 from idc.callbacks.preemption import Preemption
-from idc.callbacks.resume import resolve_ckpt_path
+from idc.callbacks.resume import prepare_resume, resolve_together
+from idc.errors import UserError
 from idc.models.manifest import Manifest
 
 SAMPLES, GLOBAL_BATCH, WIDTH = 48, 4, 6
@@ -210,7 +211,7 @@ def train(run: Run, rank: int, port: int) -> None:
     log = Path(f"{run.log}-{rank}")
     trainer = make_trainer(run, [Recorder(log, run)])
     stage = Stage()
-    ckpt_path = resolve_ckpt_path(run.ckpt_path, run.folder, trainer.strategy)
+    ckpt_path = prepare_resume(run.ckpt_path, run.folder, trainer)
     before = signal.getsignal(signal.SIGTERM)
     trainer.fit(stage, Stream(rank, run.ranks), validation_batches(rank, run.ranks), ckpt_path=ckpt_path)
     end = {
@@ -295,6 +296,31 @@ def place_kill(run: Run) -> None:
             save(obj, path, *args, **kwargs)
 
         torch.save = half
+
+
+def choose(case: str, folder: str, value: str, rank: int, port: int) -> None:
+    """Choose a checkpoint with another rank, and write the choice to `<folder>/<rank>`.
+
+    The last word of `case` is a rank that does not see step 2 in its listing, or nobody's number.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    if case.endswith(str(rank)):
+        listed, read = resume.step_directories, resume.read_valid
+
+        def partly_read(path: Path, **how: Any) -> Manifest:
+            if path.name == "step-00000002":
+                raise ValueError("it has no manifest")
+            return read(path, **how)
+
+        resume.read_valid = partly_read
+        resume.step_directories = lambda directory: [pair for pair in listed(directory) if pair[0].step != 2]
+    try:
+        chosen = resolve_together(value, folder, ModelParallelStrategy(2, 1))
+    except UserError as error:
+        chosen = f"refused: {error}"
+    Path(folder, str(rank)).write_text(str(chosen))
+    torch.distributed.destroy_process_group()
 
 
 def start(run: Run) -> list[multiprocessing.Process]:

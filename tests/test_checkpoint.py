@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from _server import context
+from _server import context, free_port, join, launch
 from _survival_worker import (
     PLACES,
     SAVE_EVERY,
@@ -19,6 +20,7 @@ from _survival_worker import (
     Run,
     Stage,
     Stream,
+    choose,
     end,
     finish,
     make_trainer,
@@ -26,11 +28,12 @@ from _survival_worker import (
     mean_validation,
     records,
 )
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from idc.callbacks.checkpoint import Checkpoint
 from idc.callbacks.plain import plain
-from idc.callbacks.resume import find_resume, resolve_ckpt_path
+from idc.callbacks.resume import find_resume, prepare_resume, resolve_ckpt_path
 from idc.errors import UserError
 from idc.models import manifest as manifest_module
 from idc.models.manifest import MANIFEST, STATE, Manifest, hash_files, list_files
@@ -220,6 +223,54 @@ def test_newest_is_the_last_one_saved_also_after_a_rewind(run_folder: Path, tmp_
     assert find_resume(checkpoints) == checkpoints / "step-00000018"
     assert (checkpoints / "last").resolve() == checkpoints / "step-00000018"
     assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000018", "step-00000020"}
+
+
+FILES = (f"{STATE}/__0.distcp", f"{STATE}/__1.distcp")  # which of two ranks hashes which
+
+
+@pytest.mark.parametrize(
+    ("case", "damaged", "value", "expected"),
+    [
+        ("what both see", {}, "last", "step-00000002/state.ckpt"),
+        ("a listing that lags on rank 0", {}, "last", "step-00000001/state.ckpt"),
+        ("a listing that lags on rank 1", {}, "last", "step-00000001/state.ckpt"),
+        ("damage in the share of the other", {2: FILES[1]}, "last", "step-00000001/state.ckpt"),
+        ("no whole one", {2: FILES[1], 1: FILES[0]}, "last", "None"),
+        ("a damaged one, by name", {2: FILES[0]}, "step-00000002", "refused: .*its hash; the newest valid .*00000001"),
+        ("one by name that is missing on rank 1", {}, "step-00000002", "refused: .*no manifest; the newest .*00000001"),
+    ],
+)
+def test_ranks_take_one_checkpoint_whatever_each_of_them_sees(
+    case: str, damaged: dict[int, str], value: str, expected: str, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoints/step-0000000{step}"
+        (folder / STATE).mkdir(parents=True)
+        for name in FILES:
+            (folder / name).write_text(f"{name} of {step}")
+        Manifest("sharded", step, step, 0, 2, "FSDP2", {}, hash_files(folder, FILES)).write(folder)
+        if step in damaged:
+            flip_last_byte(folder / damaged[step])
+    value = value if value == "last" else str(tmp_path / "checkpoints" / value)
+    port = free_port()
+    assert join(launch(choose, [(case, str(tmp_path), value, rank, port) for rank in range(2)])) == [0, 0]
+    chosen = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert chosen[0] == chosen[1]
+    assert re.search(f"{expected}$", chosen[0])
+
+
+def test_before_the_ranks_have_met_a_checkpoint_is_not_read(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = run_folder / "checkpoints/step-00000020"
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(manifest_module, "hash_files", lambda *_: pytest.fail("a file was read"))
+    for value in ("last", step, run_folder):
+        assert prepare_resume(value, run_folder, trainer) == str(step)
+    assert prepare_resume(None, run_folder, trainer) is None
+    assert prepare_resume("last", run_folder / "new", trainer) is None
+    with pytest.raises(UserError, match="no such checkpoint"):
+        prepare_resume(run_folder / "nowhere", run_folder, trainer)
+    (step / STATE).write_bytes(b"")
+    assert prepare_resume("last", run_folder, trainer) == str(step.with_name("step-00000016"))
 
 
 def test_saving_a_step_again_replaces_it(undisturbed: Run, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.torch_version import TorchVersion
 
 from idc.callbacks.checkpoint import Checkpoint, is_dry_run
 from idc.callbacks.watch import Watch
@@ -21,11 +23,9 @@ from idc.errors import UserError
 
 STACKS = "stacks"
 # torch's record of the last collectives, which its own timeout writes too. Read when the process group starts.
-_RECORDER = {
-    "TORCH_FR_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the name before torch 2.9
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-}
+_RENAMED = TorchVersion(torch.__version__) >= "2.9"  # from which on torch warns of the older names
+_BUFFER = "TORCH_FR_BUFFER_SIZE" if _RENAMED else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+_RECORDER = {_BUFFER: "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 class HangWatchdog(Callback):

@@ -11,11 +11,14 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from idc.errors import UserError, nearest
@@ -26,29 +29,49 @@ CHECKPOINTS = "checkpoints"
 CONVERTED = "converted"
 
 
-def find_resume(directory: str | Path) -> Path | None:
-    """The newest checkpoint in `directory` whose sizes and hashes are right, or None.
+Damage = Callable[[Path], str | None]  # what is wrong with a checkpoint, if anything
 
-    A damaged one is reported with its reason and skipped; unfinished saves (`*.tmp-*`) are not looked at.
+
+def damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None: all names and sizes, and the hashes of every `ranks`-th file."""
+    try:
+        read_valid(path, share=(rank, ranks))
+    except (ValueError, OSError) as reason:
+        return str(reason)
+    return None
+
+
+def misses_files(path: Path) -> str | None:
+    """What is wrong with a checkpoint by names and sizes, or None; takes no longer for a large one."""
+    try:
+        read_valid(path, hashes=False)
+    except (ValueError, OSError) as reason:
+        return str(reason)
+    return None
+
+
+def find_resume(directory: str | Path, damage: Damage = damage, quiet: bool = False) -> Path | None:
+    """The newest checkpoint in `directory` in which there is no `damage`, or None.
+
+    A damaged one is reported with its reason, unless `quiet`, and skipped; unfinished saves (`*.tmp-*`) are not looked
+    at.
     """
+
+    def report(path: Path, reason: str | None) -> None:
+        if reason is not None and not quiet:
+            rank_zero_warn(f"Skipping the checkpoint {path}: {reason}")
+
     directory = Path(directory)
     complete = step_directories(directory)
     for path in sorted(directory.glob("step-*")):
         if STEP_DIRECTORY.fullmatch(path.name) and path not in [p for _, p in complete]:
-            _report_damage(path)
+            report(path, misses_files(path))
     for _, path in reversed(complete):
-        if not _report_damage(path):
+        reason = damage(path)
+        if reason is None:
             return path
+        report(path, reason)
     return None
-
-
-def _report_damage(path: Path) -> bool:
-    try:
-        read_valid(path)
-    except ValueError as reason:
-        rank_zero_warn(f"Skipping the checkpoint {path}: {reason}")
-        return True
-    return False
 
 
 def resolve_ckpt_path(value: str | Path | None, run_dir: str | Path, strategy: Strategy) -> str | None:
@@ -64,14 +87,19 @@ def resolve_ckpt_path(value: str | Path | None, run_dir: str | Path, strategy: S
     Raises:
         UserError: there is nothing at `value`, it is damaged, or this strategy cannot load it.
     """
+    found = _find(value, run_dir)
+    return None if found is None else _usable(found, strategy)
+
+
+def _find(value: str | Path | None, run_dir: str | Path, damage: Damage = damage, quiet: bool = False) -> Path | None:
+    """The `step-*` directory or the single file that `value` means (`resolve_ckpt_path`)."""
     if value is None:
         return None
     if str(value) == "last":
-        found = find_resume(Path(run_dir) / CHECKPOINTS)
-        if found is None:
+        found = find_resume(Path(run_dir) / CHECKPOINTS, damage, quiet)
+        if found is None and not quiet:
             rank_zero_info(f"No checkpoint in {Path(run_dir) / CHECKPOINTS} yet: starting from step 0")
-            return None
-        return _usable(found, strategy)
+        return found
     path = Path(value)
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -82,23 +110,97 @@ def resolve_ckpt_path(value: str | Path | None, run_dir: str | Path, strategy: S
     if path.name == STATE:
         path = path.parent
     if path.is_file():
-        return str(path)
+        return path
     if not STEP_DIRECTORY.fullmatch(path.name):
         inner = path / CHECKPOINTS
-        found = find_resume(inner if inner.is_dir() else path)
+        found = find_resume(inner if inner.is_dir() else path, damage, quiet)
         if found is None:
             raise UserError(f"ckpt_path={str(value)!r}: there is no valid checkpoint (step-*/manifest.json) in it")
-        return _usable(found, strategy)
-    try:
-        read_valid(path)
-    except ValueError as reason:
-        other = find_resume(path.parent)
+        return found
+    if (reason := damage(path)) is not None:
+        other = find_resume(path.parent, damage, quiet)
         hint = f"; the newest valid one is {other}" if other else ""
-        raise UserError(f"ckpt_path={str(value)!r}: not a valid checkpoint, {reason}{hint}") from None
-    return _usable(path, strategy)
+        raise UserError(f"ckpt_path={str(value)!r}: not a valid checkpoint, {reason}{hint}")
+    return path
 
 
-def _usable(checkpoint: Path, strategy: Strategy) -> str:
+def resolve_together(value: str | Path | None, run_dir: str | Path, strategy: Strategy) -> str | None:
+    """`resolve_ckpt_path` with rank 0's arguments and its view of the folders; every rank of the process group calls it
+    together, and hashes its share of the files.
+
+    A checkpoint in which any rank finds damage, or which it does not see, is damaged for all of them.
+
+    Raises:
+        UserError: as `resolve_ckpt_path`, on all ranks alike.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return resolve_ckpt_path(value, run_dir, strategy)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def tell(*message: Any) -> tuple[Any, ...]:
+        box = [message]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def damage_anywhere(path: Path) -> str | None:
+        if rank == 0:
+            tell("check", path)
+        found: list[str | None] = [None] * ranks
+        dist.all_gather_object(found, damage(path, rank, ranks))
+        return next((reason for reason in found if reason is not None), None)
+
+    if rank == 0:
+        try:
+            answer = tell("found", _find(value, run_dir, damage_anywhere))
+        except (UserError, OSError) as error:  # the others wait for an answer
+            answer = tell("refused", str(error))
+    else:
+        while (answer := tell())[0] == "check":
+            damage_anywhere(answer[1])
+    word, found = answer
+    if word == "refused":
+        raise UserError(found)
+    return None if found is None else _usable(found, strategy)
+
+
+class ResumeTogether(_CheckpointConnector):
+    """Lightning's reader of checkpoints, whose first one is agreed on by all ranks (`resolve_together`): it is asked
+    once the process group is there, and `Trainer.fit` wants a path before."""
+
+    def __init__(self, trainer: Trainer, value: str | Path, run_dir: str | Path) -> None:
+        super().__init__(trainer)
+        self._wanted: tuple[str | Path, str | Path] | None = (value, run_dir)
+
+    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        if self._wanted is not None:
+            checkpoint_path = resolve_together(*self._wanted, self.trainer.strategy)
+            self._wanted = None
+        super().resume_start(checkpoint_path, weights_only)
+
+
+def prepare_resume(value: str | Path | None, run_dir: str | Path, trainer: Trainer) -> str | None:
+    """What to give to `ckpt_path` of the next call of `trainer.fit` (or validate) for what the user asked for.
+
+    With several ranks it is what this one sees by names and sizes; when they have met, they replace it by what they
+    agree on. Arguments and errors as in `resolve_ckpt_path`.
+    """
+    if value is None or trainer.world_size == 1:
+        return resolve_ckpt_path(value, run_dir, trainer.strategy)
+    found = _find(value, run_dir, misses_files, quiet=True)
+    if found is not None:
+        _check_kind(found, trainer.strategy)
+    trainer._checkpoint_connector = ResumeTogether(trainer, value, run_dir)
+    return None if found is None else str(found)
+
+
+def _check_kind(checkpoint: Path, strategy: Strategy) -> str | None:
+    """How a checkpoint was saved, None for another's single file.
+
+    Raises:
+        UserError: this strategy cannot load it.
+    """
+    if checkpoint.is_file():
+        return None
     kind = Manifest.read(checkpoint).kind
     deepspeed = "DeepSpeed" in type(strategy).__name__
     if (kind == "deepspeed") != deepspeed:
@@ -106,6 +208,13 @@ def _usable(checkpoint: Path, strategy: Strategy) -> str:
             f"{checkpoint}: a {kind} checkpoint cannot be loaded by {type(strategy).__name__}; "
             + ("resume with DeepSpeed" if kind == "deepspeed" else "resume on one device, with DDP or with FSDP2")
         )
+    return kind
+
+
+def _usable(checkpoint: Path, strategy: Strategy) -> str:
+    kind = _check_kind(checkpoint, strategy)
+    if kind is None:
+        return str(checkpoint)
     if kind == "sharded" and not isinstance(strategy, ModelParallelStrategy):
         return str(consolidate(checkpoint))
     return str(checkpoint / STATE)

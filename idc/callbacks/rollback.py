@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from idc.callbacks.checkpoint import Checkpoint, CheckpointError, is_dry_run
-from idc.callbacks.resume import resolve_ckpt_path
+from idc.callbacks.resume import resolve_together
 from idc.errors import UserError
 from idc.models.checkpoints import step_directories
 from idc.models.weight_copy import reshard
@@ -38,15 +38,11 @@ def roll_back(trainer: Trainer, pl_module: LightningModule) -> Path:
     checkpoint = _callback(trainer)
     assert checkpoint is not None
     checkpoint.settle(trainer)
-    found: tuple[str | None, str] = None, ""
-    if trainer.is_global_zero:  # hashing on one rank is enough
-        try:
-            found = resolve_ckpt_path(checkpoint.directory, checkpoint.directory.parent, trainer.strategy), ""
-        except UserError as error:
-            found = None, str(error)
-    path, problem = trainer.strategy.broadcast(found)
-    if path is None:
-        raise CheckpointError(f"Rolling back from step {trainer.global_step}: {problem}")
+    try:
+        path = resolve_together(checkpoint.directory, checkpoint.directory.parent, trainer.strategy)
+    except UserError as error:
+        raise CheckpointError(f"Rolling back from step {trainer.global_step}: {error}") from None
+    assert path is not None  # a folder's: there is one, or an error
     reshard(pl_module)
     connector = trainer._checkpoint_connector
     connector.resume_start(path, weights_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny_wan import condition, inputs, run, tiny_model
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import _HUB_KERNELS_REGISTRY, AttentionBackendName
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -22,12 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from idc.errors import UserError
 from idc.models import attention, checkpointing
-from idc.models.attention import CANDIDATES, Choice, attend, choose_backend, set_backend
+from idc.models.attention import CANDIDATES, Choice, attend, check_compiles, choose_backend, set_backend
 from idc.models.checkpointing import is_attention
 from idc.models.speed import BACKENDS, Speed
 from idc.models.subject_cache import JoinedCaches
 from idc.models.trainable import set_trainable
-from idc.stages.speed import keep_fused, optimizer_settings
+from idc.stages import speed as speed_of_stages
+from idc.stages.speed import apply_speed, keep_fused, optimizer_settings
 
 CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 PADDED = torch.tensor([[[4, 4], [2, 6]], [[2, 4], [0, 0]]])  # of a batch of two, the second with one reference
@@ -211,36 +212,58 @@ def test_a_copy_of_a_model_runs_its_own_layers_and_the_weights_keep_their_names(
     assert loss_of(model).item() == before != loss_of(twin).item()
 
 
-def test_twenty_steps_have_one_loss_curve_to_the_bit() -> None:
-    curves = {}
-    for mode in ("none", "attention", "full"):
-        model = tiny_model(id_layers=1).train()
-        del model.blocks[1:]
-        model.run_layers(mode)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        curves[mode] = []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            curves[mode].append(loss.item())
-    assert curves["none"] == curves["attention"] == curves["full"]
-    assert curves["none"][-1] < 0.9 * curves["none"][0]
+def one_layer() -> Any:
+    """Wan's block and the one after it."""
+    model = tiny_model(id_layers=1).train()
+    del model.blocks[1:]
+    return model
+
+
+def curve(model: Any) -> list[float]:
+    """Losses of twenty steps on one batch."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def plain_curve() -> list[float]:
+    losses = curve(one_layer())
+    assert losses[-1] < 0.9 * losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("mode", ["attention", "full"])
+def test_twenty_steps_have_one_loss_curve_to_the_bit_whatever_is_recomputed(plain_curve: Any, mode: Any) -> None:
+    model = one_layer()
+    model.run_layers(mode)
+    assert curve(model) == plain_curve
+
+
+def test_twenty_steps_have_one_loss_curve_on_another_attention_backend(plain_curve: Any) -> None:
+    model = one_layer()
+    set_backend(model, "_native_math")
+    assert curve(model) == pytest.approx(plain_curve, rel=1e-5)
 
 
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
-def test_compiled_layers_are_one_graph_each_and_change_no_value_gradient_or_name(monkeypatch: Any) -> None:
-    """Wan's block and the one after it, recomputing all but their attention; and back again.
+def test_compiled_layers_are_one_graph_each_and_change_no_value_gradient_or_name(
+    plain_curve: Any, monkeypatch: Any
+) -> None:
+    """Wan's block and the one after it, recomputing all but their attention; twenty steps; and back again.
 
     Traced and run without inductor, whose C++ takes half a minute on a CPU: there values are equal to the bit.
     """
     monkeypatch.setattr(checkpointing.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     checkpointing._runner.cache_clear()
-    model = tiny_model(id_layers=1).train()
-    del model.blocks[1:]
+    model = one_layer()
     plain, names = gradients(model), list(model.state_dict())
     graphs = torch._dynamo.utils.counters["stats"]
     model.run_layers("attention", True)
@@ -255,6 +278,10 @@ def test_compiled_layers_are_one_graph_each_and_change_no_value_gradient_or_name
     assert graphs["unique_graphs"] == before + 1
     assert all(torch.allclose(compiled[name], plain[name], rtol=1e-5, atol=1e-8) for name in plain)
     assert list(model.state_dict()) == names
+    weights = copy.deepcopy(model.state_dict())
+    assert curve(model) == pytest.approx(plain_curve, rel=1e-5)
+    assert graphs["unique_graphs"] == before + 1
+    model.load_state_dict(weights)
     model.run_layers("none", False)
     assert all(torch.equal(ours, plain[name]) for name, ours in gradients(model).items())
     checkpointing._runner.cache_clear()
@@ -265,8 +292,7 @@ def test_sharded_blocks_are_compiled_within_their_hooks(mode: str, monkeypatch: 
     """What is computed, and what again, with a compiler that only tells what it is given."""
     compiled: list[Any] = []
     monkeypatch.setattr(checkpointing.torch, "compile", lambda run, fullgraph: compiled.append(run) or run)
-    model = tiny_model(id_layers=1).train()
-    del model.blocks[1:]
+    model = one_layer()
     model.run_layers(mode)
     plain = flops(lambda: gradients(model))
     expected = gradients(model)
@@ -312,25 +338,66 @@ def test_a_backend_that_is_not_here_is_refused_by_name_and_reason() -> None:
 
 def test_a_probe_on_a_gpu_takes_the_fastest_of_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it decides, from what it would measure there."""
-    errors = dict.fromkeys(CANDIDATES, 0.003) | {"flash": 0.5, "_flash_3_hub": float("nan")}
-    times = dict.fromkeys(CANDIDATES, 3.0) | {"flash": 0.1, "_flash_3_hub": 0.1, "_flash_3": 1.0, "_native_cudnn": 1.02}
+    errors = dict.fromkeys(CANDIDATES, 0.003) | {"flash": 0.5, "native": float("nan")}
+    times = dict.fromkeys(CANDIDATES, 3.0) | {"flash": 0.1, "native": 0.1, "_flash_3": 1.0, "_native_cudnn": 1.02}
 
     def error(name: str, *_: Any) -> float:
-        if name == "flash_hub":
+        if name == "_native_flash":
             raise ImportError("no kernels\nsecond line")
         return errors[name]
 
+    def compiles(name: str, *_: Any) -> None:
+        if name == "_native_cudnn":
+            raise RuntimeError("breaks the graph")
+
     monkeypatch.setattr(attention, "_error", error)
     monkeypatch.setattr(attention, "_time", lambda name, *_: times[name])
+    monkeypatch.setattr(attention, "check_compiles", compiles)
     choice = choose_backend("cuda", torch.bfloat16, 128)
     assert choice.name == "_native_cudnn"  # as fast, and no package of its own
-    assert choice.skipped.keys() == {"flash", "_flash_3_hub", "flash_hub"}
-    assert choice.skipped["flash_hub"] == "no kernels"
+    assert choice.skipped.keys() == {"flash", "native", "_native_flash"}
+    assert choice.skipped["_native_flash"] == "no kernels"
     assert "0.5" in choice.skipped["flash"]
+    choice = choose_backend("cuda", torch.bfloat16, 128, compiled=True)
+    assert choice.name == "_flash_3"
+    assert choice.skipped["_native_cudnn"] == "breaks the graph"
+    with pytest.raises(UserError, match=r"speed.attention='_native_cudnn': breaks the graph"):
+        choose_backend("cuda", torch.bfloat16, 128, "_native_cudnn", compiled=True)
     times["_native_cudnn"] = 1.2
     assert choose_backend("cuda", torch.bfloat16, 128).name == "_flash_3"
     monkeypatch.setattr(attention, "_error", lambda name, *_: 1.0)
     assert choose_backend("cuda", torch.bfloat16, 128).name == "native"
+
+
+def test_auto_runs_nothing_that_a_hub_would_send() -> None:
+    fetched = {name for name in BACKENDS if AttentionBackendName(name) in _HUB_KERNELS_REGISTRY}
+    assert {"flash_hub", "_flash_3_hub"} <= fetched
+    assert not fetched & set(CANDIDATES)
+
+
+def test_a_backend_that_breaks_a_graph_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.device("cpu"), torch.float32, 8, True
+    check_compiles("_native_math", *given, compiler="eager")
+    native = attention.dispatch_attention_fn
+
+    def breaks(*args: Any, **named: Any) -> Tensor:
+        torch._dynamo.graph_break()
+        return native(*args, **named)
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", breaks)
+    with pytest.raises(RuntimeError, match=r"does not compile, and speed.compile is on: .*graph_break"):
+        check_compiles("_native_math", *given, compiler="eager")
+
+
+def test_a_backend_that_one_rank_lacks_ends_all_ranks_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank makes of what all ranks say."""
+    problems: list[Any] = []
+    monkeypatch.setattr(speed_of_stages, "of_all_ranks", lambda mine: [mine, *problems])
+    model = tiny_model()
+    assert apply_speed(model, Speed(), None, torch.float32, training=True)["attention"] == "native"
+    problems += [None, "speed.attention='flash': no package", "another"]
+    with pytest.raises(UserError, match=r"^rank 2: speed.attention='flash': no package \(and on 1 rank more\)$"):
+        apply_speed(model, Speed(), None, torch.float32, training=True)
 
 
 def test_a_backend_without_gradients_is_none_for_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from idc.bench.setup import WIDE, Setup
 from idc.models.attention import Choice, choose_backend, set_backend
-from idc.models.cost import forward_flops
+from idc.models.cost import forward_flops, step_flops
 from idc.models.speed import Checkpointing, Speed
 
 
@@ -61,18 +61,25 @@ class Bench:
 
         A model without blocks, and one of diffusers, reads neither.
         """
+        return forward_flops(model.config, **self._sizes(model, subjects), cached=cached)
+
+    def work_of_a_step(self, model: Any, subjects: int, checkpointing: str) -> int:
+        """Operations of one video's forward and backward pass, all trained, with what is computed twice: as `idc plan`
+        counts them."""
+        sizes = self._sizes(model, subjects)
+        return step_flops(model.config, **sizes, checkpointing=checkpointing).total
+
+    def _sizes(self, model: Any, subjects: int) -> dict[str, Any]:
         setup = self.setup
         has_blocks = bool(model.config.get("id_layers"))
-        return forward_flops(
-            model.config,
-            setup.frames,
-            setup.height,
-            setup.width,
-            setup.text_length,
-            (setup.subject_tokens,) * subjects if has_blocks else (),
-            setup.vlm_tokens if has_blocks and setup.vlm_dim is not None else 0,
-            cached,
-        )
+        return {
+            "frames": setup.frames,
+            "height": setup.height,
+            "width": setup.width,
+            "text_tokens": setup.text_length,
+            "subject_tokens": (setup.subject_tokens,) * subjects if has_blocks else (),
+            "vlm_tokens": setup.vlm_tokens if has_blocks and setup.vlm_dim is not None else 0,
+        }
 
 
 def apply_speed(bench: Bench, model: Any, speed: Speed, training: bool) -> dict[str, str]:
@@ -92,13 +99,16 @@ def apply_speed(bench: Bench, model: Any, speed: Speed, training: bool) -> dict[
 
 def attention_of(bench: Bench, training: bool, speed: Speed | None = None) -> str:
     """The backend that the start-up probe chooses, or checks."""
-    setting = (speed or bench.speed).attention
-    return _choice(bench.device, bench.dtype, bench.setup.spec.attention_head_dim, setting, training).name
+    speed = speed or bench.speed
+    head_dim = bench.setup.spec.attention_head_dim
+    return _choice(bench.device, bench.dtype, head_dim, speed.attention, training, speed.compile).name
 
 
 @functools.cache
-def _choice(device: torch.device, dtype: torch.dtype, head_dim: int, setting: str, training: bool) -> Choice:
-    return choose_backend(device, dtype, head_dim, setting, training)
+def _choice(
+    device: torch.device, dtype: torch.dtype, head_dim: int, setting: str, training: bool, compiled: bool
+) -> Choice:
+    return choose_backend(device, dtype, head_dim, setting, training, compiled)
 
 
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -106,14 +116,20 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
 
 
-def default_speed(device: torch.device, setup: Setup, options: Any) -> Speed:
-    """What the command line asks for, or what the recipe for one GPU has; a CPU compiles nothing by itself."""
+def default_speed(device: torch.device, recipe: Any, options: Any) -> Speed:
+    """What the command line asks for; beyond that the recipe's own, and without one what the recipe for one GPU has: a
+    CPU then compiles nothing and recomputes nothing.
+
+    Args:
+        recipe: as in `Bench`.
+    """
     cuda = device.type == "cuda"
-    checkpointing = options.checkpointing or ("attention" if cuda else "none")
-    return Speed(
-        attention=options.attention[0] if options.attention else "auto",
-        checkpointing=cast(Checkpointing, checkpointing),
-        compile=cuda if options.compile == "auto" else options.compile == "on",
+    own = recipe.stage.speed if recipe else Speed(checkpointing="attention" if cuda else "none", compile=cuda)
+    return replace(
+        own,
+        attention=options.attention[0] if options.attention else own.attention,
+        checkpointing=cast(Checkpointing, options.checkpointing or own.checkpointing),
+        compile=own.compile if options.compile == "auto" else options.compile == "on",
     )
 
 

@@ -1,7 +1,8 @@
 """Which kernel computes attention: a probe at the start of a run, over the backends of diffusers' dispatcher.
 
-A backend is taken where it runs here, agrees with PyTorch's mathematical attention, has a gradient where one is needed,
-and is the fastest of those. Flash and sage backends refuse masks: attention under a mask is always PyTorch's own.
+A backend is taken where it runs here, agrees with PyTorch's mathematical attention, has a gradient where one is needed
+and is one graph where layers are compiled, and is the fastest of those. Flash and sage backends refuse masks: attention
+under a mask is always PyTorch's own.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idc.errors import UserError
-from idc.models.speed import BACKENDS
+from idc.models.speed import BACKENDS, RECOMPILES
 
 NATIVE = AttentionBackendName.NATIVE
-# Of `auto`, in the order in which ties are decided. Those of a hub fetch their kernel where `kernels` is installed.
-CANDIDATES = ("_native_cudnn", "_flash_3", "_flash_3_hub", "flash", "flash_hub", "_native_flash", "native")
+# Of `auto`, in the order in which ties are decided. None of a hub's: those fetch a binary and run it, where named only.
+CANDIDATES = ("_native_cudnn", "_flash_3", "flash", "_native_flash", "native")
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # float32's admits TF32
 ROUGH = 0.2  # of a backend that is named: those of 8 bits are inexact by design, and nobody gets one unasked
 _PROBE = (2, 160, 96)  # samples, queries, keys: neither equal nor round
@@ -76,7 +77,12 @@ def attend(query_BLAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask: Tenso
 
 
 def choose_backend(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, setting: str = "auto", training: bool = False
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    setting: str = "auto",
+    training: bool = False,
+    compiled: bool = False,
 ) -> Choice:
     """Probe the backends and choose.
 
@@ -84,13 +90,15 @@ def choose_backend(
         dtype: in which attention computes. head_dim: E.
         setting: `auto`, or the name of a backend, which is then checked and taken.
         training: a backend must have gradients, too.
+        compiled: on CUDA it must be one graph for `torch.compile`, too.
 
     Raises:
         UserError: where the named backend cannot run here, or is wrong.
     """
     device = torch.device(device)
+    compiled = compiled and device.type == "cuda"
     if setting != "auto":
-        return _named(setting, device, dtype, head_dim, training)
+        return _named(setting, device, dtype, head_dim, training, compiled)
     if device.type != "cuda":
         return Choice("native")
     milliseconds, errors, skipped = {}, {}, {}
@@ -102,11 +110,51 @@ def choose_backend(
             milliseconds[name] = _time(name, device, dtype, head_dim, training)
         except Exception as error:  # a package's own, of any kind: what cannot run is not taken
             skipped[name] = _reason(error)
-    if not milliseconds:  # PyTorch's own needs no probe to be right
-        return Choice("native", skipped=skipped)
-    fastest = min(milliseconds.values())
-    name = next(name for name in milliseconds if milliseconds[name] <= _WITHIN * fastest)
-    return Choice(name, errors[name], milliseconds, skipped)
+    while milliseconds:
+        fastest = min(milliseconds.values())
+        name = next(name for name in milliseconds if milliseconds[name] <= _WITHIN * fastest)
+        try:
+            if compiled:  # takes seconds: asked of what would be taken only
+                check_compiles(name, device, dtype, head_dim, training)
+            return Choice(name, errors[name], milliseconds, skipped)
+        except Exception as error:  # as above
+            skipped[name] = _reason(error)
+            del milliseconds[name]
+    return Choice("native", skipped=skipped)  # PyTorch's own needs no probe to be right
+
+
+def check_compiles(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    training: bool,
+    compiler: str | Callable[..., Any] = "inductor",
+) -> None:
+    """Run `attend` on this backend within one graph, and its backward pass in training.
+
+    Args:
+        compiler: as `torch.compile` takes it for `backend`.
+
+    Raises:
+        RuntimeError: where that fails, with the first line of why.
+    """
+    backend = _prepared(name)
+    *inputs, weight = _probe_inputs(device, dtype, head_dim)
+    leaves = [x.requires_grad_(training) for x in inputs]
+    run = torch.compile(lambda q, k, v: attend(q, k, v, None, backend), fullgraph=True, backend=compiler)
+    limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)  # one graph for each backend and kind of pass
+    try:
+        with (
+            torch._dynamo.config.patch(recompile_limit=limit),
+            torch.autocast(device.type, enabled=False),
+            torch.set_grad_enabled(training),
+        ):
+            out = run(*leaves)
+            if training:
+                torch.autograd.grad(out, leaves, weight)
+    except Exception as error:  # a compiler's own, of any kind
+        raise RuntimeError(f"does not compile, and speed.compile is on: {_reason(error)}") from error
 
 
 def set_backend(model: nn.Module, name: str) -> None:
@@ -125,9 +173,13 @@ def set_backend(model: nn.Module, name: str) -> None:
             processor._attention_backend = backend
 
 
-def _named(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> Choice:
+def _named(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool, compiled: bool
+) -> Choice:
     try:
         error = _error(name, device, dtype, head_dim, training)
+        if compiled:
+            check_compiles(name, device, dtype, head_dim, training)
     except Exception as problem:  # as in `choose_backend`
         raise _refused(name, _reason(problem)) from None
     if not error <= ROUGH:
@@ -152,13 +204,18 @@ def _prepared(name: str) -> AttentionBackendName:
     return backend
 
 
-def _error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> float:
-    """Of output and gradients, relative to float32 mathematics on the same values. Whatever the backend raises."""
-    backend = _prepared(name)
+def _probe_inputs(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    """Queries, keys and values of two heads, and weights of the output."""
     batch, queries, keys = _PROBE
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(batch, n, 2, head_dim, generator=generator) for n in (queries, keys, keys, queries)]
-    *inputs, weight = (part.to(device, dtype) for part in parts)
+    return [part.to(device, dtype) for part in parts]
+
+
+def _error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> float:
+    """Of output and gradients, relative to float32 mathematics on the same values. Whatever the backend raises."""
+    backend = _prepared(name)
+    *inputs, weight = _probe_inputs(device, dtype, head_dim)
 
     def results(attention: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(to).requires_grad_(training) for x in inputs]

@@ -18,10 +18,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from idc.models.speed import Checkpointing
+from idc.models.speed import RECOMPILES, Checkpointing
 
 T = TypeVar("T")
-RECOMPILES = 64  # sizes of video and sets of references that one compiled layer serves before it would fail
 _SDPA = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",

@@ -10,6 +10,7 @@ from typing import Literal
 
 from idc.errors import UserError, nearest
 
+RECOMPILES = 64  # sizes of video and sets of references that one compiled layer serves before it would fail
 Checkpointing = Literal["none", "attention", "full"]
 # Of diffusers' dispatcher, as far as they compute plain dense attention. Those of `auto` are in `idc.models.attention`.
 BACKENDS = (
@@ -25,8 +26,8 @@ class Speed:
 
     Attributes:
         attention: `auto` takes the fastest of diffusers' backends that agrees with PyTorch's own (a start-up probe;
-            always `native`, PyTorch's SDPA, on the CPU); a name takes that one. Attention under a padding mask is
-            `native` in any case.
+            always `native`, PyTorch's SDPA, on the CPU), of those whose package is installed; a name takes that one,
+            and `..._hub` fetches a binary from the model hub and runs it. Attention under a padding mask is `native`.
         checkpointing: what the backward pass recomputes of each layer: `none` of it (3 forwards a step), all but the
             outputs of its attentions (`attention`), or all (`full`, 4 forwards and the least memory).
         compile: compile the repeated layers with `torch.compile`, each kind once. The first step of every size of video

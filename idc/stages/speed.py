@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from idc.errors import UserError
+from idc.data.ranks import of_all_ranks
+from idc.errors import UserError, counted
 from idc.models.speed import Speed
 
 
@@ -23,13 +24,11 @@ def apply_speed(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, tra
         what was chosen, for a logger: the attention backend that `auto` stands for, and the rest as it was set.
 
     Raises:
-        UserError: on all ranks, for an attention backend that rank 0 cannot run.
+        UserError: on all ranks, for an attention backend that rank 0 cannot run, or that another one lacks.
     """
-    from idc.models.attention import set_backend
-
     torch.set_float32_matmul_precision(speed.matmul_precision)
     chosen = _chosen_by_rank_0(model, speed, strategy, dtype, training)
-    set_backend(model, chosen)
+    _set_on_all_ranks(model, chosen)
     checkpointing = speed.checkpointing if training else "none"
     model.run_layers(checkpointing, speed.compile)
     return {
@@ -48,7 +47,8 @@ def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtyp
     name, problem = "native", None
     if rank_0:
         try:
-            choice = choose_backend(device, dtype, model.config["attention_head_dim"], speed.attention, training)
+            head_dim = model.config["attention_head_dim"]
+            choice = choose_backend(device, dtype, head_dim, speed.attention, training, speed.compile)
             name = choice.name
             if device.type == "cuda" or speed.attention != "auto":  # else there was no choice
                 rank_zero_info(str(choice))
@@ -59,6 +59,21 @@ def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtyp
     if problem is not None:
         raise UserError(problem)
     return name
+
+
+def _set_on_all_ranks(model: Any, name: str) -> None:
+    """`set_backend`; where it fails on some ranks, all of them raise the same and none waits for another."""
+    from idc.models.attention import set_backend
+
+    problem = None
+    try:
+        set_backend(model, name)
+    except UserError as error:
+        problem = str(error)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(of_all_ranks(problem)) if text]
+    if failed:
+        others = f" (and on {counted(len(failed) - 1, 'rank')} more)" if failed[1:] else ""
+        raise UserError(failed[0] + others)
 
 
 def optimizer_settings(factory: Any, device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ def test_the_next_copy_takes_the_same_memory_and_another_shape_only_what_it_need
     assert taken["a"].data_ptr() == places[0]
     assert all(torch.equal(taken[name], third[name]) for name in third)
     assert snapshot.take({}) == {}
+
+
+def test_a_copy_takes_the_memory_of_the_state_also_when_the_state_changes_its_shape() -> None:
+    snapshot = Snapshot()
+    states = [
+        {str(i): torch.full((n,), float(i), dtype=torch.float64) for i, n in enumerate(sizes)}
+        for sizes in ([1025] * 40, [1025] * 4 + [2049] * 8, [1025] * 4 + [2049] * 9, [0, 3], [4097, 0, 1])
+    ]
+    for state in states:
+        taken = snapshot.take(state)
+        assert all(torch.equal(taken[name], value) for name, value in state.items())
+        assert [value.untyped_storage().nbytes() for value in taken.values()] == [
+            value.untyped_storage().nbytes() for value in state.values()
+        ]
+        places = sorted((value.data_ptr(), value.nbytes) for value in taken.values() if len(value))
+        assert all(place % 16 == 0 for place, _ in places)
+        assert all(place + size <= following for (place, size), (following, _) in pairwise(places))
+        needed = sum(value.nbytes for value in state.values())
+        assert snapshot.held <= needed + 64 * len(state) + needed // 2
 
 
 # Whole runs ---------------------------------------------------------------------------------------------------------

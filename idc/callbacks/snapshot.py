@@ -1,15 +1,19 @@
 """A copy of a training state in host memory, from which it is written while training goes on.
 
-One copy, whatever the device: tensors go straight into pinned memory, which is kept from save to save, because to pin
-it takes longer than to fill it. DTensors keep their layout and take this rank's shards alone.
+One copy, whatever the device: tensors go straight into pinned memory of the state's size, which is kept from save to
+save, because to pin it takes longer than to fill it. DTensors keep their layout and take this rank's shards alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,8 +27,8 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor] = []  # uint8, in the order in which a state's storages are met
-        self._used = 0
+        self._pieces: list[Tensor] = []  # uint8, in the order in which a state's storages are met
+        self.held = 0  # bytes of the arenas that they are parts of
 
     def take(self, state: Mapping[str, Any]) -> Any:
         """A copy of `state`, which may change from now on: containers too, tensors in host memory.
@@ -32,46 +36,70 @@ class Snapshot:
         Raises:
             MemoryError, RuntimeError: there is no room for it.
         """
-        self._used = 0
-        storages: dict[int, torch.UntypedStorage] = {}
-        known = {id(tensor): self._copy(tensor, storages) for tensor in _tensors(state) if _is_copied_whole(tensor)}
-        del self._buffers[self._used :]
-        taken = copy.deepcopy(state, known)
+        tensors = [tensor for tensor in _tensors(state) if _is_copied_whole(tensor)]
+        sources = {(storage := _local(tensor).untyped_storage())._cdata: storage for tensor in tensors}
+        self._make_room([source.nbytes() for source in sources.values()])
+        hosts = {}
+        for (key, source), piece in zip(sources.items(), self._pieces, strict=True):
+            on_device = torch.empty(0, dtype=torch.uint8, device=source.device)
+            piece.copy_(on_device.set_(source, 0, (source.nbytes(),), (1,)), non_blocking=piece.is_pinned())
+            hosts[key] = piece.untyped_storage()
+        taken = copy.deepcopy(state, {id(tensor): _copied(tensor, hosts) for tensor in tensors})
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # copies into pinned memory were only queued
         return taken
 
-    def _copy(self, tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
-        if isinstance(tensor, DTensor):
-            # Not `from_local`, which would move the copy back to the mesh's device.
-            spec = tensor._spec
-            return DTensor(self._copy(tensor._local_tensor, storages), spec, requires_grad=False)
-        source = tensor.untyped_storage()
-        key = source._cdata
-        if key not in storages:
-            storages[key] = self._host(source)
-        copied = torch.empty(0, dtype=tensor.dtype)
-        return copied.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
-
-    def _host(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
-        size = source.nbytes()
-        if self._used == len(self._buffers) or len(self._buffers[self._used]) != size:
-            self._buffers[self._used :] = [_allocate(size)]
-        buffer = self._buffers[self._used]
-        self._used += 1
-        on_device = torch.empty(0, dtype=torch.uint8, device=source.device)
-        buffer.copy_(on_device.set_(source, 0, (size,), (1,)), non_blocking=buffer.is_pinned())
-        return buffer.untyped_storage()
+    def _make_room(self, sizes: list[int]) -> None:
+        """Pieces of these bytes: those there are as far as the sizes are the same, and the others in one arena."""
+        kept = 0
+        while kept < min(len(sizes), len(self._pieces)) and len(self._pieces[kept]) == sizes[kept]:
+            kept += 1
+        if 2 * sum(sizes[:kept]) < self.held:  # an arena stays as long as any part of it
+            kept = 0
+        del self._pieces[kept:]
+        if not kept:
+            self.held = 0
+        missing = sizes[kept:]
+        bounds = list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in missing), initial=0))
+        self.held += bounds[-1]
+        arena = _allocate(bounds[-1])
+        # Through numpy: a torch view would share the whole arena's storage, and be saved with it.
+        self._pieces += [
+            torch.from_numpy(arena[begin : begin + size]) for begin, size in zip(bounds, missing, strict=False)
+        ]
 
 
-def _allocate(size: int) -> Tensor:
-    pinned = torch.cuda.is_available() and size > 0
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    except RuntimeError:
-        if not pinned:
-            raise
-        return torch.empty(size, dtype=torch.uint8)  # a limit on locked memory: slower, and it works
+_ALIGNED = 64  # bytes
+
+
+def _allocate(size: int) -> np.ndarray:
+    """So many bytes of host memory, pinned where there is a GPU and no limit on locked memory.
+
+    Registered, not asked of torch's allocator, which rounds every buffer up to a power of two.
+    """
+    arena = np.empty(size + _ALIGNED, np.uint8)
+    if size and torch.cuda.is_available():
+        cudart: Any = torch.cuda.cudart()
+        if int(cudart.cudaHostRegister(arena.ctypes.data, arena.nbytes, 0)) == 0:
+            weakref.finalize(arena, cudart.cudaHostUnregister, arena.ctypes.data).atexit = False
+        else:  # slower, and it works
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # takes the error, which the next kernel would raise
+    start = -arena.ctypes.data % _ALIGNED
+    return arena[start : start + size]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return _local(tensor._local_tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def _copied(tensor: Tensor, hosts: Mapping[int, torch.UntypedStorage]) -> Tensor:
+    """The tensor with its bytes in `hosts`, by the address of its storage."""
+    if isinstance(tensor, DTensor):
+        # Not `from_local`, which would move the copy back to the mesh's device.
+        return DTensor(_copied(tensor._local_tensor, hosts), tensor._spec, requires_grad=False)
+    host = hosts[tensor.untyped_storage()._cdata]
+    return torch.empty(0, dtype=tensor.dtype).set_(host, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _is_copied_whole(tensor: Tensor) -> bool:

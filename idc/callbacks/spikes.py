@@ -185,7 +185,8 @@ class LossGuard(Callback):
         counts, step = dict(self.counts), trainer.global_step
         path = roll_back(trainer, pl_module)
         self.in_a_row, self.counts = 0, counts  # the checkpoint's were before this
-        rank_zero_warn(f"Rolled back from step {step} to {path}; going on with the data after this batch")
+        count = f"{counts['roll_back']} of at most {self.max_roll_backs}"  # Python drops a warning of the same words
+        rank_zero_warn(f"Rolled back from step {step} to {path} ({count}); going on with the data after this batch")
 
     # Judging --------------------------------------------------------------------------------------------------------
 

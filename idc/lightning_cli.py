@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from idc.data.module import VideoDataModule
@@ -136,12 +137,23 @@ class CLI(LightningCLI):
                 f"idc {subcommand} needs weights: --ckpt_path last, a checkpoint, or transformer.pretrained"
             )
         if subcommand == "fit":
+            _warn_of_shared_store()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's Trainer has them
                 if isinstance(callback, SaveConfig):
                     callback.resumes = kwargs.get("ckpt_path") is not None
             if isinstance(self.model, Stage):
                 self.model.check_run(self.trainer, self.datamodule)
         return kwargs
+
+
+def _warn_of_shared_store() -> None:
+    """Where torchrun would start ranks again beside the addresses of those before, which torch keeps in its store."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank_zero_warn(
+            "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or ranks that it "
+            "starts again may look for those that died"
+        )
 
 
 # Lightning's words for two callbacks of a class whose state has one name.

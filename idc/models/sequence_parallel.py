@@ -17,6 +17,7 @@ R counts the ranks of the group; the rest as in `idc.models.hierarchy`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,22 +105,26 @@ class SequenceParallel:
         spread = self.rotary(rotary, video_BLD.shape[1])
         return self.split(video_BLD), spread
 
-    def to_heads(self, x_BLAE: Tensor, video_tokens: int) -> Tensor:
+    def to_heads(self, parts_BLAE: Sequence[Tensor], video_tokens: int) -> list[Tensor]:
         """All tokens of this rank's heads `[B, video_tokens + S, A / R, E]`, of this rank's tokens with all heads.
 
-        The last S tokens of `x`, those after the video's, are on every rank already.
+        The last S tokens of each part, those after the video's, are on every rank already.
+
+        Args:
+            parts_BLAE: of one shape and dtype, such as queries, keys and values: one exchange serves them all.
         """
         share = -(-video_tokens // self.size)
-        video, others = x_BLAE[:, :share], x_BLAE[:, share:]
-        heads_RBLAE = video.unflatten(2, (self.size, -1)).movedim(2, 0)
-        every_RBLAE = _Exchange.apply(heads_RBLAE, self.group)
-        whole = every_RBLAE.transpose(0, 1).flatten(1, 2)[:, :video_tokens]
-        if not others.shape[1]:
+        heads = [x[:, :share].unflatten(2, (self.size, -1)).movedim(2, 0) for x in parts_BLAE]
+        every_RPBLAE = _Exchange.apply(torch.stack(heads, dim=1), self.group)
+        whole = [x.transpose(0, 1).flatten(1, 2)[:, :video_tokens] for x in every_RPBLAE.unbind(1)]
+        others = [x[:, share:] for x in parts_BLAE]
+        if not others[0].shape[1]:
             return whole
-        return torch.cat([whole, others.unflatten(2, (self.size, -1))[:, :, self.rank]], dim=1)
+        own = (x.unflatten(2, (self.size, -1))[:, :, self.rank] for x in others)
+        return [torch.cat(both, dim=1) for both in zip(whole, own, strict=True)]
 
     def to_tokens(self, x_BLAE: Tensor, video_tokens: int) -> Tensor:
-        """The inverse of `to_heads`; padding comes back as zeros."""
+        """The inverse of `to_heads`, of one part; padding comes back as zeros."""
         share = -(-video_tokens // self.size)
         video, others = x_BLAE[:, :video_tokens], x_BLAE[:, video_tokens:]
         tokens_RBLAE = _padded(video, share * self.size).unflatten(1, (self.size, share)).transpose(0, 1)
@@ -161,7 +166,7 @@ class SequenceAttnProcessor(WanAttnProcessor):
         heads = [rotate(x.unflatten(2, (attn.heads, -1)), (rotary_emb.cos, rotary_emb.sin)) for x in projected]
         # Under autocast the norms return float32: half the traffic in what `attend` would convert them to anyway.
         parts = [x.type_as(value) for x in heads] + [value.unflatten(2, (attn.heads, -1))]
-        query, key, value = (self.parallel.to_heads(x, rotary_emb.video_tokens) for x in parts)
+        query, key, value = self.parallel.to_heads(parts, rotary_emb.video_tokens)
         out = attend(query, key, value, rotary_emb.mask, self._attention_backend)
         out = self.parallel.to_tokens(out.type_as(value), rotary_emb.video_tokens)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))

@@ -48,6 +48,19 @@ def make_folder(path: Path, setting: str = "--out") -> None:
         raise UserError(f"{setting} {path}: cannot be made ({error.strerror})") from None
 
 
+def check_file(path: Path, setting: str) -> None:
+    """Before anything runs, that a file of that name can be written later.
+
+    Raises:
+        UserError: where its folder is not there, or a folder has its name.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{setting} {path}: {folder} is no folder")
+    if path.is_dir():
+        raise UserError(f"{setting} {path}: is a folder; give the name of a file")
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 item", "2 items"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from idc.bench import data, generate, grpo, train
 from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason, run, stepwise
 from idc.bench.cli import main
-from idc.bench.context import Bench
+from idc.bench.context import Bench, default_speed
 from idc.bench.device import matrix_ceiling
 from idc.bench.models import RandomSpec, fill_randomly, plain_wan, random_encoders, random_sample
 from idc.bench.results import Report, Spread, at_least, at_most, below, ratios, rows_of
@@ -294,6 +294,35 @@ def test_figures_are_medians_quartiles_shares_and_ratios_by_round():
     assert ratios([[{"a": 1.0, "b": 3.0, "whole": 9.0}]], [[{"a": 2.0, "whole": 1.0}]], ("a", "b")) == [2.0]
     assert Spread.of([]) is None
     assert Spread.of([2.0]) == Spread(1, 2.0, 2.0, 2.0)
+
+
+def test_the_planners_share_counts_recomputation_over_forward_and_backward_and_the_stated_peak(bench):
+    ours = outcome("ours", [[5.0]])
+    ours.rounds = [[{"whole": 5.0, "forward": 1.0, "backward": 2.0, "optimiser": 2.0}]]
+    object.__setattr__(ours.case, "work", 12 * 10**12)
+    (row,) = rows_of([ours], ceiling_tflops=20.0, stated_tflops=8.0)
+    assert row.planner_share == 12 / 3 / 8
+    assert rows_of([ours], 20.0)[0].planner_share is None
+    with train.groups(bench)[1].open() as cases:
+        none, full = of_name(cases, train.OURS), of_name(cases, "checkpointing full")
+        assert full.flops == none.flops
+        assert full.work > 1.25 * none.work > 1.2 * none.flops
+
+
+def test_the_speed_is_the_recipes_and_flags_win():
+    recipe = SimpleNamespace(stage=SimpleNamespace(speed=Speed("native", "full", True, False, "high")))
+    unsaid = SimpleNamespace(attention=[], checkpointing=None, compile="auto")
+    assert default_speed(CPU, recipe, unsaid) == recipe.stage.speed
+    assert default_speed(CPU, None, unsaid) == Speed()
+    said = SimpleNamespace(attention=["auto"], checkpointing="none", compile="off")
+    assert default_speed(CPU, recipe, said) == Speed("auto", "none", False, False, "high")
+
+
+def test_without_subjects_there_is_no_aim_for_their_extra_time(bench):
+    report = Report("generate", {}, {})
+    assert len(generate.aims(report, bench)) == 3
+    without = replace(bench, setup=replace(bench.setup, subjects=0))
+    assert not any("extra" in aim.what for aim in generate.aims(report, without))
 
 
 def test_aims_are_met_missed_or_not_measured():

@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,8 +31,10 @@ from idc.plan.devices import DEVICES, device
 from idc.plan.encoders import PUBLISHED, cached_bytes
 from idc.plan.memory import memory, optimiser_of
 from idc.plan.model import Parameters
-from idc.plan.recipe import Layout
+from idc.plan.recipe import Layout, _layout, read
+from idc.plan.start import is_there, stand_in
 from idc.plan.trace import Passed, trace
+from idc.plan.work import seconds
 from idc.types import Bucket, Condition
 
 MODES = ("none", "attention", "full")
@@ -207,7 +211,8 @@ def test_optimisers_are_told_apart_by_their_states():
     assert optimiser_of(torch.optim.AdamW).states == 8
     assert optimiser_of(lambda p: torch.optim.SGD(p, lr=0.1)).states == 0
     assert optimiser_of(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)).states == 4
-    assert optimiser_of(torch.optim.AdamW).step == 4  # foreach, on a GPU
+    assert optimiser_of(torch.optim.AdamW).step == 0  # fused, as fit makes it on a GPU
+    assert optimiser_of(lambda p: torch.optim.AdamW(p, foreach=True)).step == 4
     assert optimiser_of(lambda p: torch.optim.AdamW(p, fused=True)).step == 0
     assert optimiser_of(torch.optim.AdamW, on_gpu=False).step == 0
 
@@ -328,6 +333,61 @@ def test_toy_recipes_can_be_planned_for_this_machine(recipe, tmp_path, capsys):
     assert found["samples"]["dropped"] == 0
 
 
+def test_layouts_that_fit_refuses_are_not_planned(capsys):
+    files = ("recipes/sft.yaml", "recipes/hardware/sequence_parallel.yaml")
+    words = [word for file in files for word in ("--config", file)]
+    # The toy model has 4 heads.
+    words += ["--trainer.strategy.init_args.tensor_parallel_size", "8", "--data.init_args.batch_size", "1"]
+    assert main(["plan", *words]) == 2
+    assert "tensor_parallel_size=8: the ranks of a sequence share out the transformer's 4" in capsys.readouterr().err
+    strategy = SimpleNamespace(class_path="idc.stages.sharding.FSDP2", init_args={"replicas": 3})
+    with pytest.raises(UserError, match="replicas=3: must divide the 8 ranks"):
+        _layout(SimpleNamespace(devices=8, num_nodes=1, strategy=strategy))
+
+
+def test_an_alignment_is_planned_before_its_start_is_trained(tmp_path):
+    missing = str(tmp_path / "sft")
+    recipe = read(["--config", "recipes/dpo.yaml", "--model.init_args.checkpoint", missing])
+    assert recipe.stage.spec.num_layers == 30
+    assert recipe.stage.encoders.vlm.dim == 3584
+    assert recipe.stage.speed.checkpointing == "attention"
+    assert recipe.stage.compute_dtype is torch.bfloat16
+    (note,) = recipe.notes
+    assert missing in note
+    assert "recipes/scale/wan1.3b.yaml" in note
+
+
+def test_what_stands_in_for_a_start_leaves_what_the_recipe_says(tmp_path):
+    given = {"checkpoint": "runs/sft", "compute_dtype": "float32"}
+    words, file = stand_in([], given, Path("recipes/scale/wan14b.yaml"))
+    settings = dict(zip(words[::2], words[1::2], strict=True))
+    assert json.loads(settings["--model.init_args.transformer"])["num_attention_heads"] == 40
+    assert "--model.init_args.compute_dtype" not in settings
+    assert file == "recipes/scale/wan14b.yaml"
+    with pytest.raises(UserError, match=r"neither is nowhere\.yaml"):
+        stand_in([], given, Path("nowhere.yaml"))
+    assert is_there("toy")
+    assert not is_there(str(tmp_path))
+    (tmp_path / "version_0" / "checkpoints" / "step-1").mkdir(parents=True)
+    assert is_there(str(tmp_path))
+
+
+def test_ranks_exchange_weights_in_the_type_in_which_they_gather_them():
+    parameters = Parameters({"all": (1_000_000, 1_000_000)}, 1_000, 200_000)
+    h100 = DEVICES["h100"]
+
+    def sent(dtype: torch.dtype) -> float:
+        layout = Layout(strategy="fsdp", ranks=8, shards=8, gathered=dtype)
+        took = seconds(
+            1, parameters, optimiser_of(torch.optim.AdamW), layout, h100,
+            dtype="bfloat16", matmul_precision="highest", average=False, passes=1,
+        )  # fmt: skip
+        return took.communication * 1e9 * h100.link
+
+    assert sent(torch.float32) == pytest.approx(7 / 8 * (2 * 4 + 4) * 1_000_000)
+    assert sent(torch.bfloat16) == pytest.approx(7 / 8 * (2 * (2 * 800_000 + 4 * 200_000) + 4 * 1_000_000))
+
+
 def test_wrong_settings_are_told_as_fit_tells_them(capsys):
     assert main(["plan", "--config", "recipes/sft.yaml", "--model.init_args.trainabel", "full"]) == 2
     assert "trainable" in capsys.readouterr().err
@@ -335,5 +395,7 @@ def test_wrong_settings_are_told_as_fit_tells_them(capsys):
     assert "idc generate" in capsys.readouterr().err
     assert main(["plan", "--config", "recipes/sft.yaml", "--device", "h1000"]) == 2
     assert "h100" in capsys.readouterr().err
+    assert main(["plan", "--config", "recipes/sft.yaml", "--json", "nowhere/at/all.json"]) == 2
+    assert "nowhere/at is no folder" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "no recipe" in capsys.readouterr().err

@@ -73,6 +73,8 @@ class Case:
         against: the case that it is a peer of, or "": its ratio says how many times as long it takes.
         flops: operations of a repeat by the analytic count (`idc.models.cost`), without recomputation; 0 for none.
             Called once it has run where it depends on `counts`.
+        work: operations of its forward and backward passes, with recomputation, as `idc plan` counts them; 0 where it
+            plans nothing like it, or the case has no parts `forward` and `backward`.
         items: what a repeat makes (clips, videos, batches), for rates; 0 for none.
         settings: what the case ran with, in words: `attention`, `checkpointing`, `compile`, ...
         counts: counted by the case itself while it runs, such as forwards per iteration.
@@ -87,6 +89,7 @@ class Case:
     settings: Mapping[str, str] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    work: int = 0
 
 
 @dataclass

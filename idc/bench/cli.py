@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from idc.errors import UserError, nearest
+from idc.errors import UserError, check_file, nearest
 
 COMMANDS = {
     "train": "a training step and its parts, its modes, and a plain diffusers + PyTorch loop",
@@ -37,13 +37,25 @@ def main(argv: Sequence[str]) -> int:
     return _run(args[0], options, rest, args)
 
 
+_SHARES = (
+    "Two shares are told. `of ceiling`: operations without recomputation over the whole time and the matrix ceiling "
+    "measured here; the aims are in it. `planner's share`: operations with recomputation over the time of forward and "
+    "backward and the peak that the device's maker states; this one goes into idc plan --share."
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"bench: {message}; idc bench {self.prog.split()[-1]} --help lists the options")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"idc bench {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser = _Parser(
+        prog=f"idc bench {command}",
+        description=COMMANDS[command],
+        allow_abbrev=False,
+        epilog=_SHARES if command == "train" else None,
+    )
     add = parser.add_argument
     add("--config", action="append", default=[], metavar="FILE", help="a recipe and overlays: its model and sizes")
     add("--size", help="tiny, toy, 1.3b or 14b; what suits the machine if left out")
@@ -56,9 +68,20 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--rounds", type=int, help="turns that every case takes")
     add("--repeats", type=int, help="of a case in each turn")
     add("--warm-up", type=int, help="repeats of the first turn that do not count")
-    add("--attention", action="append", default=[], metavar="BACKEND", help="of ours; further ones are modes of train")
+    add(
+        "--attention",
+        action="append",
+        default=[],
+        metavar="BACKEND",
+        help="of ours, in place of the recipe's; further ones are modes of train",
+    )
     add("--checkpointing", choices=("none", "attention", "full"), help="of ours")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="auto: as the recipe has it; without one, on a GPU",
+    )
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="everything, also by round")
     add("--profile", metavar="DIR", help="top kernels by device time, and a trace of each case there")
@@ -88,14 +111,14 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
     wrong = [arg for arg in rest if arg.startswith("--") and not (options.config and "." in arg)]
     if wrong or (rest and not options.config):
         raise UserError(f"{(wrong or rest)[0]}: no such option{nearest((wrong or rest)[0], known)}")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: {Path(options.json).absolute().parent} is no folder")
+    if options.json:
+        check_file(Path(options.json), "--json")
 
 
 def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: Sequence[str]) -> int:
     from idc.bench.cases import run
     from idc.bench.context import quiet
-    from idc.bench.device import environment, find_device, matrix_ceiling, stated_peak
+    from idc.bench.device import environment, find_device, known_device, matrix_ceiling
     from idc.bench.profiling import STEPS, profile_groups
     from idc.bench.results import Report
     from idc.bench.tables import print_report
@@ -112,7 +135,7 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
     try:
         if command != "data":
             _tell("the device's matrix ceiling")
-            report.ceiling = {**matrix_ceiling(device), "stated_tflops": stated_peak(device)}
+            report.ceiling = {**matrix_ceiling(device), **known_device(device)}
         run(groups, device, bench.rounds, bench.repeats, bench.warm_up, outcomes, _tell)
         if options.profile:
             short = module.groups(bench.with_steps(STEPS))
@@ -131,7 +154,8 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
 def _conclude(module: Any, bench: Any, report: Any, outcomes: list[Any]) -> None:
     from idc.bench.results import rows_of
 
-    report.rows = rows_of(outcomes, report.ceiling["tflops"] if report.ceiling else None)
+    ceiling = report.ceiling or {}
+    report.rows = rows_of(outcomes, ceiling.get("tflops"), ceiling.get("stated_tflops"))
     report.aims = module.aims(report, bench)
     report.at_the_aims = bench.cuda and bench.setup.is_papers
 
@@ -163,7 +187,7 @@ def _bench(command: str, options: argparse.Namespace, rest: Sequence[str], devic
         setup=setup,
         device=device,
         dtype=compute_dtype(device),
-        speed=default_speed(device, setup, options),
+        speed=default_speed(device, recipe, options),
         rounds=rounds if options.rounds is None else options.rounds,
         repeats=repeats if options.repeats is None else options.repeats,
         warm_up=1 if options.warm_up is None and slow else 2 if options.warm_up is None else options.warm_up,

@@ -15,6 +15,7 @@ import torch
 from idc.bench.cases import Clock, free
 from idc.errors import UserError
 from idc.plan.devices import DEVICES
+from idc.plan.devices import device as named
 
 PACKAGES = ("torch", "diffusers", "transformers", "lightning", "triton", "flash-attn", "webdataset", "av")
 SIDES = {"cuda": (4096, 8192, 12288, 16384), "cpu": (256, 512, 1024)}
@@ -77,15 +78,18 @@ def _tflops(side: int, dtype: torch.dtype, generator: torch.Generator, repeats: 
     return statistics.median(rates)
 
 
-def stated_peak(device: torch.device) -> float | None:
-    """TFLOP/s in bfloat16 that the maker states, of a card in the table of `idc.plan.devices`; None of another."""
+def known_device(device: torch.device) -> dict[str, Any]:
+    """What `idc plan` takes this device for: `planner_device`, its name there, and `stated_tflops`, the peak that it
+    counts shares of (in bfloat16, as the maker states it; of a CPU in float32). {} of a card that it does not know."""
     if device.type != "cuda":
-        return None
+        return {"planner_device": "cpu", "stated_tflops": named("cpu").peak("float32") / 1e12}
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / 2**30
-    known = [entry for entry in DEVICES.values() if entry.name.split()[1] in name.replace("-", " ").split()]
+    words = name.replace("-", " ").split()
+    known = {key: entry for key, entry in DEVICES.items() if entry.name.split()[1] in words}
     if not known:
-        return None
-    return min(known, key=lambda entry: abs(entry.memory - memory)).bf16
+        return {}
+    key = min(known, key=lambda key: abs(known[key].memory - memory))
+    return {"planner_device": key, "stated_tflops": known[key].bf16}
 
 
 def environment(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """A case's line. Seconds are of one repeat; `tflops` is achieved TFLOP/s, `share` that of the ceiling."""
+    """A case's line. Seconds are of one repeat; `tflops` is achieved TFLOP/s without recomputation, `share` that of the
+    measured ceiling. `planner_share` is what `idc plan --share` takes: operations of forward and backward with
+    recomputation, over their time and the stated peak."""
 
     group: str
     name: str
@@ -56,6 +58,7 @@ class Row:
     flops: int
     tflops: float | None
     share: float | None
+    planner_share: float | None
     per_second: float | None
     peak_gib: float | None
     ratio: Ratio | None
@@ -110,12 +113,12 @@ def show(value: float | None, unit: str) -> str:
     return {"share": f"{value:.1%}", "times": f"{value:.2f} times", "points": f"{100 * value:.1f} points"}[unit]
 
 
-def rows_of(outcomes: Sequence[Outcome], ceiling_tflops: float | None) -> list[Row]:
-    """A row each, in order; `ceiling_tflops` is the device's measured one."""
-    return [_row(outcome, outcomes, ceiling_tflops) for outcome in outcomes]
+def rows_of(outcomes: Sequence[Outcome], ceiling_tflops: float | None, stated_tflops: float | None = None) -> list[Row]:
+    """A row each, in order; `ceiling_tflops` is the device's measured one, `stated_tflops` the peak of `idc plan`."""
+    return [_row(outcome, outcomes, ceiling_tflops, stated_tflops) for outcome in outcomes]
 
 
-def _row(outcome: Outcome, outcomes: Sequence[Outcome], ceiling: float | None) -> Row:
+def _row(outcome: Outcome, outcomes: Sequence[Outcome], ceiling: float | None, stated: float | None) -> Row:
     case = outcome.case
     repeats = [repeat for one in outcome.rounds for repeat in one]
     seconds = Spread.of([repeat[WHOLE] for repeat in repeats])
@@ -133,6 +136,7 @@ def _row(outcome: Outcome, outcomes: Sequence[Outcome], ceiling: float | None) -
         flops=flops,
         tflops=tflops,
         share=tflops / ceiling if tflops and ceiling else None,
+        planner_share=_planner_share(case.work, repeats, stated),
         per_second=case.items / seconds.median if seconds and case.items else None,
         peak_gib=None if outcome.peak_bytes is None else outcome.peak_bytes / 2**30,
         ratio=_ratio(outcome, outcomes),
@@ -140,6 +144,14 @@ def _row(outcome: Outcome, outcomes: Sequence[Outcome], ceiling: float | None) -
         counts=dict(case.counts),
         note=case.note,
     )
+
+
+def _planner_share(work: int, repeats: Sequence[Repeat], stated: float | None) -> float | None:
+    # The optimiser's time is left out: the planner adds its own.
+    if not (work and repeats and stated):
+        return None
+    seconds = _median(repeats, ("forward", "backward"))
+    return work / seconds / (1e12 * stated) if seconds else None
 
 
 def _ratio(outcome: Outcome, outcomes: Sequence[Outcome]) -> Ratio | None:

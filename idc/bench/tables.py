@@ -26,6 +26,14 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_cases(group, rows))
         if any(row.parts for row in rows):
             console.print(_parts(group, rows))
+    for row in report.rows:
+        if row.planner_share is not None and row.name == "ours":
+            console.print(
+                f"planner's share, {row.group}: {row.planner_share:.1%} of the stated peak, recomputation counted, "
+                f"forward and backward alone: idc plan --share {row.planner_share:.3f}",
+                highlight=False,
+                markup=False,
+            )
     for name, value in report.checks.items():
         console.print(f"{name}: {value:.2g}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
     if report.aims:
@@ -53,7 +61,7 @@ def header(report: Report) -> Iterator[str]:
         )
     if report.ceiling:
         ceiling = report.ceiling
-        stated = f" (stated peak {ceiling['stated_tflops']:.0f})" if ceiling.get("stated_tflops") else ""
+        stated = f" (stated peak {_number(ceiling['stated_tflops'])})" if ceiling.get("stated_tflops") else ""
         yield (
             f"matrix ceiling: {_number(ceiling['tflops'])} TFLOP/s{stated}, {ceiling['dtype']} products of side "
             f"{ceiling['side']}"

@@ -190,7 +190,9 @@ def _case(
     settings: dict[str, str] = {"optimiser": "AdamW, fused" if bench.cuda else "AdamW"}
     open_step = partial(_our_step, bench, stage, samples, speed, drop, settings)
     turn = stepwise(open_step, bench.device)
-    return Case(name, turn, against, flops, bench.setup.batch, settings)
+    references = bench.setup.subjects if drop.references else 0
+    work = bench.setup.batch * bench.work_of_a_step(stage.transformer, references, speed.checkpointing)
+    return Case(name, turn, against, flops, bench.setup.batch, settings, work=work)
 
 
 @contextmanager

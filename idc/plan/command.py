@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from idc.errors import UserError, make_folder
+from idc.errors import UserError, check_file
 from idc.recipes import check_command_line, check_recipe_given, check_stage
 
 if TYPE_CHECKING:
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from idc.plan.estimate import Plan
 
 _USAGE = (
-    "idc plan --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...] [--device NAME ...] [--strict] [--json FILE]"
+    "idc plan --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...] [--device NAME ...] [--share X] [--strict] "
+    "[--json FILE] [--measure] [--sizes-of RECIPE]"
+)
+_SHARE = (
+    "of the device's stated peak that training's forward and backward passes reach, recomputation counted as work, in "
+    "place of the assumed: the `planner's share` that idc bench train prints, and not its share of the matrix ceiling"
 )
 _SHOWN = 4  # changes that would make a run fit
 
@@ -33,13 +38,22 @@ def main(args: Sequence[str]) -> int:
     add = parser.add_argument
     names = ", ".join([*DEVICES, "cpu"])
     add("--device", action="append", metavar="NAME", help=f"to plan for; may be repeated (default: h100): {names}")
-    add("--share", type=float, metavar="X", help="of the device's peak that training reaches, in place of the assumed")
+    add("--share", type=float, metavar="X", help=_SHARE)
     add("--strict", action="store_true", help="exit with status 1 where the memory does not suffice")
     add("--json", type=Path, metavar="FILE", help="write the plan there, too")
     add("--measure", action="store_true", help="run one step here with random weights and compare its memory")
+    add(
+        "--sizes-of",
+        type=Path,
+        metavar="RECIPE",
+        help="of the run that an alignment will start from, in place of model.init_args.checkpoint; where that is not "
+        "there yet, those of recipes/scale/wan1.3b.yaml if left out",
+    )
     own, rest = parser.parse_known_args(list(args))
     if own.share is not None and not 0 < own.share <= 1:
         raise UserError(f"--share {own.share}: must be above 0 and at most 1; 0.4 is usual for a GPU")
+    if own.json is not None:
+        check_file(own.json, "--json")
     devices = [device(name) for text in own.device or ["h100"] for name in text.split(",")]
     check_recipe_given(rest, "plan")
     check_command_line(rest)
@@ -48,12 +62,11 @@ def main(args: Sequence[str]) -> int:
         from idc.plan.estimate import Plan
         from idc.plan.recipe import read
 
-        plan = Plan(read(rest), own.share)
+        plan = Plan(read(rest, own.sizes_of), own.share)
     _show(plan, devices)
     if own.json is not None:
         from idc.plan.tables import as_json
 
-        make_folder(own.json.absolute().parent, "--json")
         own.json.write_text(json.dumps(as_json(plan, devices), indent=1) + "\n", encoding="utf-8")
     if own.measure:
         from rich.console import Console

@@ -3,7 +3,8 @@
 Peaks are of dense matrix products (no sparsity), from the makers' data sheets: NVIDIA H100, H200, A100, L40S and B200
 data sheets, NVIDIA's Ada GPU architecture paper for the RTX 4090. Memory is what CUDA reports as usable in all. The
 share is an assumption, not a measurement: about half of the matrix ceiling that large products reach in practice, which
-is 75 to 80% of the stated peak. `idc bench` measures it for a device at hand.
+is 75 to 80% of the stated peak. It counts recomputation as work and leaves the optimiser's time out; `idc bench train`
+measures it so for a device at hand (its planner's share), to be given as `idc plan --share`.
 """
 
 from __future__ import annotations

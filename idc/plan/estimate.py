@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from idc.models.cost import StepFlops
+from idc.models.sequence_parallel import check_heads
 from idc.plan.devices import Device
 from idc.plan.encoders import CAPTION_WORDS, Encoder, cached_bytes, encoders_of
 from idc.plan.memory import Memory, Optimiser, memory, optimiser_of
@@ -42,12 +43,17 @@ class Plan:
     Args:
         recipe: as `idc.plan.recipe.read` gives it.
         share: of a device's peak that is assumed to be reached, in place of the device's own.
+
+    Raises:
+        UserError: where the transformer's attention heads do not divide over the ranks of a sequence.
     """
 
     def __init__(self, recipe: Recipe, share: float | None = None) -> None:
         self.recipe, self.stage, self.layout = recipe, recipe.stage, recipe.layout
         self.share = share
         self.structure = Structure(recipe.stage)
+        if self.layout.sequence > 1:
+            check_heads(self.structure.config["num_attention_heads"], self.layout.sequence)
 
     # The model and its data -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from idc.data.module import VideoDataModule
 from idc.errors import UserError
 from idc.lightning_cli import CLI, command_line
+from idc.plan.start import is_there, stand_in
 from idc.stages.base import Stage, check_precision
+from idc.stages.sharding import check_sizes
 
 # What a trainer would make of its settings is not needed, and may need devices that are elsewhere.
 _NOT_MADE = {"callbacks": None, "logger": False, "strategy": "auto", "plugins": None, "profiler": None}
@@ -20,12 +23,18 @@ _NOT_MADE = {"callbacks": None, "logger": False, "strategy": "auto", "plugins": 
 class _Reading(CLI):
     """Parses and checks as `idc fit`; makes the stage and its data, and runs nothing."""
 
+    replaces_start = False  # whether a checkpoint that is there is left alone, too
+    has_stand_in = False  # whether the settings say what a checkpoint would
+
     def _set_seed(self) -> None:
         pass
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_precision(config.trainer.precision)
+        if self.has_stand_in:
+            config.model.init_args.checkpoint = None  # not sooner: other settings refer to it
+        _check_start(config.model, self.replaces_start)
         self.trainer_settings = config.trainer.clone()
         for name, value in _NOT_MADE.items():
             config.trainer[name] = value
@@ -35,6 +44,25 @@ class _Reading(CLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+class _ReadingAnew(_Reading):
+    replaces_start = True
+
+
+class _ReadingStandIn(_Reading):
+    has_stand_in = True
+
+
+class _NoStartError(Exception):
+    """The run that an alignment starts from is not there, or not wanted; holds the settings of the stage."""
+
+
+def _check_start(model: Any, anew: bool) -> None:
+    settings = getattr(model, "init_args", None) or {}
+    checkpoint = settings.get("checkpoint")
+    if isinstance(checkpoint, str) and (anew or not is_there(checkpoint)):
+        raise _NoStartError(settings)
 
 
 @dataclass(frozen=True)
@@ -77,13 +105,30 @@ class Recipe:
         return None
 
 
-def read(args: Sequence[str]) -> Recipe:
+def read(args: Sequence[str], sizes_of: Path | None = None) -> Recipe:
     """Parse a command line as that of `idc fit`.
+
+    Args:
+        sizes_of: the recipe of the run that an alignment starts from, in place of model.init_args.checkpoint; None
+            takes a usual one where that is not there yet.
 
     Raises:
         UserError: as `idc fit` does, and for ranks that the batch does not fit.
     """
-    cli: Any = command_line(_Reading, "fit", args, "plan")
+    taken: list[str] = []
+    try:
+        cli: Any = command_line(_ReadingAnew if sizes_of else _Reading, "fit", args, "plan")
+    except _NoStartError as missing:
+        (settings,) = missing.args
+        words, file = stand_in(args, settings, sizes_of)
+        why = "was not looked at" if sizes_of else "is not there yet"
+        taken.append(
+            f"model.init_args.checkpoint={settings.checkpoint} {why}: sizes, encoders and speed are those of {file}"
+            + ("" if sizes_of else "; --sizes-of names another recipe")
+        )
+        cli = command_line(_ReadingStandIn, "fit", [*args, *words], "plan")
+    if sizes_of and not taken:
+        raise UserError(f"--sizes-of {sizes_of}: this recipe starts from no checkpoint; lay it over by --config")
     layout, notes = _layout(cli.trainer_settings)
     layout = replace(layout, gathered=cli.model.compute_dtype)
     batch, groups = cli.datamodule.batch_size, layout.ranks // layout.sequence
@@ -92,7 +137,7 @@ def read(args: Sequence[str]) -> Recipe:
             f"data.init_args.batch_size={batch}: must be a multiple of the {groups} ranks that have batches of their "
             f"own; the nearest is {max(1, round(batch / groups)) * groups}"
         )
-    return Recipe(cli.model, cli.datamodule, cli.trainer_settings, layout, tuple(notes))
+    return Recipe(cli.model, cli.datamodule, cli.trainer_settings, layout, (*taken, *notes))
 
 
 def _layout(trainer: Any) -> tuple[Layout, list[str]]:
@@ -106,6 +151,8 @@ def _layout(trainer: Any) -> tuple[Layout, list[str]]:
         kind, sequence = "fsdp", settings.get("tensor_parallel_size", 1)
         sequence = devices if sequence == "auto" else sequence
         replicas = settings.get("replicas", 1)
+        if name == "FSDP2":
+            check_sizes(nodes, devices, replicas, settings.get("data_parallel_size", "auto"), sequence)
         shards = ranks // (nodes if replicas == "nodes" else replicas)
     elif "deepspeed" in name.lower():
         stage = settings.get("stage", 2) if settings else 3 if "3" in name else 2

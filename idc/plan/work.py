@@ -138,7 +138,8 @@ def _communication(parameters: Parameters, layout: Layout, device: Device, passe
     between = 1e9 * (device.link if layout.nodes == 1 else device.network)
     within = 1e9 * device.link if inside else between
     each = layout.gathered.itemsize if layout.strategy == "fsdp" else 4
-    weights, gradients = each * parameters.total, 4 * parameters.trained
+    units = parameters.total - parameters.root_unit  # the root travels in float32
+    weights, gradients = each * units + 4 * parameters.root_unit, 4 * parameters.trained
     part = (layout.shards - 1) / layout.shards
     replicas = layout.ranks // layout.shards
     reduced = 2 * (replicas - 1) / replicas * gradients / layout.shards / between

@@ -59,13 +59,7 @@ class FSDP2(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        for name, value in (
-            ("replicas", replicas),
-            ("data_parallel_size", data_parallel_size),
-            ("tensor_parallel_size", tensor_parallel_size),
-        ):
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"trainer.strategy.init_args.{name}={value}: must be 1 or more")
+        _check_positive(replicas, data_parallel_size, tensor_parallel_size)
         self._replicas = replicas
 
     @property
@@ -80,24 +74,47 @@ class FSDP2(ModelParallelStrategy):
 
     def _settle(self, ranks: int) -> None:
         sequence: Any = self._tensor_parallel_size
-        for name, size in (("tensor_parallel_size", sequence), ("replicas", self.replicas)):
-            if ranks % size:
-                raise UserError(
-                    f"trainer.strategy.init_args.{name}={size}: must divide the {ranks} ranks ({self._place}); the "
-                    f"nearest valid choice is {nearest_divisor(ranks, size)}"
-                )
-        if self._data_parallel_size == "auto":
-            self._data_parallel_size = ranks // sequence
-        if self._data_parallel_size != ranks // sequence:
-            raise UserError(
-                f"trainer.strategy.init_args.data_parallel_size={self._data_parallel_size}: {ranks} ranks "
-                f"({self._place}) with tensor_parallel_size={sequence} make {ranks // sequence}; "
-                'set that, or "auto"'
-            )
+        check_sizes(self.num_nodes, self.num_processes, self.replicas, self._data_parallel_size, sequence)
+        self._data_parallel_size = ranks // sequence
 
-    @property
-    def _place(self) -> str:
-        return f"{counted(self.num_nodes, 'node')} of {counted(self.num_processes, 'device')}"
+
+def check_sizes(
+    nodes: int,
+    devices: int,
+    replicas: int | Literal["nodes"] = 1,
+    data_parallel_size: int | Literal["auto"] = "auto",
+    tensor_parallel_size: int = 1,
+) -> None:
+    """Whether sizes of `FSDP2` fit that many nodes of so many devices.
+
+    Raises:
+        UserError: with the nearest valid choice, where they do not.
+    """
+    _check_positive(replicas, data_parallel_size, tensor_parallel_size)
+    ranks, place = nodes * devices, f"{counted(nodes, 'node')} of {counted(devices, 'device')}"
+    copies = nodes if replicas == "nodes" else replicas
+    for name, size in (("tensor_parallel_size", tensor_parallel_size), ("replicas", copies)):
+        if ranks % size:
+            raise UserError(
+                f"trainer.strategy.init_args.{name}={size}: must divide the {ranks} ranks ({place}); the "
+                f"nearest valid choice is {nearest_divisor(ranks, size)}"
+            )
+    if data_parallel_size not in ("auto", ranks // tensor_parallel_size):
+        raise UserError(
+            f"trainer.strategy.init_args.data_parallel_size={data_parallel_size}: {ranks} ranks "
+            f"({place}) with tensor_parallel_size={tensor_parallel_size} make {ranks // tensor_parallel_size}; "
+            'set that, or "auto"'
+        )
+
+
+def _check_positive(replicas: int | str, data_parallel_size: int | str, tensor_parallel_size: int | str) -> None:
+    for name, value in (
+        ("replicas", replicas),
+        ("data_parallel_size", data_parallel_size),
+        ("tensor_parallel_size", tensor_parallel_size),
+    ):
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"trainer.strategy.init_args.{name}={value}: must be 1 or more")
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -213,7 +230,8 @@ def build_sharded(
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    model = build("meta")
+    with torch.random.fork_rng(devices=[]):  # what adapters would draw on meta: rank 0 draws as one rank alone does
+        model = build("meta")
     sequence = strategy.device_mesh["tensor_parallel"]
     if sequence.size() > 1:
         from idc.models.sequence_parallel import spread_over

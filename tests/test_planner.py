@@ -309,13 +309,13 @@ def test_14b_fits_eight_h100_as_its_recipe_stands(tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_told_what_makes_it_fit(tmp_path, capsys, monkeypatch):
-    small = replace(DEVICES["h100"], memory=0.667)  # 3 MiB less than the recipe takes
+    small = replace(DEVICES["h100"], memory=0.667)  # a few MiB less than the recipe takes
     monkeypatch.setitem(DEVICES, "h100", small)
     args = ("--config", "recipes/sft.yaml", *SHALLOW, "--data.init_args.max_subjects", "1", "--strict")
     status, found, warned = plan(tmp_path, capsys, *args)
     (only,) = found["devices"].values()
     assert (status, only["fits"]) == (1, False)
-    assert only["memory"] < found["memory"]["peak"] < only["memory"] + 6 * 2**20
+    assert only["memory"] < found["memory"]["peak"] < only["memory"] + 12 * 2**20
     first, *changes = warned.splitlines()
     assert "out of memory" in first
     assert changes

@@ -146,7 +146,7 @@ def _module(root: str, batch: int, workers: int, **settings: Any) -> VideoDataMo
 
 def _quietly(module: VideoDataModule) -> None:
     """Its tables of buckets say nothing about speed."""
-    module._show = lambda name: None  # type: ignore[method-assign]
+    module._show = lambda name: None  # type: ignore[method-assign]  # of this one object
     module.setup("fit")
 
 

@@ -211,10 +211,7 @@ def _our_step(
         clock.end("data")
         loss = (stage.weight(t_B) * stage.losses(features, seeds_B, t_B, drops)).mean()
         clock.end("forward")
-        loss.backward()
-        clock.end("backward")
-        _update(optimizer, parameters)
-        clock.end("optimiser")
+        _descend(clock, loss, optimizer, parameters)
 
     try:
         yield step
@@ -239,16 +236,23 @@ def _plain_step(bench: Bench, stage: Any, wan: Any, samples: Sequence[Sample]) -
             velocity = _plain_velocity(wan, interpolate(x0, noise, t_B), t_B, text)
         loss = torch.nn.functional.mse_loss(velocity.float(), velocity_target(x0, noise))
         clock.end("forward")
-        loss.backward()
-        clock.end("backward")
-        _update(optimizer, parameters)
-        clock.end("optimiser")
+        _descend(clock, loss, optimizer, parameters)
 
     try:
         yield step
     finally:
         wan.disable_gradient_checkpointing()
         _drop_gradients(parameters)
+
+
+def _descend(
+    clock: Clock, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
+) -> None:
+    """What follows a loss, timed by part."""
+    loss.backward()
+    clock.end("backward")
+    _update(optimizer, parameters)
+    clock.end("optimiser")
 
 
 def _plain_velocity(wan: Any, x_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:

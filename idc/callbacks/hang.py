@@ -119,7 +119,7 @@ class HangWatchdog(Callback):
     ) -> None:
         self._beat(f"held-out batch {batch_idx}")
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]  # of like arguments
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._beat("an evaluation")

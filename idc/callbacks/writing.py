@@ -138,7 +138,7 @@ def describe(action: Callable[[], Any]) -> str | None:
     """Run `action`; what went wrong, in a line, or None."""
     try:
         action()
-    except Exception as error:
+    except Exception as error:  # of any kind: all ranks are told, and end with it
         return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return None
 

@@ -117,7 +117,7 @@ def choose_backend(
             if compiled:  # takes seconds: asked of what would be taken only
                 check_compiles(name, device, dtype, head_dim, training)
             return Choice(name, errors[name], milliseconds, skipped)
-        except Exception as error:  # as above
+        except Exception as error:  # a compiler fails in its own ways, too
             skipped[name] = _reason(error)
             del milliseconds[name]
     return Choice("native", skipped=skipped)  # PyTorch's own needs no probe to be right

@@ -66,6 +66,7 @@ def parse(args: Sequence[str]) -> Curation | None:
     Raises:
         UserError: for a setting that is wrong, on one line with its full name.
     """
+    import idc.curate.ray  # noqa: F401  # so that its executor is among the choices that messages name
     from idc.curate.engine import Curation
 
     parser = _Parser(prog=f"idc {COMMAND}", parser_mode="omegaconf+", allow_abbrev=False)

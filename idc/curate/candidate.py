@@ -2,9 +2,10 @@
 
 A source yields units (a video file, a record of a dataset, an image); a worker opens a unit into candidates; ordered
 steps turn each candidate into itself with more known about it, into several, or into a `Dropped`. Nothing leaves
-without one of these, so that read = kept + dropped. Steps must not depend on which candidates come with theirs in a
-call, nor on anything drawn that is not seeded by the candidate's key: then shards are equal to the byte wherever and
-however often they are made.
+without one of these, so that read = kept + dropped. What a step makes of a candidate depends on it, at most also on
+those that come with it in a call (the next `Step.batch` of its chunk, so on the chunk), and never on what came in
+earlier calls nor on anything drawn that is not seeded by the candidate's key: then shards are equal to the byte
+wherever and however often they are made.
 """
 
 from __future__ import annotations
@@ -249,7 +250,10 @@ class Step:
     Attributes:
         name: in tables and drops; the class's name in words by default.
         heavy: whether it runs a network, and so on a GPU worker where there is one.
-        batch: how many candidates it takes in a call (heavy steps); others take one after another.
+        batch: how many candidates it takes in a call (heavy steps); others take one after another. They are the next
+            ones of a chunk. What comes out for one is the same in any company, but for models that write: padded to one
+            length, answers of a batch round differently, and a near tie may tip. They may depend on the batch, and so
+            on the chunk; on one GPU also on whether its memory sufficed for the batch at once.
     """
 
     name: str = ""

@@ -6,16 +6,14 @@ refusal, a loop or half a language is no caption.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from idc.curate.candidate import UNANSWERED, Candidate, Dropped, Outcome, Pixels, Step, model_version
+from idc.curate.asking import AskingStep
+from idc.curate.candidate import Candidate, Outcome, Pixels, model_version
 from idc.curate.prose import CaptionError, check_caption, check_language, cut_at_sentence, plain_text, words_of
 from idc.curate.reading import clip_frames
-from idc.data.video import VideoError
 from idc.errors import UserError, nearest
-from idc.models.judges import ImageTextJudge, Judge, JudgeError, JudgeUnavailableError
+from idc.models.judges import ImageTextJudge, Judge, JudgeError, Question
 
 _RULES = """\
 Name every person, animal and thing that matters by how they look: a person by age group, hair, build and clothing, an \
@@ -51,7 +49,7 @@ LONG = ("cut", "drop")
 MOST_RAW = 50_000  # characters of an answer or side-car that are looked at at all
 
 
-class Caption(Step):
+class Caption(AskingStep):
     """Writes the caption of the clip, or checks the one that came with it.
 
     A candidate without a usable caption is dropped: "no caption" (the model failed, the server did not answer, or the
@@ -59,8 +57,6 @@ class Caption(Step):
     or "caption too long". Where a given caption may stand in for a failed one, it does. `meta["caption"]` tells who
     wrote it ("given", "judge" or "both"), by which model, and what became of the given one.
     """
-
-    heavy = True
 
     def __init__(
         self,
@@ -79,8 +75,8 @@ class Caption(Step):
     ) -> None:
         """
         Args:
-            judge: writes; Qwen2.5-VL-7B in this process where None. Of one behind a server, up to its `concurrency`
-                requests are under way at once, within `batch`.
+            judge: writes; Qwen2.5-VL-7B in this process where None. In this process it answers for `batch` clips at
+                once; of one behind a server, up to its `concurrency` requests are under way, within `batch`.
             frames: of the clip that it sees, evenly spaced.
             prompt, picture_prompt: what it is asked about a clip, and about a still picture.
             min_words: a shorter caption is none; given ones may be shorter.
@@ -90,7 +86,8 @@ class Caption(Step):
             given: a caption that came with the clip is "keep" (checked, and the model is asked only where it fails),
                 "combine" (it stands first and the model's behind it) or "replace" (used only where the model fails).
             side: longer side of the pictures that the judge sees, in pixels.
-            batch: candidates of a call.
+            batch: candidates of a call. It holds `frames` pictures of each in memory; with a judge in this process so
+                does the device, with what the model keeps of all of them.
 
         Raises:
             UserError: for a number out of its range, an unknown choice, or a judge whose answers are shorter than
@@ -114,22 +111,25 @@ class Caption(Step):
         self.min_words, self.max_words, self.max_characters = min_words, max_words, max_characters
         self.long, self.language, self.given, self.batch = long, language, given, batch
 
-    @property
-    def networks(self) -> tuple[Any, ...]:
-        return (self.judge,)
+    def question(self, candidate: Candidate) -> Question | Outcome:
+        from idc.metrics.natural import long_side  # brings torchmetrics along
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
-        return [[outcome] for outcome in side_by_side(self.judge, self.apply, candidates)]
-
-    def apply(self, candidate: Candidate) -> Outcome:
-        own, fault = self._given(candidate)
+        own, _ = self._given(candidate)
         if own and self.given == "keep":
             return candidate.changed(caption=own, meta={"caption": self._told("given", candidate, own)})
+        _, pictures = clip_frames(candidate, self.frames)
+        still = len(candidate.clip) == 1 if candidate.clip is not None else len(candidate.ranks) == 1
+        shown: list[Pixels] = [long_side(picture, self.side) for picture in (pictures[:1] if still else pictures)]
+        return Question(shown, self.picture_prompt if still else self.prompt)
+
+    def answered(self, candidate: Candidate, answer: str | JudgeError) -> Outcome:
+        own, fault = self._given(candidate)
         try:
-            answer = self._checked(self._ask(candidate), self.min_words)
-            text = self._fitting(f"{own} {answer}") if own and self.given == "combine" else answer
-        except VideoError as error:
-            return candidate.dropped(self.name, "unreadable video", str(error))
+            if isinstance(answer, JudgeError):
+                raise CaptionError("no caption", str(answer))
+            text = self._checked(answer, self.min_words)
+            if own and self.given == "combine":
+                text = self._fitting(f"{own} {text}")
         except CaptionError as error:
             if not own:
                 detail = f"{error.detail}; the given one: {fault}" if fault else error.detail
@@ -148,21 +148,6 @@ class Caption(Step):
             return self._checked(candidate.caption, 1), ""
         except CaptionError as error:
             return "", str(error)
-
-    def _ask(self, candidate: Candidate) -> str:
-        from idc.metrics.natural import long_side  # brings torchmetrics along
-
-        _, pictures = clip_frames(candidate, self.frames)
-        still = len(candidate.clip) == 1 if candidate.clip is not None else len(candidate.ranks) == 1
-        prompt = self.picture_prompt if still else self.prompt
-        shown: list[Pixels] = [long_side(picture, self.side) for picture in (pictures[:1] if still else pictures)]
-        try:
-            (answer,) = self.judge.answers(shown, prompt, [0])
-        except JudgeUnavailableError:
-            raise
-        except JudgeError as error:
-            raise CaptionError("no caption", str(error)) from None
-        return answer
 
     def _checked(self, text: str, least_words: int) -> str:
         plain = plain_text(text[:MOST_RAW])
@@ -184,21 +169,3 @@ class Caption(Step):
         """For the provenance: who wrote it, and the given caption where it is not the whole of it."""
         given = candidate.caption[: self.max_characters]
         return {"by": by, **more, **({"given": given} if given.strip() and given != text else {})}
-
-
-def side_by_side(judge: Judge, ask: Any, candidates: Sequence[Candidate]) -> list[Candidate | Dropped]:
-    """`ask` of each candidate, in their order; of a judge behind a server as many at once as it takes. Where it cannot
-    be reached, candidates are dropped by a fault: what is tried again, and stops a run if it goes on."""
-
-    def answered(candidate: Candidate) -> Candidate | Dropped:
-        try:
-            outcome: Candidate | Dropped = ask(candidate)
-        except JudgeUnavailableError as error:
-            return candidate.dropped("", UNANSWERED, str(error))
-        return outcome
-
-    threads = min(len(candidates), getattr(judge, "concurrency", 1))
-    if threads <= 1:
-        return [answered(candidate) for candidate in candidates]
-    with ThreadPoolExecutor(threads, thread_name_prefix="caption") as pool:
-        return list(pool.map(answered, candidates))

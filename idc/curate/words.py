@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from idc.curate.asking import AskingStep
 from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Step, model_version
-from idc.curate.captions import side_by_side
 from idc.curate.nouns import NounPhrase, find_phrases
 from idc.curate.prose import whole_words, words_of
 from idc.curate.scenarios import head_noun
 from idc.errors import UserError, nearest
-from idc.models.judges import ImageTextJudge, Judge, JudgeError, JudgeUnavailableError, quote
+from idc.models.judges import ImageTextJudge, Judge, JudgeError, Question, quote
 
 KINDS = ("person", "animal", "clothing", "object", "place")
 TAGS = {"person": "subject", "animal": "subject", "clothing": "object", "object": "object", "place": "background"}
@@ -89,7 +89,7 @@ class _SubjectNames(Step):
         return [subjects[i] for i in kept]
 
 
-class SubjectWords(_SubjectNames):
+class SubjectWords(AskingStep, _SubjectNames):
     """Subjects from the caption's words, by a language model.
 
     Each phrase becomes a `CuratedSubject` without a box: its `name` is the phrase as the caption spells it, without
@@ -100,8 +100,6 @@ class SubjectWords(_SubjectNames):
 
     Drops: "no caption", "no subject words", and with otherwise="drop" "no answer on subject words".
     """
-
-    heavy = True
 
     def __init__(
         self,
@@ -115,8 +113,8 @@ class SubjectWords(_SubjectNames):
     ) -> None:
         """
         Args:
-            judge: any model that answers in words; Qwen2.5-VL-7B where None. Behind a server, up to its `concurrency`
-                requests are under way at once.
+            judge: any model that answers in words; Qwen2.5-VL-7B where None. In this process it answers for `batch`
+                captions at once; behind a server, up to its `concurrency` requests are under way, within `batch`.
             kinds: of `KINDS`: which become subjects, the most important first. The others are only tags.
             max_subjects: beyond it the least important ones are left out.
             min_subjects: fewer drop the candidate.
@@ -145,23 +143,18 @@ class SubjectWords(_SubjectNames):
             raise UserError(f"max_tokens={tokens} of the judge: {max_subjects} subjects take about {least} tokens")
         self.prompt, self.otherwise, self.batch = prompt, otherwise, batch
 
-    @property
-    def networks(self) -> tuple[Any, ...]:
-        return (self.judge,)
-
-    def __call__(self, candidates: Sequence[Candidate]) -> list[Sequence[Outcome]]:
-        return [[outcome] for outcome in side_by_side(self.judge, self.apply, candidates)]
-
-    def apply(self, candidate: Candidate) -> Outcome:
+    def question(self, candidate: Candidate) -> Question | Outcome:
         if not candidate.caption.strip():
             return candidate.dropped(self.name, "no caption")
         caption = json.dumps(candidate.caption, ensure_ascii=False)
+        return Question([], self.prompt.format(most=self.max_subjects, caption=caption))
+
+    def answered(self, candidate: Candidate, answer: str | JudgeError) -> Outcome:
         try:
-            (answer,) = self.judge.answers([], self.prompt.format(most=self.max_subjects, caption=caption), [0])
+            if isinstance(answer, JudgeError):
+                raise answer
             phrases, refused = read_answer(answer, candidate.caption)
         except (JudgeError, ValueError) as error:
-            if isinstance(error, UserError | JudgeUnavailableError):
-                raise
             if self.otherwise == "drop":
                 return candidate.dropped(self.name, "no answer on subject words", str(error))
             told: dict[str, Any] = {"by": "plain", "failure": str(error)}

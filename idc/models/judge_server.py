@@ -5,16 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
 from idc.errors import UserError
 from idc.models.http_client import HttpClient, ServerError, UnansweredError
-from idc.models.judges import Judge, JudgeError, JudgeUnavailableError, Picture, quote
+from idc.models.judges import Judge, JudgeError, JudgeUnavailableError, Picture, Question, quote
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _OURS = ("model", "messages", "temperature", "seed", "stream")  # what a recipe's `extra` may not change
 
@@ -90,11 +93,24 @@ class ServerJudge(HttpClient, Judge):
             JudgeError: for a refusal, an answer cut short, or a fault that outlived all tries.
             UserError: for status 401, 403 or 404, which every request would meet.
         """
-        if not seeds:
-            return []
         content = [picture_part(image) for image in images] + [{"type": "text", "text": prompt}]
-        with ThreadPoolExecutor(min(self.concurrency, len(seeds)), thread_name_prefix="judge") as pool:
-            return list(pool.map(lambda seed: self._ask(content, seed), seeds))
+        return self._side_by_side(lambda seed: self._ask(content, seed), seeds)
+
+    def answer_each(self, questions: Sequence[Question]) -> list[str | JudgeError]:
+        """As `idc.models.judges.Judge.answer_each`, one request per question, side by side.
+
+        Raises:
+            UserError: for status 401, 403 or 404, which every request would meet.
+        """
+        return self._side_by_side(self._answer, questions)
+
+    def _side_by_side(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`ask` of each, in their order; as many at once as the server takes."""
+        threads = min(self.concurrency, len(items))
+        if threads <= 1:
+            return [ask(item) for item in items]
+        with ThreadPoolExecutor(threads, thread_name_prefix="judge") as pool:
+            return list(pool.map(ask, items))
 
     def generate(self, images: Sequence[Picture], prompt: str, seed: int = 0) -> str:
         """The answer to one request."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from idc.curate.segments import Segment
 from idc.data.video import VideoError
 
 Pixels = NDArray[np.uint8]  # RGB [H, W, 3], or [T, H, W, 3] for a clip
@@ -85,7 +86,7 @@ class CuratedSubject:
         kind: "person", "face", "clothing", "object" or "place" (`idc.metrics.base.Reference.kind` knows them).
         box: in pixels of the clip's frame number `frame`.
         mask: of the same frame, `[H, W]`, or None.
-        frame: of the clip, from 0.
+        frame: of the clip, from 0; before its frames are chosen, of the span, and without one of the whole source.
         score: of the detector, in [0, 1].
         embedding: float32 `[D]` of length 1, by which subjects of other clips are compared; `embedder` names the model
             and its version, and only equal ones are compared.
@@ -142,6 +143,7 @@ class Candidate:
         licence: of the source material.
         safety: verdicts of safety filters by name, carried along.
         meta: plain JSON: everything else, under the name of the step or source that knows it.
+        segment: which part of a long video it is, as long as it has no span; None for all of it.
     """
 
     key: str
@@ -161,6 +163,7 @@ class Candidate:
     licence: str = ""
     safety: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    segment: Segment | None = None
 
     def changed(self, **changes: Any) -> Candidate:
         """A copy with other attributes; `meta` is added to what is there."""

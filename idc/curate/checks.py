@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from idc.curate.candidate import Candidate, Outcome, Step
-from idc.curate.reading import frame_times, inspect, pick
+from idc.curate.reading import frame_times, inspect, pick, span_of
 from idc.data.video import VideoError, VideoInfo, decoder_version
 from idc.errors import UserError
 
@@ -119,8 +119,7 @@ class DecodeCheck(Step):
 
     def _decode(self, candidate: Candidate, info: VideoInfo) -> bool:
         """Decode some frames or all; whether they are grey."""
-        first, end = (0, info.frames) if candidate.span is None else candidate.span
-        end = min(end, info.frames)
+        first, end = span_of(candidate)
         looks = np.unique(np.linspace(first, end - 1, self.looks).astype(int)).tolist()
         sizes: set[tuple[int, ...]] = set()
         colour = 0.0

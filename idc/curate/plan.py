@@ -20,6 +20,7 @@ from idc.errors import UserError
 
 PLAN = "plan.jsonl"  # a line for each chunk that is to be done
 LONGEST = 4  # times the usual length
+SEGMENT = "segment"  # in the payload of a unit that is part of a long video: number and count
 
 
 class Task(NamedTuple):
@@ -119,16 +120,20 @@ class PlanGoneError(UserError):
 
 
 def chunks(sources: Sequence[Source], chunk: int, limit: int | None = None) -> Iterator[list[Unit]]:
-    """The units in consecutive chunks of one source each, of `chunk` units on average and four times that at most."""
+    """The units in consecutive chunks of one source each, of `chunk` units on average and four times that at most. A
+    segment of a long video is a chunk of its own: it is work enough."""
     for number, source in enumerate(sources):
         found: list[Unit] = []
         ids: set[str] = set()
         for id, payload in islice(source.units(), limit):
             if id in ids:
                 raise UserError(f"source {source.name!r}: the unit {id!r} comes twice; ids must be unique")
+            if SEGMENT in payload and found:
+                yield found
+                found, ids = [], set()
             found.append(Unit(number, id, payload))
             ids.add(id)
-            if len(found) >= LONGEST * chunk or _hash(source.name, id) % chunk == 0:
+            if SEGMENT in payload or len(found) >= LONGEST * chunk or _hash(source.name, id) % chunk == 0:
                 yield found
                 found, ids = [], set()
         if found:

@@ -80,22 +80,30 @@ def frame_times(info: VideoInfo) -> NDArray[np.float64]:
 
 
 def span_of(candidate: Candidate) -> tuple[int, int]:
-    """[first, end) ranks of the candidate, `end` never past the source's last frame.
+    """[first, end) ranks of the candidate, `end` never past the source's last frame; without a span those of its
+    segment, or all.
 
     Raises:
         VideoError: for a source that cannot be read, or a span with no frame of it.
     """
     frames = inspect(candidate).video.frames
-    first, end = candidate.span or (0, frames)
+    first, end = candidate.span or (candidate.segment.span(frames) if candidate.segment else (0, frames))
     first, end = max(first, 0), min(end, frames)
     if first >= end:
-        raise VideoError(f"span {candidate.span} holds none of its {frames} frames")
+        what = f"span {candidate.span}" if candidate.span else f"segment {candidate.segment}"
+        raise VideoError(f"{what} holds none of its {frames} frames")
     return first, end
 
 
 def window_ranks(candidate: Candidate) -> Sequence[int]:
     """Rank of the source's frame for each frame of the clip; before its rate is decided, for each of the span."""
     return candidate.ranks or range(*span_of(candidate))
+
+
+def counted_ranks(candidate: Candidate) -> Sequence[int]:
+    """Rank of the source's frame for each number that a subject's `frame` may have: those of the clip once they are
+    chosen, those of the span before, and without one all of the source's."""
+    return candidate.ranks or range(*(candidate.span or (0, inspect(candidate).video.frames)))
 
 
 def crop_of(candidate: Candidate, height: int, width: int) -> tuple[int, int, int, int]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from idc.curate.candidate import KEY, Box, Candidate, CuratedSubject, Dropped, EncodedClip, Mask, Reference
+from idc.curate.segments import Segment
 
 CLIP, MP4 = "clip.npy", "mp4"
 Blobs = Mapping[str, Any]
@@ -59,6 +60,8 @@ def take_apart(candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"key={candidate.key!r}: 1 to 80 letters, digits, - and _ only")
     record: dict[str, Any] = {name: getattr(candidate, name) for name in _COPIED}
     record["span"] = candidate.span
+    if candidate.segment is not None:
+        record["segment"] = candidate.segment
     record["crop"] = candidate.crop
     record["ranks"] = [int(rank) for rank in candidate.ranks]
     blobs: dict[str, Any] = {}
@@ -93,6 +96,7 @@ def put_together(record: Mapping[str, Any], blobs: Blobs) -> Candidate:
     return Candidate(
         **{name: record[name] for name in _COPIED},
         span=None if record["span"] is None else (record["span"][0], record["span"][1]),
+        segment=Segment(*record["segment"]) if "segment" in record else None,
         crop=None if record["crop"] is None else Box(*record["crop"]),
         ranks=tuple(record["ranks"]),
         clip=blobs.get(CLIP),

@@ -6,14 +6,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from idc.curate.candidate import Candidate, Dropped, Outcome, Pixels, Step
-from idc.curate.reading import frame_times, inspect, span_of, stream
-from idc.curate.windows import part_key
+from idc.curate.reading import counted_ranks, frame_times, inspect, pick, span_of
+from idc.curate.segments import Transition, shot_edges
+from idc.curate.windows import part_key, placed
 from idc.data.cuts import is_cut
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
@@ -23,14 +24,6 @@ RING = 256  # thumbnails kept, around cuts that a detector reports late
 MAX_BLENDS = 12  # frames that a dissolve may take on either side of where it was found
 THUMBNAIL = 48, 27
 BLEND = 0.2  # share of the difference of its neighbours that a blend of them may leave unexplained
-
-
-class Transition(NamedTuple):
-    """Where one shot goes over into the next: frame `end` is the first no longer of the one, `start` the first of the
-    other. At a hard cut both are equal; what lies between, in a soft one, belongs to neither."""
-
-    end: int
-    start: int
 
 
 class ShotDetector(Protocol):
@@ -58,8 +51,10 @@ class Shots(Step):
     that were converted from another rate have blends of both shots at a cut; such frames are found by comparing small
     pictures around it, whatever the detector, and belong to neither shot, as do short dissolves where one is found.
 
-    A candidate that came with a span (OpenS2V-5M's `cut`) is taken to be one shot. meta["shots"] has number and count
-    of the shot within the candidate, and which of its edges are soft.
+    A candidate that came with a span (OpenS2V-5M's `cut`) is taken to be one shot. Of a segment of a long video the
+    shots are those that begin in it (`idc.curate.segments`); a shot may reach beyond its end. meta["shots"] has number
+    and count of the shot within the candidate, and which of its edges are soft. A subject with a box stays with the
+    shot that has its frame.
     """
 
     def __init__(
@@ -105,18 +100,24 @@ class Shots(Step):
         first, end = span_of(candidate)
         if candidate.span is not None and not self.search_given:
             return self._shot(candidate.changed(span=(first, end)), {"given": True})
-        edges = [(first, first), *self._edges(candidate, first), (end, end)]
+        edges = self._edges(candidate, first, end)
+        if not edges:
+            return candidate.dropped(self.name, "no shot begins in the segment", f"segment {candidate.segment}")
         shots: list[Outcome] = []
+        counted = counted_ranks(candidate)
         for number, (before, after) in enumerate(pairwise(edges)):
-            start = before[1] + (self.trim if before[1] > before[0] else 0)
-            stop = after[0] - (self.trim if after[1] > after[0] else 0)
+            start = before.start + (self.trim if before.start > before.end else 0)
+            stop = after.end - (self.trim if after.start > after.end else 0)
             note = {
                 "number": number,
                 "count": len(edges) - 1,
-                "soft": [before[1] > before[0], after[1] > after[0]],
+                "soft": [before.start > before.end, after.start > after.end],
+                **({"segment": str(candidate.segment)} if candidate.segment else {}),
             }
-            shot = candidate.changed(key=part_key(candidate.key, before[1]), span=(start, max(start, stop)))
-            shots.append(self._shot(shot, note))
+            ranks = range(start, max(start, stop))
+            subjects = tuple(placed(subject, ranks, counted) for subject in candidate.subjects)
+            key, span = part_key(candidate.key, before.start), (start, ranks.stop)
+            shots.append(self._shot(candidate.changed(key=key, span=span, segment=None, subjects=subjects), note))
         return shots
 
     def _shot(self, shot: Candidate, note: dict[str, Any]) -> Outcome:
@@ -129,36 +130,44 @@ class Shots(Step):
             return Dropped(shot.source, shot.video, shot.key, self.name, "shot too short", detail)
         return shot.changed(meta={self.name: {**note, "span": list(shot.span)}})  # windows narrow the candidate's own
 
-    def _edges(self, candidate: Candidate, first: int) -> list[Transition]:
-        """Transitions by rank in the source, widened by blended frames."""
+    def _edges(self, candidate: Candidate, first: int, end: int) -> list[Transition]:
+        """Edges of the shots by rank in the source, the first one's beginning and the last one's end among them."""
+        if candidate.segment is None or candidate.span is not None:
+            return [Transition(first, first), *self._transitions(candidate, first, end), Transition(end, end)]
+        frames = inspect(candidate).video.frames
+        look = candidate.segment.look(frames)
+        return shot_edges(self._transitions(candidate, *look, until=end), candidate.segment, frames)
+
+    def _transitions(self, candidate: Candidate, first: int, end: int, until: int | None = None) -> list[Transition]:
+        """Transitions by rank in the source, widened by blended frames, without those at the very beginning or end and
+        those that overlap the one before; no more than the first to a shot that begins at `until` or behind it."""
         thumbnails = _Thumbnails()
         found: list[Transition] = []
         waiting: deque[Transition] = deque()  # until the frames behind it have been seen
 
+        def take(transition: Transition) -> None:
+            edge = thumbnails.widened(transition)
+            if (found[-1].start if found else 0) < edge.end <= edge.start < thumbnails.count:
+                found.append(edge)
+
         def frames() -> Iterator[Pixels]:
             size = None
-            for rank, frame in stream(candidate):
+            for rank, frame in pick(candidate, range(first, end)):
                 if size not in (None, frame.shape):
                     raise VideoError(f"the frame size changes at frame {rank}")
                 size = frame.shape
                 thumbnails.add(frame)
                 while waiting and thumbnails.count > waiting[0].start + MAX_BLENDS:
-                    found.append(thumbnails.widened(waiting.popleft()))
+                    take(waiting.popleft())
+                if until is not None and found and found[-1].start >= until - first:
+                    return
                 yield frame
 
         for transition in self.detector.transitions(frames()):
             waiting.append(transition)
-        found += map(thumbnails.widened, waiting)
-        return [Transition(end + first, start + first) for end, start in _in_order(found, thumbnails.count)]
-
-
-def _in_order(transitions: Iterable[Transition], frames: int) -> Iterator[Transition]:
-    """Without those at the very beginning or end and those that overlap the one before."""
-    last = 0
-    for end, start in transitions:
-        if last < end <= start < frames:
-            yield Transition(end, start)
-            last = start
+        for transition in waiting:
+            take(transition)
+        return [Transition(end + first, start + first) for end, start in found]
 
 
 class _Thumbnails:

@@ -10,7 +10,7 @@ import numpy as np
 
 from idc.curate.candidate import Candidate, CuratedSubject, Dropped, Outcome, Step
 from idc.curate.geometry import RESIZE, View, plain_view, viewed
-from idc.curate.reading import frame_times, inspect, pick, size_of, span_of, window_ranks
+from idc.curate.reading import counted_ranks, frame_times, inspect, pick, size_of, span_of
 from idc.data.buckets import BucketRule
 from idc.data.video import resample_ranks
 from idc.errors import UserError, nearest
@@ -99,11 +99,11 @@ class Windows(Step):
         if repeated > MAX_REPEATED * len(ranks):
             detail = f"{repeated} of {len(ranks)} frames would repeat the one before at {self.fps:g} fps"
             return Dropped(candidate.source, candidate.video, key, self.name, "frame rate too low", detail)
-        before = window_ranks(candidate)
-        placed = [_place(subject, ranks, before) for subject in candidate.subjects]
+        before = counted_ranks(candidate)
+        now = [placed(subject, ranks, before) for subject in candidate.subjects]
         unplaced = [
             new.name
-            for old, new in zip(candidate.subjects, placed, strict=True)
+            for old, new in zip(candidate.subjects, now, strict=True)
             if new is not old and new.box is None and new.mask is None
         ]
         return candidate.changed(
@@ -111,18 +111,18 @@ class Windows(Step):
             span=(ranks[0], ranks[-1] + 1),
             ranks=tuple(ranks),
             fps=self.fps,
-            subjects=tuple(placed),
+            subjects=tuple(now),
             meta={self.name: {"unplaced": unplaced}} if unplaced else {},
         )
 
 
-def _place(subject: CuratedSubject, ranks: Sequence[int], before: Sequence[int]) -> CuratedSubject:
-    """The subject with the number, in the window, of the frame that its box and mask belong to: the window's nearest
-    to it; without them where it lies outside of the window. `before` gives the rank of each frame until now."""
+def placed(subject: CuratedSubject, ranks: Sequence[int], before: Sequence[int]) -> CuratedSubject:
+    """The subject with the number, among `ranks`, of the frame that its box and mask belong to: the nearest to it;
+    without them where it lies outside of all. `before` gives the rank of each frame until now."""
     if subject.box is None and subject.mask is None:
         return subject
     rank = before[subject.frame] if 0 <= subject.frame < len(before) else -1
-    if not ranks[0] <= rank <= ranks[-1]:
+    if not ranks or not ranks[0] <= rank <= ranks[-1]:
         return replace(subject, box=None, mask=None, frame=0)
     return replace(subject, frame=min(range(len(ranks)), key=lambda number: abs(ranks[number] - rank)))
 

@@ -195,6 +195,8 @@ class Checkpoint(lightning_callbacks.Checkpoint):
                 checkpoint.pop("hparams_type", None)
         names = {id(parameter): original_name(name) for name, parameter in pl_module.named_parameters()}
         for optimizer, state in zip(trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            if not state:  # DeepSpeed writes its own
+                continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             if all(isinstance(key, int) for group in state["param_groups"] for key in group["params"]) and all(
                 id(parameter) in names for parameter in parameters

@@ -33,6 +33,16 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_rank(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of `_four_steps` that several ranks must equal, finished: one process, nothing in its way."""
+    from _four_steps import make_run
+
+    run = make_run(tmp_path_factory.mktemp("one_rank"), toy_data)
+    assert run.finish() == [0], run.errors()
+    return run
+
+
+@pytest.fixture(scope="session")
 def trained(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`trained(**settings of the stage)` is a finished run of `_generate.tiny_run`, made once; nobody writes there."""
     from _generate import tiny_run

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _four_steps import check_equal, make_run
 from _scale_out_worker import CASES, count_14b, gather, loss_of, model_of, spread
 from _server import free_port, join, launch
-from _sft_worker import Fit, callbacks, merge, tiny_overlay
+from _sft_worker import Fit
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-from idc.callbacks.resume import consolidate
 from idc.cli import main
 from idc.data.video import decode_video
 from idc.errors import UserError
@@ -85,28 +85,11 @@ def test_heads_that_do_not_divide_over_the_ranks_are_refused(heads, ranks, says)
 # A whole run --------------------------------------------------------------------------------------------------------
 
 
-CHANGES: dict[str, Any] = {"trainer": {"max_steps": 4, "val_check_interval": 4, "gradient_clip_val": 0.05}}
-
-
-def run(folder: Path, data: Path, strategy: dict[str, Any] | None = None, args: tuple[str, ...] = ()) -> Fit:
-    """SFT of a tiny transformer to its end; on four ranks with a `strategy`, which keep their shards of the averages in
-    host memory, on one without."""
-    overlay = merge(tiny_overlay(data, folder / "runs"), callbacks(save_every=2, count=2), CHANGES)
-    if strategy is not None:
-        entry = {"class_path": "idc.stages.sharding.FSDP2", "init_args": strategy}
-        overlay = merge(overlay, {"trainer": {"devices": 4, "strategy": entry}})
-        overlay["trainer"]["callbacks"][0]["init_args"]["offload"] = True
-    made = Fit(folder, overlay, args, ranks=1 if strategy is None else 4)
-    assert made.finish() == [0] * made.ranks, made.errors()
+def run(folder: Path, data: Path, strategy: dict[str, Any], args: tuple[str, ...] = ()) -> Fit:
+    """On four ranks, to its end."""
+    made = make_run(folder, data, 4, strategy, args=args)
+    assert made.finish() == [0] * 4, made.errors()
     return made
-
-
-def weights(run: Fit, step: int) -> dict[str, torch.Tensor]:
-    """All weights, the averaged ones among them."""
-    checkpoint = run.run / "checkpoints" / f"step-{step:08d}"
-    path = checkpoint / "state.ckpt"
-    path = consolidate(checkpoint) if path.is_dir() else path
-    return torch.load(path, weights_only=True)["state_dict"]
 
 
 def previews(run: Fit) -> dict[str, np.ndarray]:
@@ -114,21 +97,16 @@ def previews(run: Fit) -> dict[str, np.ndarray]:
     return {path.name: decode_video(path).astype(int) for path in run.run.glob("samples/step-000004/*.mp4")}
 
 
-@pytest.fixture(scope="module")
-def alone(toy_data, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("alone"), toy_data)
-
-
-def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_rank(alone, toy_data, tmp_path):
+def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_rank(one_rank, toy_data, tmp_path):
     """2 replicas x 2 shards of the weights, 2 batches x 2 ranks of a sequence; then resumed as 4 batches."""
     both = run(tmp_path / "both", toy_data, {"replicas": 2, "tensor_parallel_size": 2})
-    assert both.losses() == pytest.approx(alone.losses(), rel=1e-5)
-    assert len(set(alone.losses())) == 4
-    assert both.validation()[4] == pytest.approx(alone.validation()[4], rel=1e-5)
+    assert both.losses() == pytest.approx(one_rank.losses(), rel=1e-5)
+    assert len(set(one_rank.losses())) == 4
+    assert both.validation()[4] == pytest.approx(one_rank.validation()[4], rel=1e-5)
     assert both.steps(0) == both.steps(1)
     assert not set(both.steps(0)[1]["ids"]) & set(both.steps(2)[1]["ids"])
 
-    pictures, expected_pictures = (previews(run) for run in (both, alone))
+    pictures, expected_pictures = (previews(run) for run in (both, one_rank))
     shared = pictures.keys() & expected_pictures.keys()
     assert len(pictures) == 2
     assert shared
@@ -137,14 +115,9 @@ def test_replicas_of_shards_with_sequences_over_ranks_train_and_sample_as_one_ra
 
     checkpoint = str(both.run / "checkpoints" / "step-00000002")
     resumed = run(tmp_path / "resumed", toy_data, {"replicas": 2}, ("--ckpt_path", checkpoint))
-    assert resumed.losses() == pytest.approx(alone.losses()[2:], rel=1e-5)
-    expected = weights(alone, 4)
+    assert resumed.losses() == pytest.approx(one_rank.losses()[2:], rel=1e-5)
     for other in (both, resumed):
-        found = weights(other, 4)
-        assert found.keys() == expected.keys()
-        assert any(name.startswith("ema.") for name in found)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        check_equal(other, one_rank)
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------

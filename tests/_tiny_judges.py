@@ -1,4 +1,5 @@
-"""Image-text models at tiny random sizes, saved as published ones are: Qwen2.5-VL and LLaVA, with a chat template."""
+"""Image-text models at tiny random sizes, saved as published ones are, with a chat template: Qwen2.5-VL, LLaVA and
+Idefics3."""
 
 from __future__ import annotations
 
@@ -7,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from idc.models.judges import ImageTextJudge
 from idc.models.tiny import JUDGE_WORDS as WORDS
 from idc.models.tiny import LEVELS, QWEN_TEMPLATE, TURN, save_qwen_judge, save_tokenizer
 
-__all__ = ["ANSWER", "LEVELS", "QUESTION", "QWEN_TEMPLATE", "WORDS", "noise", "save_llava_judge", "save_qwen_judge"]
+__all__ = [
+    "ANSWER", "LEVELS", "QUESTION", "QWEN_TEMPLATE", "WORDS", "loud", "noise", "save_idefics_judge", "save_llava_judge",
+    "save_qwen_judge",
+]  # fmt: skip
 
 QUESTION, ANSWER = "How would you rate the quality of this video?", "The quality of the video is"
 
@@ -60,3 +65,44 @@ def save_llava_judge(root: Path) -> str:
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).save_pretrained(root)
     return str(root)
+
+
+def save_idefics_judge(root: Path) -> str:
+    """Idefics3 in `root`: it cuts pictures into tiles of one token each, and its tensors have a row a question."""
+    from transformers import AutoTokenizer, Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    pictures = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
+    special = ["<pad>", "<unk>", "<s>", "</s>", *pictures]
+    roles = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": pictures}
+    size = save_tokenizer(root, special, words=[*WORDS, *LEVELS, "USER", "ASSISTANT"], **roles)
+    Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        AutoTokenizer.from_pretrained(root),
+        image_seq_len=1,
+        chat_template=LLAVA_TEMPLATE,
+    ).save_pretrained(root)
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Idefics3Config(
+        vision_config={"image_size": 28, "patch_size": 14, **narrow},
+        text_config={"model_type": "llama", "vocab_size": size, "num_key_value_heads": 2, "pad_token_id": 0, **narrow},
+        image_token_id=special.index("<image>"),
+        pad_token_id=0,
+        scale_factor=2,
+    )
+    torch.manual_seed(0)
+    Idefics3ForConditionalGeneration(config).save_pretrained(root)
+    return str(root)
+
+
+def loud(judge: ImageTextJudge) -> ImageTextJudge:
+    """The judge with weights so large that its answers depend on the question, by wide margins, and with a seventh of
+    its words to end them."""
+    model = judge.load()._model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(10)
+    model.generation_config.eos_token_id = list(range(0, len(model.get_input_embeddings().weight), 7))
+    return judge

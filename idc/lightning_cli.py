@@ -177,6 +177,8 @@ def _quiet() -> None:
         "LeafSpec",
         "args parameter is intended to run from within Python",
         "exists and is not empty",
+        "Since DeepSpeed handles gradient clipping",  # as ours, see `ZeROPrecision`
+        "_tensor. is deprecated",  # collectives under DeepSpeed
         "returned a view tensor",  # FSDP2: nobody writes into the velocity
         "predict returned None",  # videos go to files as they are made
         "smaller than the logging interval",  # of an epoch; these runs count steps

@@ -85,7 +85,8 @@ class EMA(Callback):
             (validation, previews) swaps weights and averages through the bus, and back.
 
     Raises:
-        UserError: `decay` outside [0, 1) or `every_n_steps` below 1.
+        UserError: `decay` outside [0, 1) or `every_n_steps` below 1; to train with ZeRO-3, whose pieces of weights have
+            no averages.
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, offload: bool = False) -> None:
@@ -115,6 +116,11 @@ class EMA(Callback):
     # Hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and getattr(trainer.strategy, "zero_stage_3", False):
+            raise UserError(
+                "trainer.callbacks: EMA keeps no averages of what ZeRO-3 has cut in pieces; leave it out "
+                "(recipes/hardware/deepspeed_zero3.yaml), or take stage 2, or recipes/hardware/fsdp.yaml"
+            )
         if self._module is not pl_module:
             self._module = pl_module
             # One device restores weights before any hook of callbacks: attach when a state with averages comes in.

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from idc.errors import UserError, nearest
-from idc.models.checkpoints import STEP_DIRECTORY, step_directories
+from idc.errors import UserError, counted, nearest
+from idc.models.checkpoints import STEP_DIRECTORY, WHOLE_WEIGHTS, step_directories
 from idc.models.manifest import STATE, Manifest, fsync_file, read_valid
 
 CHECKPOINTS = "checkpoints"
@@ -201,14 +201,32 @@ def _check_kind(checkpoint: Path, strategy: Strategy) -> str | None:
     """
     if checkpoint.is_file():
         return None
-    kind = Manifest.read(checkpoint).kind
+    manifest = Manifest.read(checkpoint)
+    kind = manifest.kind
     deepspeed = "DeepSpeed" in type(strategy).__name__
     if (kind == "deepspeed") != deepspeed:
         raise UserError(
             f"{checkpoint}: a {kind} checkpoint cannot be loaded by {type(strategy).__name__}; "
             + ("resume with DeepSpeed" if kind == "deepspeed" else "resume on one device, with DDP or with FSDP2")
         )
+    if kind == "deepspeed":
+        _check_same_pieces(checkpoint, manifest, strategy)
     return kind
+
+
+def _check_same_pieces(checkpoint: Path, manifest: Manifest, strategy: Any) -> None:
+    """DeepSpeed's checkpoints are loaded by as many ranks, and by a stage that shards the same."""
+    if manifest.world_size != strategy.world_size:
+        raise UserError(
+            f"{checkpoint}: DeepSpeed's checkpoint of {counted(manifest.world_size, 'rank')} is loaded by as many; "
+            f"this run has {strategy.world_size} (trainer.devices, trainer.num_nodes)"
+        )
+    sharded = f"{STATE}/{WHOLE_WEIGHTS}" not in manifest.files
+    if sharded != strategy.zero_stage_3:
+        raise UserError(
+            f"{checkpoint}: its weights were {'sharded by ZeRO-3' if sharded else 'whole, as ZeRO-2 has them'}; set "
+            f"trainer.strategy.init_args.stage={3 if sharded else 2}"
+        )
 
 
 def _usable(checkpoint: Path, strategy: Strategy) -> str:

@@ -1,8 +1,8 @@
 """From a finished run to weights that sample: which checkpoint, which of its weights, and the run's own model settings.
 
-Reads what `idc.callbacks.checkpoint` writes: a single file, or FSDP2's shards, of which only the transformer is read
-and no process group is needed. Averages (EMA) take the place of the weights they belong to, and LoRA is merged into
-the backbone, so that whoever loads the result needs neither.
+Reads what `idc.callbacks.checkpoint` writes: a single file, FSDP2's shards, of which only the transformer is read, or
+DeepSpeed's folder where it has whole weights (ZeRO-1 and 2); no process group is needed. Averages (EMA) take the place
+of the weights they belong to, and LoRA is merged into the backbone, so that whoever loads the result needs neither.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from idc.models.shipped import resolve_shipped, shipped_names
 CONFIG = "config.yaml"
 REWARDS = "rewards.json"  # beside it, of an aligned run: the networks that it was rewarded by
 STEP_DIRECTORY = re.compile(r"step-\d{8,}")
+WHOLE_WEIGHTS = "checkpoint/mp_rank_00_model_states.pt"  # in DeepSpeed's folder; ZeRO-3 writes pieces in its place
 _MODEL, _AVERAGES = "transformer.", "ema.transformer/"
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.\w+\.weight")
 
@@ -135,8 +136,13 @@ def _step(path: Path, value: str) -> Checkpoint:
         manifest = read_valid(path)
     except ValueError as reason:
         raise UserError(f"checkpoint={value!r}: {path.name} is not a valid checkpoint, {reason}") from None
-    if manifest.kind == "deepspeed":
-        raise UserError(f"checkpoint={value!r}: DeepSpeed's shards; save by `zero_to_fp32` and give that file")
+    if manifest.kind == "deepspeed" and not (path / STATE / WHOLE_WEIGHTS).is_file():
+        state, whole = path / STATE, path.parent / "whole"
+        raise UserError(
+            f"checkpoint={value!r}: pieces of weights, by DeepSpeed's ZeRO-3; make them whole where DeepSpeed is "
+            f"installed, by `python {state / 'zero_to_fp32.py'} --max_shard_size 1TB {state} {whole}`, and give "
+            f"{whole / 'pytorch_model.bin'}"
+        )
     text = json.dumps(sorted((name, record.sha256) for name, record in manifest.files.items()))
     return Checkpoint(path / STATE, _digest(text), _config(path.parent))
 
@@ -164,7 +170,7 @@ def read_weights(checkpoint: Checkpoint, which: Which = "ema", alpha: float | No
     Raises:
         UserError: a checkpoint that holds no transformer, or a LoRA without `alpha`.
     """
-    state = _read_shards(checkpoint.state) if checkpoint.state.is_dir() else _read_file(checkpoint.state)
+    state = _read(checkpoint.state)
     weights = {name.removeprefix(_MODEL): value for name, value in state.items() if name.startswith(_MODEL)}
     if not weights:
         raise UserError(f"checkpoint={str(checkpoint.state)!r}: holds no transformer; is it a checkpoint of idc fit?")
@@ -177,13 +183,20 @@ def read_weights(checkpoint: Checkpoint, which: Which = "ema", alpha: float | No
     return merge_lora(weights, alpha)
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    if (whole := path / WHOLE_WEIGHTS).is_file():
+        return _read_file(whole)
+    return _read_shards(path) if path.is_dir() else _read_file(path)
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint={str(path)!r}: cannot be read: {reason}") from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    state = loaded if isinstance(loaded, dict) else {}
+    state = state.get("state_dict", state.get("module", state))  # "module" is DeepSpeed's
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

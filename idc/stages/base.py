@@ -118,6 +118,7 @@ class Stage(LightningModule):
         self.guard: Callable[[float], bool] | None = None
         self.on_progress: Callable[[str], None] = lambda what: None  # of a callback: what has ended within a step
         self.took_step: bool | None = None  # in this batch; None before its optimiser has been asked to
+        self._changed = False  # by a step that is judged when it has been taken
         self._training_on: tuple[int, list[str]] = 0, []
 
     # Building -------------------------------------------------------------------------------------------------
@@ -219,14 +220,8 @@ class Stage(LightningModule):
         """Clip by the global norm and log the norm before clipping, in one pass over the gradients."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
-        engine: Any = self.trainer.model
-        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed clips inside its engine
-            norm = engine.get_global_grad_norm()
-            if norm is not None:
-                self._check_gradient(optimizer, float(norm))
-                self.log("train/grad_norm", norm)
-            return
-        self.clip_to_norm(optimizer, gradient_clip_val)
+        if not hasattr(self.trainer.model, "get_global_grad_norm"):  # DeepSpeed's clips in its step: `judge_step`
+            self.clip_to_norm(optimizer, gradient_clip_val)
 
     def clip_to_norm(self, optimizer: Any, max_norm: float | None) -> None:
         """Clip by the global norm, and log the norm before clipping at the steps that are logged. Where `guard` refuses
@@ -242,10 +237,28 @@ class Stage(LightningModule):
         if hasattr(norm, "full_tensor"):  # a DTensor under FSDP2: an exchange between the ranks
             norm = norm.full_tensor()
         self._check_gradient(optimizer, float(norm))
+        self._log_norm(norm.detach())
+
+    def judge_step(self, norm: float, taken: bool) -> None:
+        """What `clip_to_norm` does but for clipping, for an engine (DeepSpeed's) that clips and steps in one.
+
+        Args:
+            norm: of the gradient over all parameters, before clipping; the same on all ranks.
+            taken: whether the engine has changed the weights: it leaves them where the norm is not finite.
+
+        Raises:
+            UserError: as `clip_to_norm`.
+        """
+        self._changed = taken
+        takes = self._allows(norm)
+        self.took_step = taken and takes
+        self._log_norm(torch.tensor(norm, device=self.device))
+
+    def _log_norm(self, norm: Tensor) -> None:
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps
         if every and (trainer.global_step + 1) % every == 0:  # Lightning writes at these steps alone
-            self.log("train/grad_norm", norm.detach())
+            self.log("train/grad_norm", norm)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.took_step = None
@@ -259,12 +272,15 @@ class Stage(LightningModule):
 
     def _check_gradient(self, optimizer: Any, norm: float) -> None:
         """The global norm is equal on all ranks, so all of them raise, or drop their gradients, or none."""
-        if self.guard is None and not math.isfinite(norm):
-            self.end_run(f"the gradient's norm is {norm:g}")
-        takes = self.guard is None or self.guard(norm)
+        takes = self._allows(norm)
         self.took_step = bool(self.took_step) or takes
         if not takes:
             optimizer.zero_grad(set_to_none=True)  # optimisers pass over parameters without a gradient
+
+    def _allows(self, norm: float) -> bool:
+        if self.guard is None and not math.isfinite(norm):
+            self.end_run(f"the gradient's norm is {norm:g}")
+        return self.guard is None or self.guard(norm)
 
     def end_run(self, reason: str) -> NoReturn:
         """End this step and the run on all ranks, which call it together, and name its samples.
@@ -273,9 +289,10 @@ class Stage(LightningModule):
             UserError: always.
         """
         ids = [id for own in self.samples_of_step() for id in own]
+        changed = "its step was taken" if self._changed else "no weight was changed"
         samples = ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if ids[_NAMED:] else "")
         raise UserError(
-            f"step {self.trainer.global_step + 1}: {reason}, and no weight was changed; its "
+            f"step {self.trainer.global_step + 1}: {reason}, and {changed}; its "
             f"last batch holds {samples or 'no samples with ids'}; go on from the last checkpoint with a lower rate or "
             "lower loss weights, or look at these samples"
         )

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO through Lightning's strategy: one optimiser, checkpoints that are directories.
+"""DeepSpeed's ZeRO through Lightning's strategy: one optimiser, one backward pass a step, checkpoints in directories.
 
-Lightning lets it run on CUDA alone. DeepSpeed has a CPU back end of its own (gloo, and PyTorch's optimisers), which
-this strategy lets through: on two CPU processes it is what the tests run. Not yet run on a GPU.
+Lightning lets it run on CUDA alone. DeepSpeed has a CPU back end as well (gloo, PyTorch's optimisers), which this
+strategy lets through: the tests run it on two CPU processes. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -20,20 +20,31 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from idc.errors import UserError
 
-class ZeROPrecision(DeepSpeedPrecision):
-    """float32 weights; batches as they are, where Lightning's looks for tensors in them, which typed batches refuse.
+_DEVICES = {"cuda": CUDAAccelerator, "cpu": CPUAccelerator}
+_SHM = "deepspeed_shm_comm"
 
-    DeepSpeed clips within its step, and only then is the gradient's norm known: it is judged after the step, which
-    DeepSpeed itself leaves out where the norm is not finite.
+
+class ZeROPrecision(DeepSpeedPrecision):
+    """Weights and batches in float32, and steps that are judged.
+
+    DeepSpeed clips within its step, and only then is the gradient's norm known, so that a stage judges the step after
+    it (`idc.stages.base.Stage.judge_step`).
     """
 
     def convert_input(self, data: Any) -> Any:
+        """As it is: a stage takes its typed batch's tensors as float32 itself, and Lightning cannot look into one."""
         return data
 
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
-        engine = model.trainer.model
-        ends = engine.is_gradient_accumulation_boundary  # it counts on in its step
+    def optimizer_step(  # type: ignore[override]  # as Lightning's
+        self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        engine, loop = model.trainer.model, model.trainer.fit_loop
+        # An epoch's last batch ends a step, however many batches it has. DeepSpeed counts on.
+        ends = not loop._should_accumulate()
+        engine.set_gradient_accumulation_boundary(ends)
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        if ends:
+            model.judge_step(float(engine.get_global_grad_norm()), engine.was_step_applied())
         return result
 
 
@@ -43,13 +54,17 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
     With ZeRO-3 each rank first holds the whole model in host memory: DeepSpeed's own sharded construction knows nothing
     of how the blocks take over Wan's weights. FSDP2 needs that memory on one rank alone.
 
+    A checkpoint is loaded by as many ranks as saved it. DeepSpeed unpickles what it loads: resume from runs of your own
+    alone (sampling and export unpickle nothing).
+
     Args:
         stage: of ZeRO.
-        offload_optimizer: keep the optimiser's state in host memory.
+        offload_optimizer: keep the optimiser's state in host memory, and step there, with the recipe's own optimiser.
         offload_parameters: keep weights there, too; ZeRO-3.
 
     Raises:
-        UserError: without CUDA or DeepSpeed, or for what ZeRO-3 cannot train.
+        UserError: without DeepSpeed, on devices other than those that DeepSpeed found, for trainer.precision other than
+            32-true, for a stage that steps by itself (GRPO), or for what ZeRO-3 cannot train.
     """
 
     def __init__(
@@ -62,9 +77,11 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         try:
             super().__init__(stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters)
         except MisconfigurationException as error:
-            raise UserError(
-                "trainer.strategy: DeepSpeed (CUDA only) is not installed: pip install 'idc[gpu]'"
-            ) from error
+            raise UserError("trainer.strategy: DeepSpeed is not installed: pip install 'idc[gpu]'") from error
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # or the recipe's optimiser would be refused
+
+    # Devices, processes and precision -------------------------------------------------------------------------------
 
     @property
     def precision_plugin(self) -> Precision:
@@ -72,12 +89,12 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        # Lightning gives one; the strategy's own would hide the precision that the trainer was asked for.
+        # Not given at construction: a strategy's own hides what the trainer was asked for.
         if isinstance(plugin, DeepSpeedPrecision):
             if plugin.precision != "32-true":
                 raise UserError(
-                    f"trainer.precision={plugin.precision!r}: DeepSpeed makes all weights bfloat16, which stages keep "
-                    "in float32; take '32-true', and model.init_args.compute_dtype=bfloat16 for a network in it"
+                    f"trainer.precision={plugin.precision!r}: DeepSpeed makes all weights bfloat16, and stages keep "
+                    "them in float32; take '32-true', and model.init_args.compute_dtype=bfloat16 for a network in it"
                 )
             plugin = ZeROPrecision(plugin.precision)
         self._precision_plugin = plugin
@@ -86,16 +103,15 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         from deepspeed.accelerator import get_accelerator
 
         name = get_accelerator().device_name()
-        kinds = {"cuda": CUDAAccelerator, "cpu": CPUAccelerator}
-        if not isinstance(self.accelerator, kinds.get(name, ())):
+        if not isinstance(self.accelerator, _DEVICES.get(name, ())):
             raise UserError(
-                f"trainer.accelerator: DeepSpeed runs on {name} here; to have it run on "
-                "CPU processes, set trainer.accelerator to cpu and the environment variable DS_ACCELERATOR=cpu"
+                f"trainer.accelerator: DeepSpeed runs on {name} here; for CPU processes set trainer.accelerator=cpu, "
+                "and where there is a GPU the environment variable DS_ACCELERATOR=cpu"
             )
         super()._configure_launcher()
 
     def setup_environment(self) -> None:
-        # Lightning's own refuses all but CUDA, and then does what those of its bases do.
+        # Lightning's own refuses all but CUDA, and does what those of its bases do.
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -104,8 +120,8 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             return
         import deepspeed
 
-        # A C++ extension for exchanges between CPU processes, which DeepSpeed would compile for a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # A C++ extension for exchanges within a machine, which would be compiled for a minute.
+        deepspeed.ops.__compatible_ops__[_SHM] = False
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -113,7 +129,22 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed compares the index with numbers
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed asks for a number
+
+    # Model and optimiser --------------------------------------------------------------------------------------------
+
+    def connect(self, model: LightningModule) -> None:
+        if not model.automatic_optimization:
+            raise UserError(
+                f"trainer.strategy: {type(model).__name__} makes several passes and steps of a batch, and DeepSpeed "
+                "steps after each pass; take recipes/hardware/fsdp_grpo.yaml"
+            )
+        if self.zero_stage_3 and (not hasattr(model, "transformer") or hasattr(model, "reference")):
+            raise UserError(
+                f"trainer.strategy.init_args.stage=3: {type(model).__name__} keeps a copy of the weights, which "
+                "ZeRO-3 hides; take stage 2, or recipes/hardware/fsdp.yaml"
+            )
+        super().connect(model)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -121,8 +152,12 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         self._init_config_if_needed()
         yield
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return {}  # the engine saves each rank's part
+    def _format_batch_size_and_grad_accum_config(self) -> None:
+        module: Any = self.lightning_module
+        if module is not None and module.trainer.gradient_clip_val is None:
+            assert isinstance(self.config, dict)
+            self.config["gradient_clipping"] = getattr(module, "gradient_norm", None) or 0.0  # alignment has its own
+        super()._format_batch_size_and_grad_accum_config()
 
     def setup(self, trainer: Trainer) -> None:
         if self.zero_stage_3:
@@ -140,13 +175,17 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         from idc.models.hierarchy import HierarchyBlock
 
         model: Any = getattr(self.lightning_module, "transformer", None)
-        if model is None or hasattr(self.lightning_module, "reference"):
-            raise UserError(
-                f"trainer.strategy.init_args.stage=3: {type(self.lightning_module).__name__} keeps a copy of the "
-                "weights, which ZeRO-3 hides; take stage 2, or recipes/hardware/fsdp.yaml"
-            )
         if len(model.id_blocks):
             deepspeed.utils.set_z3_leaf_modules(model, [HierarchyBlock])
         if model.id_vlm_projector is not None:
             for parameter in model.id_vlm_projector.parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
+
+    def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
+        # Lightning drops all hooks; this one lets averaged weights be loaded (`idc.callbacks.ema`).
+        hooks = model._load_state_dict_pre_hooks
+        super()._initialize_deepspeed_inference(model)
+        model._load_state_dict_pre_hooks = hooks
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}  # the engine saves each rank's part

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject
-from idc.models.grounding import Detection, Detector, Sam
+from idc.models.grounding import Detection, Detector, Prompt, Query, Sam
 
 COLOURS = {"red ball": (255, 0, 0), "green car": (0, 255, 0), "blue cat": (0, 0, 255), "person": (255, 255, 0)}
 GREY = 90
@@ -19,14 +19,14 @@ class ByColour(Detector):
 
     def __init__(self) -> None:
         super().__init__("by/colour", 0.25, 0.7, "float32")
-        self.asked: list[tuple[int, str]] = []
+        self.asked: list[list[str]] = []  # the labels of each call
 
     def _build(self) -> None:
         self._model = _Nothing()
 
-    def detect(self, pictures: Sequence[np.ndarray], label: str, reference: np.ndarray) -> list[list[Detection]]:
-        self.asked.append((len(pictures), label))
-        return [self._look(picture, label) for picture in pictures]
+    def detect_each(self, queries: Sequence[Query]) -> list[list[Detection]]:
+        self.asked.append([query.label for query in queries])
+        return [self._look(query.picture, query.label) for query in queries]
 
     def _look(self, picture: np.ndarray, label: str) -> list[Detection]:
         if label not in COLOURS:
@@ -48,11 +48,16 @@ class Coloured(Sam):
 
     def __init__(self) -> None:
         super().__init__("by/colour")
+        self.asked: list[int] = []  # boxes in each call
 
     def _build(self) -> None:
         self._model = _Nothing()
 
-    def masks(self, picture_HWC: np.ndarray, boxes: Sequence[Detection]) -> np.ndarray:
+    def masks_each(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        self.asked.append(sum(len(prompt.boxes) for prompt in prompts))
+        return [self._masks_of(*prompt) for prompt in prompts]
+
+    def _masks_of(self, picture_HWC: np.ndarray, boxes: Sequence[Detection]) -> np.ndarray:
         coloured = picture_HWC.max(-1).astype(int) - picture_HWC.min(-1) > 60
         return np.stack([coloured] * len(boxes)) if boxes else np.zeros((0, *picture_HWC.shape[:2]), np.bool_)
 

@@ -144,9 +144,11 @@ class LeftHalf:
 
         return [[Detection(0, 0, p.shape[1] / 2, p.shape[0], 0.9)] if p.any() else [] for p in pictures]
 
-    def masks(self, picture_HWC: np.ndarray, boxes: Sequence[Any]) -> np.ndarray:
-        height, width = picture_HWC.shape[:2]
-        return np.stack([np.tile(np.arange(width) < box.right, (height, 1)) for box in boxes])
+    def masks_each(self, prompts: Sequence[Any]) -> list[np.ndarray]:
+        return [
+            np.array([np.tile(np.arange(p.shape[1]) < box.right, (p.shape[0], 1)) for box in boxes])
+            for p, boxes in prompts
+        ]
 
 
 class Brightness:

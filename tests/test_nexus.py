@@ -17,7 +17,7 @@ from idc.metrics.base import Clip, Reference
 from idc.metrics.nexus import Look, NexusScore, benchmark_references, benchmark_score, cut_out
 from idc.metrics.total import normalise
 from idc.models.embedders import CLIPEmbedder, GMEEmbedder
-from idc.models.grounding import Detection, Detector, GroundedMasks, GroundingDino, Owlv2ByPicture, Sam
+from idc.models.grounding import Detection, Detector, GroundedMasks, GroundingDino, Owlv2ByPicture, Query, Sam
 
 RED, BLUE, GREY = (220, 20, 20), (20, 20, 220), (90, 90, 90)
 
@@ -42,10 +42,10 @@ class ColourFinder(Detector):
 
     def _build(self) -> None: ...
 
-    def detect(self, pictures: Sequence[np.ndarray], label: str, reference: np.ndarray) -> list[list[Detection]]:
-        colour = np.median(reference.reshape(-1, 3), 0)
+    def detect_each(self, queries: Sequence[Query]) -> list[list[Detection]]:
         found = []
-        for k, picture in enumerate(pictures):
+        for k, (picture, _, reference) in enumerate(queries):
+            colour = np.median(reference.reshape(-1, 3), 0)
             rows, columns = np.nonzero((picture == colour).all(-1))
             score = self.confidence[k % len(self.confidence)]
             box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None

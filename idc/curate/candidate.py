@@ -254,9 +254,9 @@ class Step:
         name: in tables and drops; the class's name in words by default.
         heavy: whether it runs a network, and so on a GPU worker where there is one.
         batch: how many candidates it takes in a call (heavy steps); others take one after another. They are the next
-            ones of a chunk. What comes out for one is the same in any company, but for models that write: padded to one
-            length, answers of a batch round differently, and a near tie may tip. They may depend on the batch, and so
-            on the chunk; on one GPU also on whether its memory sufficed for the batch at once.
+            ones of a chunk. What comes out for one is the same in any company, but for models that write or find:
+            padded to one length, what is asked together rounds differently, and a near tie may tip. They may depend on
+            the batch, and so on the chunk; on one GPU also on whether its memory sufficed for the batch at once.
     """
 
     name: str = ""

@@ -6,7 +6,7 @@ A crop of the very frame teaches a model to paste it: it is the last choice, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +24,13 @@ from idc.curate.candidate import (
     encode_png,
 )
 from idc.curate.embed import picture_of
+from idc.curate.finding import FindingStep, Plan, boxes_for, masks_for
 from idc.curate.geometry import box_of_mask, view_of, within
 from idc.curate.grounding import mask_within
 from idc.curate.reading import frame_times, inspect, look, span_of
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
-from idc.models.grounding import Detection, Detector, GroundingDino, Sam
+from idc.models.grounding import Detection, Detector, Prompt, Query, Sam
 
 BACKGROUNDS = ("white", "keep")
 WHITE = np.uint8(255)
@@ -167,7 +168,7 @@ class SubjectCrops(Step):
         return reference_of(candidate, picture, _rank(candidate, frame), "same_frame", facts)
 
 
-class FoundAgain(Step):
+class FoundAgain(FindingStep):
     """Gives a subject a picture from another moment of the shot, at which the detector finds it again by its words.
 
     For what has no face to be followed by (those who have one get theirs from `idc.curate.references.OtherMoment`):
@@ -178,8 +179,6 @@ class FoundAgain(Step):
     it has, with the reason in meta["no_reference"].
     """
 
-    heavy = True
-
     def __init__(
         self,
         detector: Detector | None = None,
@@ -189,6 +188,7 @@ class FoundAgain(Step):
         gap: float = 1.0,
         in_clip: bool = False,
         min_likeness: float = 0.5,
+        batch: int = 8,
     ) -> None:
         """
         Args:
@@ -200,40 +200,48 @@ class FoundAgain(Step):
             in_clip: whether moments of the clip itself will do.
             min_likeness: least ratio of the box's area to the subject's, and of the inverse: something of quite another
                 size is something else, or a part of it; in [0, 1].
+            batch: candidates at a time.
 
         Raises:
             UserError: for a number out of its range.
         """
+        super().__init__(detector, segmenter, batch)
         if looks < 1 or gap < 0 or not 0 <= min_likeness <= 1:
             raise UserError(
                 f"looks={looks}, gap={gap}, min_likeness={min_likeness}: at least 1, at least 0, and from 0 to 1"
             )
-        self.detector: Detector = GroundingDino() if detector is None else detector
-        self.segmenter = Sam() if segmenter is None else segmenter
         self.rules = CropRules() if rules is None else rules
         self.looks, self.gap, self.in_clip, self.min_likeness = looks, gap, in_clip, min_likeness
 
-    @property
-    def networks(self) -> tuple[Any, ...]:
-        return self.detector, self.segmenter
-
-    def apply(self, candidate: Candidate) -> Outcome:
-        wanted = [n for n, subject in enumerate(candidate.subjects) if self._wants(subject)]
-        if not wanted:
-            return candidate
+    def plan(self, candidate: Candidate) -> Plan:
+        wanted = {n: subject for n, subject in enumerate(candidate.subjects) if self._wants(subject)}
+        ranks = {n: self._ranks(candidate, subject) for n, subject in wanted.items()}
+        # Subjects of one frame search the same ones.
+        frames = {some: list(look(candidate, some)) if some else [] for some in set(ranks.values())}
+        queries = [
+            Query(picture, subject.name, shown)
+            for n, subject in wanted.items()
+            for shown in ([_shown(candidate, subject)] if ranks[n] else [])
+            for picture in frames[ranks[n]]
+        ]
+        boxes = iter((yield from boxes_for(queries)))
+        left = {n: self._likely(candidate, s, [next(boxes) for _ in ranks[n]]) for n, s in wanted.items()}
+        references: dict[int, Reference] = {}
+        while left := {n: few for n, few in left.items() if few and n not in references}:
+            tried = {n: few.pop(0) for n, few in left.items()}
+            prompts = [Prompt(frames[ranks[n]][number], [box]) for n, (box, number) in tried.items()]
+            found = yield from masks_for(prompts)
+            for (n, (box, number)), (mask,) in zip(tried.items(), found, strict=True):
+                cut = self._cut(candidate, ranks[n][number], frames[ranks[n]][number], box, mask)
+                references |= {n: cut} if cut else {}
         subjects = list(candidate.subjects)
-        frames: dict[tuple[int, ...], Pixels] = {}  # subjects of one frame search the same ones
-        for n in wanted:
-            ranks = self._ranks(candidate, subjects[n])
-            if ranks and ranks not in frames:
-                frames[ranks] = look(candidate, ranks)
-            found = self._again(candidate, subjects[n], ranks, frames[ranks]) if ranks else None
-            if found is None:
-                reason = "not found again" if ranks else "no other moment"
-                subjects[n] = replace(subjects[n], meta={**subjects[n].meta, "no_reference": reason})
+        for n, subject in wanted.items():
+            if n in references:
+                subjects[n] = replace(subject, references=(references[n], *subject.references))
             else:
-                subjects[n] = replace(subjects[n], references=(found, *subjects[n].references))
-        return candidate.changed(subjects=tuple(subjects))
+                reason = "not found again" if ranks[n] else "no other moment"
+                subjects[n] = replace(subject, meta={**subject.meta, "no_reference": reason})
+        return candidate.changed(subjects=tuple(subjects)) if wanted else candidate
 
     def _wants(self, subject: CuratedSubject) -> bool:
         elsewhere = any(reference.origin in ("other_moment", "other_video") for reference in subject.references)
@@ -254,28 +262,27 @@ class FoundAgain(Step):
         chosen = np.linspace(0, len(away) - 1, min(self.looks, len(away))).round().astype(int)
         return tuple(away[number] for number in chosen)
 
-    def _again(
-        self, candidate: Candidate, subject: CuratedSubject, ranks: Sequence[int], frames: Pixels
-    ) -> Reference | None:
-        label, size = subject.name, source_area(candidate, subject)
-        picture = subject.references[0].pixels() if subject.references else picture_of(candidate, subject)
-        looks = self.detector.detect(list(frames), label, picture)
-        for box, number in sorted(_surest(looks), key=lambda found: (-found[0].score, found[1])):
-            ratio = Box(*box[:4]).area / size
-            if min(ratio, 1 / ratio) < self.min_likeness:
-                continue
-            mask = mask_within(self.segmenter.masks(frames[number], [box])[0], Box(*box[:4]))
-            try:
-                if mask is None:
-                    raise CropError("empty mask")
-                crop, cut, facts = self.rules.cut(frames[number], mask)
-            except CropError:
-                continue
-            facts |= {"score": round(box.score, 6), "box": _uncropped(candidate, cut)}
-            window = candidate.ranks or range(*span_of(candidate))
-            facts |= {"in_clip": True} if window[0] <= ranks[number] <= window[-1] else {}
-            return reference_of(candidate, crop, ranks[number], "other_moment", facts)
-        return None
+    def _likely(
+        self, candidate: Candidate, subject: CuratedSubject, looks: Sequence[Sequence[Detection]]
+    ) -> list[tuple[Detection, int]]:
+        """Each look's best box with the look's number, the surest first, but for those of quite another size."""
+        size = source_area(candidate, subject)
+        best = [(max(boxes, key=lambda box: box.score), number) for number, boxes in enumerate(looks) if boxes]
+        ratios = [Box(*box[:4]).area / size for box, _ in best]
+        likely = [b for b, ratio in zip(best, ratios, strict=True) if min(ratio, 1 / ratio) >= self.min_likeness]
+        return sorted(likely, key=lambda found: (-found[0].score, found[1]))
+
+    def _cut(self, candidate: Candidate, rank: int, picture: Pixels, box: Detection, mask: Mask) -> Reference | None:
+        """The subject's picture from a frame of the source; None where the mask is not fit to be cut."""
+        inside = mask_within(mask, Box(*box[:4]))
+        try:
+            crop, cut, facts = self.rules.cut(picture, np.zeros_like(mask) if inside is None else inside)
+        except CropError:
+            return None
+        facts |= {"score": round(box.score, 6), "box": _uncropped(candidate, cut)}
+        window = candidate.ranks or range(*span_of(candidate))
+        facts |= {"in_clip": True} if window[0] <= rank <= window[-1] else {}
+        return reference_of(candidate, crop, rank, "other_moment", facts)
 
 
 def clean_mask(mask_HW: Mask, speck: float, hole: float) -> Mask:
@@ -340,8 +347,6 @@ def _apart(times: Any, rank: int, first: int, last: int) -> float:
     return float(max(times[first] - times[rank], times[rank] - times[last]))
 
 
-def _surest(looks: Sequence[Sequence[Detection]]) -> Iterator[tuple[Detection, int]]:
-    """Each look's best box."""
-    for number, boxes in enumerate(looks):
-        if boxes:
-            yield max(boxes, key=lambda box: box.score), number
+def _shown(candidate: Candidate, subject: CuratedSubject) -> Pixels:
+    """What a detector that goes by pictures looks for."""
+    return subject.references[0].pixels() if subject.references else picture_of(candidate, subject)

@@ -11,19 +11,20 @@ it is cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Mask, Outcome, Pixels, Step
 from idc.curate.embed import picture_of
+from idc.curate.finding import FindingStep, Plan, boxes_for, masks_for
 from idc.curate.geometry import view_of, within
 from idc.curate.reading import clip_box, clip_frames, size_of, span_of
 from idc.curate.words import locate
 from idc.errors import UserError, nearest
-from idc.models.grounding import Detection, Detector, GroundingDino, Sam
+from idc.models.grounding import Detection, Detector, Prompt, Query, Sam
 
 PERSON = "person"  # what a followed face's body is searched by where the caption has no words for it
 PRIORITY = ("person", "face", "object", "clothing", "place")  # of kinds, where labels are merged
@@ -32,19 +33,18 @@ NEAR = 2  # looks within which a followed face counts as seen
 
 
 class _Found(NamedTuple):
-    """What was found on one frame: for each subject its box or None."""
+    """What was found on one frame: boxes by their subjects' numbers."""
 
     frame: int
     picture: Pixels
-    boxes: list[Detection | None]
+    boxes: Mapping[int, Detection]
 
     @property
     def merit(self) -> tuple[int, float, int]:
-        found = [box.score for box in self.boxes if box is not None]
-        return len(found), math.fsum(found), -self.frame
+        return len(self.boxes), math.fsum(box.score for box in self.boxes.values()), -self.frame
 
 
-class Ground(Step):
+class Ground(FindingStep):
     """Finds each subject's box by its words and cuts out its mask, all on one frame of the clip.
 
     The detector is asked for each subject by itself and its best box is taken; of a person who is followed by the face,
@@ -56,8 +56,6 @@ class Ground(Step):
     Drops: "no subject found".
     """
 
-    heavy = True
-
     def __init__(
         self,
         detector: Detector | None = None,
@@ -66,7 +64,7 @@ class Ground(Step):
         min_area: float = 0.0,
         max_area: float = 0.95,
         min_subjects: int = 1,
-        batch: int = 1,
+        batch: int = 8,
     ) -> None:
         """
         Args:
@@ -77,54 +75,61 @@ class Ground(Step):
             min_area, max_area: of a box, as shares of the picture. A box around everything is how the detector says
                 that it found nothing.
             min_subjects: fewer drop the candidate.
-            batch: candidates of a call. Each is looked at by itself.
+            batch: candidates at a time.
 
         Raises:
             UserError: for a number out of its range.
         """
+        super().__init__(detector, segmenter, batch)
         check_area(min_area, max_area)
-        for name, value, least in (("frames", frames, 1), ("min_subjects", min_subjects, 0), ("batch", batch, 1)):
+        for name, value, least in (("frames", frames, 1), ("min_subjects", min_subjects, 0)):
             if value < least:
                 raise UserError(f"{name}={value}: must be at least {least}")
-        self.detector: Detector = GroundingDino() if detector is None else detector
-        self.segmenter = Sam() if segmenter is None else segmenter
-        self.frames, self.min_area, self.max_area = frames, min_area, max_area
-        self.min_subjects, self.batch = min_subjects, batch
+        self.frames, self.min_area, self.max_area, self.min_subjects = frames, min_area, max_area, min_subjects
 
-    @property
-    def networks(self) -> tuple[Any, ...]:
-        return self.detector, self.segmenter
+    def plan(self, candidate: Candidate) -> Plan:
+        frames = self._frames(candidate)
+        sought = {n: s for n, s in enumerate(candidate.subjects) if s.kind != "place" and not _given(s)}
+        labels = {n: _label(candidate, subject) for n, subject in sought.items()}
+        queries = [Query(picture, label, picture) for _, picture in frames for label in labels.values()]
+        boxes = iter((yield from boxes_for(queries)))
+        looks = [self._look(candidate, n, picture, {k: next(boxes) for k in labels}) for n, picture in frames]
+        best = max(looks, key=lambda found: found.merit)
+        asked = {n: Prompt(best.picture, [box]) for n, box in best.boxes.items()}
+        asked |= _unmasked(candidate, dict(frames))
+        found = yield from masks_for(list(asked.values()))
+        masks = {
+            n: mask_within(mask, Box(*prompt.boxes[0][:4]))
+            for (n, prompt), (mask,) in zip(asked.items(), found, strict=True)
+        }
+        return self._outcome(candidate, best, masks)
 
-    def apply(self, candidate: Candidate) -> Outcome:
-        given = [s.box is not None and not s.track for s in candidate.subjects]
-        best = max((self._search(candidate, n, p) for n, p in self._frames(candidate)), key=lambda found: found.merit)
+    def _outcome(self, candidate: Candidate, best: _Found, masks: Mapping[int, Mask | None]) -> Outcome:
         subjects: list[CuratedSubject] = []
         missing: list[str] = []
-        masks = self._masks(best)
-        for subject, own, box, mask in zip(candidate.subjects, given, best.boxes, masks, strict=True):
+        for n, subject in enumerate(candidate.subjects):
             if subject.kind == "place":
                 subjects.append(subject)
-            elif own:
-                subjects.append(self._with_mask(candidate, subject))
-            elif box is not None and mask is not None:
-                placed = Box(*box[:4])
-                subjects.append(replace(subject, box=placed, mask=mask, frame=best.frame, score=round(box.score, 6)))
+            elif _given(subject):
+                subjects.append(replace(subject, mask=masks[n]) if n in masks else subject)
+            elif (mask := masks.get(n)) is not None:
+                *box, score = best.boxes[n]
+                subjects.append(replace(subject, box=Box(*box), mask=mask, frame=best.frame, score=round(score, 6)))
             elif subject.track:
                 subjects.append(subject)
             else:
                 missing.append(subject.name)
-        found = sum(subject.kind != "place" for subject in subjects)
-        if found < self.min_subjects:
-            detail = (
-                f"{found}, at least {self.min_subjects}; not found: {', '.join(map(repr, missing)) or 'none asked'}"
-            )
+        count = sum(subject.kind != "place" for subject in subjects)
+        if count < self.min_subjects:
+            unseen = ", ".join(map(repr, missing)) or "none asked"
+            detail = f"{count}, at least {self.min_subjects}; not found: {unseen}"
             return candidate.dropped(self.name, "no subject found", detail)
         told = {"frame": best.frame, **({"not found": missing} if missing else {})}
         return candidate.changed(subjects=tuple(subjects), meta={self.name: told})
 
     def _frames(self, candidate: Candidate) -> list[tuple[int, Pixels]]:
         """Frames of the clip to search, with their numbers."""
-        anchors = [s for s in candidate.subjects if s.box is not None and not s.track]
+        anchors = [s for s in candidate.subjects if _given(s)]
         if anchors:
             counts = [s.frame for s in anchors]
             anchor = max(anchors, key=lambda s: (counts.count(s.frame), -s.frame))
@@ -132,36 +137,20 @@ class Ground(Step):
         numbers, pictures = clip_frames(candidate, self.frames)
         return list({int(n): picture for n, picture in zip(numbers, pictures, strict=True)}.items())
 
-    def _search(self, candidate: Candidate, frame: int, picture: Pixels) -> _Found:
-        boxes: list[Detection | None] = []
-        for subject in candidate.subjects:
-            if subject.kind == "place" or (subject.box is not None and not subject.track):
-                boxes.append(None)
-                continue
-            label = PERSON if subject.track and not locate(subject.name, candidate.caption) else subject.name
-            (found,) = self.detector.detect([picture], label, picture)
-            height, width = picture.shape[:2]
+    def _look(
+        self, candidate: Candidate, frame: int, picture: Pixels, boxes: Mapping[int, Sequence[Detection]]
+    ) -> _Found:
+        """The best box of each subject that is found on a frame, of those that the detector gave for it."""
+        best: dict[int, Detection] = {}
+        height, width = picture.shape[:2]
+        for n, found in boxes.items():
             fitting = [d for d in found if self.min_area <= Box(*d[:4]).area / (height * width) <= self.max_area]
-            if subject.track:
-                face = face_on(candidate, subject, frame)
+            if candidate.subjects[n].track:
+                face = face_on(candidate, candidate.subjects[n], frame)
                 fitting = [d for d in fitting if face is not None and share_inside(face, Box(*d[:4])) >= INSIDE]
-            boxes.append(max(fitting, key=lambda d: d.score, default=None))
-        return _Found(frame, picture, boxes)
-
-    def _masks(self, found: _Found) -> list[Mask | None]:
-        """For each subject its mask within its box, or None where nothing is."""
-        boxes = [box for box in found.boxes if box is not None]
-        masks = iter(self.segmenter.masks(found.picture, boxes))
-        return [None if box is None else mask_within(next(masks), Box(*box[:4])) for box in found.boxes]
-
-    def _with_mask(self, candidate: Candidate, subject: CuratedSubject) -> CuratedSubject:
-        if subject.mask is not None or subject.box is None:
-            return subject
-        picture = picture_of(candidate, subject)
-        box = within(subject.box, *picture.shape[:2])
-        if box.area < 1:
-            return subject
-        return replace(subject, mask=mask_within(self.segmenter.masks(picture, [Detection(*box, 1.0)])[0], box))
+            if fitting:
+                best[n] = max(fitting, key=lambda d: d.score)
+        return _Found(frame, picture, best)
 
 
 class MergeLabels(Step):
@@ -333,6 +322,28 @@ def merge(subjects: Sequence[CuratedSubject]) -> CuratedSubject:
         references=tuple(reference for s in subjects for reference in s.references),
         meta={**first.meta, **looks, "also": [s.name for s in others]},
     )
+
+
+def _given(subject: CuratedSubject) -> bool:
+    """Whether it came with a box."""
+    return subject.box is not None and not subject.track
+
+
+def _label(candidate: Candidate, subject: CuratedSubject) -> str:
+    return PERSON if subject.track and not locate(subject.name, candidate.caption) else subject.name
+
+
+def _unmasked(candidate: Candidate, frames: Mapping[int, Pixels]) -> dict[int, Prompt]:
+    """What is to be cut out of subjects that came with a box and without a mask; `frames` are known by their number."""
+    asked: dict[int, Prompt] = {}
+    for n, subject in enumerate(candidate.subjects):
+        if subject.kind == "place" or subject.box is None or subject.track or subject.mask is not None:
+            continue
+        picture = frames[subject.frame] if subject.frame in frames else picture_of(candidate, subject)
+        box = within(subject.box, *picture.shape[:2])
+        if box.area >= 1:
+            asked[n] = Prompt(picture, [Detection(*box, 1.0)])
+    return asked
 
 
 def _rank(subject: CuratedSubject, caption: str, place: int) -> tuple[bool, int, float, int]:

@@ -219,9 +219,9 @@ def one_layer() -> Any:
     return model
 
 
-def curve(model: Any) -> list[float]:
+def curve(model: Any, fused: bool | None = None) -> list[float]:
     """Losses of twenty steps on one batch."""
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), []
     for _ in range(20):
         optimizer.zero_grad()
         loss = loss_of(model)
@@ -249,6 +249,12 @@ def test_twenty_steps_have_one_loss_curve_on_another_attention_backend(plain_cur
     model = one_layer()
     set_backend(model, "_native_math")
     assert curve(model) == pytest.approx(plain_curve, rel=1e-5)
+
+
+def test_twenty_steps_have_one_loss_curve_whether_the_optimiser_is_fused_or_not(plain_curve: Any) -> None:
+    found = curve(one_layer(), fused=True)
+    assert found == pytest.approx(plain_curve, rel=1e-5)
+    assert found[0] == plain_curve[0]
 
 
 # Compilation ----------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ class FoundAgain(FindingStep):
         gap: float = 1.0,
         in_clip: bool = False,
         min_likeness: float = 0.5,
-        batch: int = 8,
+        batch: int = 4,
     ) -> None:
         """
         Args:
@@ -200,7 +200,7 @@ class FoundAgain(FindingStep):
             in_clip: whether moments of the clip itself will do.
             min_likeness: least ratio of the box's area to the subject's, and of the inverse: something of quite another
                 size is something else, or a part of it; in [0, 1].
-            batch: candidates at a time.
+            batch: candidates at a time; `looks` frames of each are in memory.
 
         Raises:
             UserError: for a number out of its range.

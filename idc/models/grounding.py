@@ -4,8 +4,8 @@ YOLO-World, whose image-prompt adapter OpenS2V-Eval uses, has no class in transf
 `Detector` of one method. Confidences of different detectors are not on one scale.
 
 Networks take several pictures at once, `batch` of them at most; what does not fit into the device's memory goes by
-halves. Company changes how sums are rounded, and no more: boxes and masks of pictures that come in the same order are
-the same bits each time, those of a picture alone may differ from them in the last ones.
+halves. Company changes how sums are rounded: the same pictures in the same order give the same bits each time; alone,
+boxes are the same to 1e-3 pixels in float32, unless a near tie tips (of GroundingDINO's proposals, for one).
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class GroundingDino(Detector):
 
     Queries go together whose pictures the image processor makes of one size: padding would change what Swin's windows
     and the group norms behind it see, and boxes by whole pixels. Shorter labels are padded, which is masked everywhere
-    and changes rounding alone. Queries of one picture share a pass through Swin, about half of the computation.
+    and changes rounding alone. Queries of one picture share a pass through Swin, which is 49% of the base model's
+    operations for one query, and 22% of the tiny one's.
 
     Args:
         path: a folder saved with save_pretrained, or a hub id.

@@ -1,9 +1,10 @@
 """Image-text models at tiny random sizes, saved as published ones are, with a chat template: Qwen2.5-VL, LLaVA and
-Idefics3."""
+LLaVA-NeXT."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from idc.models.tiny import JUDGE_WORDS as WORDS
 from idc.models.tiny import LEVELS, QWEN_TEMPLATE, TURN, save_qwen_judge, save_tokenizer
 
 __all__ = [
-    "ANSWER", "LEVELS", "QUESTION", "QWEN_TEMPLATE", "WORDS", "loud", "noise", "save_idefics_judge", "save_llava_judge",
-    "save_qwen_judge",
+    "ANSWER", "LEVELS", "QUESTION", "QWEN_TEMPLATE", "WORDS", "loud", "noise", "save_llava_judge",
+    "save_llava_next_judge", "save_qwen_judge",
 ]  # fmt: skip
 
 QUESTION, ANSWER = "How would you rate the quality of this video?", "The quality of the video is"
@@ -36,9 +37,34 @@ def noise(*shape: int) -> np.ndarray:
 
 def save_llava_judge(root: Path) -> str:
     """LLaVA in `root`: pictures of 28 x 28 pixels make four tokens each; the tokenizer adds a beginning of its own."""
-    from tokenizers import processors
-    from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    sizes = _save_llava_parts(root, LlavaProcessor, CLIPImageProcessorPil(**_SIDE))
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(LlavaConfig(**sizes)).save_pretrained(root)
+    return str(root)
+
+
+def save_llava_next_judge(root: Path) -> str:
+    """LLaVA-NeXT in `root`: as LLaVA, and tiles of 28 x 28 pixels beside each picture, two or four by its shape."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    grids = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    sizes = _save_llava_parts(root, LlavaNextProcessor, LlavaNextImageProcessorPil(**_SIDE, **grids))
+    torch.manual_seed(0)
+    LlavaNextForConditionalGeneration(LlavaNextConfig(**sizes, **grids)).save_pretrained(root)
+    return str(root)
+
+
+_SIDE: Any = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+
+
+def _save_llava_parts(root: Path, processor: Any, pictures: Any) -> dict[str, Any]:
+    """Save tokenizer and processor of a model of LLaVA's kind; its configuration."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
 
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     words = [*WORDS, *LEVELS, "USER", "ASSISTANT"]
@@ -47,8 +73,7 @@ def save_llava_judge(root: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(root)
     start = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
     tokenizer.backend_tokenizer.post_processor = start
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(
+    processor(
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=14,
@@ -57,43 +82,11 @@ def save_llava_judge(root: Path) -> str:
         num_additional_image_tokens=1,
     ).save_pretrained(root)
     narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **narrow},
-        text_config={"model_type": "llama", "vocab_size": size, "num_key_value_heads": 2, **narrow},
-        image_token_index=special.index("<image>"),
-    )
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(root)
-    return str(root)
-
-
-def save_idefics_judge(root: Path) -> str:
-    """Idefics3 in `root`: it cuts pictures into tiles of one token each, and its tensors have a row a question."""
-    from transformers import AutoTokenizer, Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    pictures = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
-    special = ["<pad>", "<unk>", "<s>", "</s>", *pictures]
-    roles = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": pictures}
-    size = save_tokenizer(root, special, words=[*WORDS, *LEVELS, "USER", "ASSISTANT"], **roles)
-    Idefics3Processor(
-        Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
-        AutoTokenizer.from_pretrained(root),
-        image_seq_len=1,
-        chat_template=LLAVA_TEMPLATE,
-    ).save_pretrained(root)
-    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Idefics3Config(
-        vision_config={"image_size": 28, "patch_size": 14, **narrow},
-        text_config={"model_type": "llama", "vocab_size": size, "num_key_value_heads": 2, "pad_token_id": 0, **narrow},
-        image_token_id=special.index("<image>"),
-        pad_token_id=0,
-        scale_factor=2,
-    )
-    torch.manual_seed(0)
-    Idefics3ForConditionalGeneration(config).save_pretrained(root)
-    return str(root)
+    return {
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **narrow},
+        "text_config": {"model_type": "llama", "vocab_size": size, "num_key_value_heads": 2, **narrow},
+        "image_token_index": special.index("<image>"),
+    }
 
 
 def loud(judge: ImageTextJudge) -> ImageTextJudge:
@@ -104,5 +97,5 @@ def loud(judge: ImageTextJudge) -> ImageTextJudge:
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(10)
-    model.generation_config.eos_token_id = list(range(0, len(model.get_input_embeddings().weight), 7))
+    model.generation_config.eos_token_id = list(range(14, len(model.get_input_embeddings().weight), 7))
     return judge

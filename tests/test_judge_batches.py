@@ -14,7 +14,7 @@ import pytest
 import torch
 from _judge_server import chat, chat_server
 from _scripted import GOOD, Scripted, candidate
-from _tiny_judges import WORDS, loud, save_idefics_judge, save_llava_judge, save_qwen_judge
+from _tiny_judges import WORDS, loud, save_llava_judge, save_llava_next_judge, save_qwen_judge
 
 from idc.curate.candidate import UNANSWERED, Candidate, Dropped, Step
 from idc.curate.captions import Caption
@@ -35,7 +35,7 @@ MAX_TOKENS = 12
 CLASSES: dict[str, Callable[[Path], str]] = {
     "qwen": save_qwen_judge,
     "llava": save_llava_judge,
-    "idefics": save_idefics_judge,
+    "llava-next": save_llava_next_judge,
 }
 
 
@@ -148,15 +148,13 @@ def test_a_batch_takes_the_passes_of_its_longest_answer_and_not_of_all(qwen: Ima
 
 
 def test_a_penalty_on_repetition_does_not_see_the_padding(qwen: ImageTextJudge) -> None:
-    """As published: Qwen2.5-VL's own penalty, and a padding token that also ends answers. Here it ends all of them."""
-    config = qwen._model.generation_config
-    ends, tokenizer = config.eos_token_id, qwen._processor.tokenizer
-    asked = questions([1] * 8, seed=2)
+    """Qwen2.5-VL comes with a penalty, and its padding is also a token that ends answers: here one of many answers."""
+    config, tokenizer = qwen._model.generation_config, qwen._processor.tokenizer
+    asked = [question for seed in range(3) for question in questions([1] * 8, seed)]
+    free = alone(qwen, asked)
+    ends, config.repetition_penalty = config.eos_token_id, 3.0
     try:
-        config.repetition_penalty = 1.0
-        free = alone(qwen, asked)
-        config.repetition_penalty = 3.0
-        config.eos_token_id = [tokenizer.pad_token_id, *ends[1:]]
+        config.eos_token_id, tokenizer.pad_token = [*ends, tokenizer.convert_tokens_to_ids("3")], "3"
         penalised = alone(qwen, asked)
         assert told(qwen.answer_each(asked)) == penalised != free
         tokenizer.pad_token = None
@@ -252,7 +250,7 @@ def through(step: Step, some: Sequence[Candidate]) -> tuple[dict[str, str], dict
 def captioner(qwen: ImageTextJudge) -> Iterator[Caption]:
     """Whatever has words is a caption of it; a third of them end it."""
     config = qwen._model.generation_config
-    ends, config.eos_token_id = config.eos_token_id, list(range(0, config.eos_token_id[-1], 3))
+    ends, config.eos_token_id = config.eos_token_id, list(range(0, 48, 3))
     yield Caption(qwen, 2, "how", "floor", min_words=0, max_words=MAX_TOKENS, language="any", side=512)
     config.eos_token_id = ends
 

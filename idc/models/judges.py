@@ -238,9 +238,9 @@ def alike(inputs: Sequence[dict[str, Tensor]]) -> list[list[int]]:
 def padded(inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Inputs of one row each that are `alike`, as one batch of rows padded on the left to the longest.
 
-    Padding is masked, and repeats the row's last token instead of the tokenizer's padding (which may be missing): that
-    is no picture's, and a penalty on repetition, such as Qwen2.5-VL's own, which looks at all tokens of a row and not
-    at the mask, has met it already. Qwen's padding also ends answers, and padded rows would be penalised for ending.
+    Padding is masked, and repeats the row's last token instead of the tokenizer's padding, which may be missing. It is
+    no picture's, and a penalty on repetition (the published Qwen2.5-VL has one), which counts padding too in releases
+    of transformers up to 5.17 at least, has met it already; Qwen's padding also ends answers, and would be penalised.
     """
     rows = [{"attention_mask": torch.ones_like(tensors["input_ids"]), **tensors} for tensors in inputs]
     longest = max(row["input_ids"].shape[1] for row in rows)

@@ -141,14 +141,16 @@ def _note_types(met: dict[str, torch.dtype], name: str, module: torch.nn.Module,
     met.update({f"{name}.{key}": value.dtype for key, value in module.named_parameters(recurse=False)})
 
 
-def losses_of(mesh: DeviceMesh, gathered: torch.dtype, rank: int, compiled: bool = False) -> list[float]:
+def losses_of(
+    mesh: DeviceMesh, gathered: torch.dtype, rank: int, compiled: bool = False, fused: bool | None = None
+) -> list[float]:
     """Of 20 steps of one layer with its block on one batch, under bfloat16 autocast; traced as one graph each, and
     recomputed, where `compiled`."""
     model, losses = model_of({"num_layers": 1, "id_layers": 1}), []
     shard(model, mesh, gathered)
     if compiled:
         model.run_layers("full", compiled=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             _, loss = loss_of(model, "padded", rank)
@@ -162,13 +164,14 @@ def losses_of(mesh: DeviceMesh, gathered: torch.dtype, rank: int, compiled: bool
 def gather(rank: int, world: int, port: int, out: str) -> None:
     """One pass under bfloat16 autocast, its layers recomputed, with weights gathered in either type: rank 0's output,
     all gradients, and the types of the parameters that modules compute with. And the losses of 20 steps in either type,
-    and with compiled layers, without inductor."""
+    with compiled layers (without inductor), and with a fused optimiser."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
     results: dict[Any, Any] = {g: losses_of(mesh, g, rank) for g in (torch.float32, torch.bfloat16)}
     with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
         results["compiled"] = losses_of(mesh, torch.bfloat16, rank, compiled=True)
+    results["fused"] = losses_of(mesh, torch.bfloat16, rank, fused=True)
     results["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for name in ("padded", "even"):
         for gathered in (torch.float32, torch.bfloat16):

@@ -50,13 +50,14 @@ def test_a_sequence_spread_over_ranks_has_the_outputs_and_gradients_of_one_rank(
 
 def test_gathering_in_bfloat16_computes_what_autocast_computes_from_float32(tmp_path):
     """Two ranks, layers recomputed, with the hierarchy on two subjects and without it; and 20 steps, also with each
-    block as one graph within FSDP's hooks."""
+    block as one graph within FSDP's hooks, and with a fused optimiser."""
     out, port = str(tmp_path / "gathered.pt"), free_port()
     assert join(launch(gather, [(rank, 2, port, out) for rank in range(2)])) == [0] * 2
     results = torch.load(out, weights_only=True)
     assert results[torch.bfloat16] == pytest.approx(results[torch.float32], rel=0.005)
     assert results[torch.float32][-1] < 0.5 * results[torch.float32][0]
     assert results["compiled"] == results[torch.bfloat16]
+    assert results["fused"] == pytest.approx(results[torch.bfloat16], rel=0.005)
     assert results["graphs"] == 2  # Wan's block, and the one after it
     for name in ("padded", "even"):
         (expected, gradients, _), (output, found, met) = (

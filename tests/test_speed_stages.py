@@ -139,5 +139,11 @@ def test_a_run_from_before_these_settings_is_understood() -> None:
 
 def test_recipes_write_these_settings() -> None:
     recipes = Path(__file__).parent.parent / "recipes"
-    for name in ("scale/wan1.3b", "scale/wan14b", "hardware/one_gpu"):
-        Speed(**yaml.safe_load((recipes / f"{name}.yaml").read_text())["model"]["init_args"]["speed"])
+    found = {}
+    for layer in ("scale", "hardware"):
+        for path in (recipes / layer).glob("*.yaml"):
+            written = yaml.safe_load(path.read_text()).get("model", {}).get("init_args", {}).get("speed")
+            if written is not None:
+                found[path.stem] = Speed(**written)
+    assert found.keys() == {"wan1.3b", "wan14b", "one_gpu", "fsdp", "hsdp", "sequence_parallel"}
+    assert [name for name, speed in found.items() if not speed.compile] == ["wan1.3b", "wan14b"]

@@ -237,10 +237,8 @@ class LossGuard(Callback):
     def _over_ranks(self, trainer: Trainer, norm: float) -> dict[str, float]:
         """Means over the ranks: one exchange, of which each gets the same bits."""
         device = trainer.strategy.root_device
-        # Lightning has divided each by the number of micro-batches, or DeepSpeed will.
-        own = trainer.accumulate_grad_batches if trainer.strategy.handles_gradient_accumulation else 1
-        losses = [loss.to(device, torch.float32) for loss in self._losses]
-        loss = torch.stack(losses).sum() / own if losses else None
+        # Lightning has divided each by the number of micro-batches.
+        loss = torch.stack([loss.to(device, torch.float32) for loss in self._losses]).sum() if self._losses else None
         self._losses = []
         both = torch.stack(
             [torch.tensor(norm, device=device), torch.zeros((), device=device) if loss is None else loss]

@@ -195,7 +195,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint={str(path)!r}: cannot be read: {reason}") from None
-    state = loaded if isinstance(loaded, dict) else {}
+    state: Any = loaded if isinstance(loaded, dict) else {}
     state = state.get("state_dict", state.get("module", state))  # "module" is DeepSpeed's
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 

@@ -297,6 +297,13 @@ class Stage(LightningModule):
             "lower loss weights, or look at these samples"
         )
 
+    def drop_seeds(self, seeds_B: Tensor) -> Tensor:
+        """Seeds by which a batch's conditions are dropped: its own, or rank 0's where the strategy has `same_layers`:
+        a rank whose samples all lose their references passes over layers that the others run.
+        """
+        strategy: Any = self._trainer.strategy if self._trainer is not None else None
+        return strategy.broadcast(seeds_B) if getattr(strategy, "same_layers", False) else seeds_B
+
     # Running the transformer --------------------------------------------------------------------------------
 
     @property

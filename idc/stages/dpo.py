@@ -153,7 +153,7 @@ class DPO(Aligned):
     # Training ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        drops = self.dropout.draw(batch.seeds_B)
+        drops = self.dropout.draw(self.drop_seeds(batch.seeds_B))
         features = self.encoders.features(batch.samples, drops)
         losses = self.losses(features, batch.seeds_B, self.times(batch.seeds_B).to(self.device), drops)
         loss = losses.dpo_B.mean() + self.sft_weight * losses.error_winner_B.mean()

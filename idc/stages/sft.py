@@ -73,7 +73,7 @@ class SFT(Stage):
         return (velocity - velocity_target(x0, noise)).square().flatten(1).mean(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        drops = self.dropout.draw(batch.seeds_B)
+        drops = self.dropout.draw(self.drop_seeds(batch.seeds_B))
         features = self.encoders.features(batch.samples, drops)
         t_B = self.times(batch.seeds_B).to(self.device)
         loss_B = self.losses(features, batch.seeds_B, t_B, drops)

@@ -17,8 +17,10 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from idc.errors import UserError
+from idc.stages.sft import SFT
 
 _DEVICES = {"cuda": CUDAAccelerator, "cpu": CPUAccelerator}
 _SHM = "deepspeed_shm_comm"
@@ -35,21 +37,29 @@ class ZeROPrecision(DeepSpeedPrecision):
         """As it is: a stage takes its typed batch's tensors as float32 itself, and Lightning cannot look into one."""
         return data
 
+    def backward(  # type: ignore[override]  # as Lightning's
+        self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Lightning has divided the loss by the number of micro-batches; without a word DeepSpeed would do so, too."""
+        engine: Any = model.trainer.model
+        engine.set_gradient_accumulation_boundary(not model.trainer.fit_loop._should_accumulate())
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def optimizer_step(  # type: ignore[override]  # as Lightning's
         self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        engine, loop = model.trainer.model, model.trainer.fit_loop
-        # An epoch's last batch ends a step, however many batches it has. DeepSpeed counts on.
-        ends = not loop._should_accumulate()
-        engine.set_gradient_accumulation_boundary(ends)
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
-        if ends:
-            model.judge_step(float(engine.get_global_grad_norm()), engine.was_step_applied())
+        engine = model.trainer.model
+        model.judge_step(float(engine.get_global_grad_norm()), engine.was_step_applied())
         return result
 
 
 class DeepSpeedZeRO(DeepSpeedStrategy):
-    """ZeRO-2 (optimiser and gradients sharded) or ZeRO-3 (weights as well, for SFT and generation).
+    """ZeRO-2 (optimiser and gradients sharded) or ZeRO-3 (weights as well, for SFT).
+
+    Ranks exchange gradients (and with ZeRO-3 weights) in the order in which they meet them, without a check that it is
+    the same one. So all ranks drop the conditions that rank 0 drops: each sample's are dropped as often as ever, but
+    no longer independently of the other ranks'. Without dropout, losses are those of DDP.
 
     With ZeRO-3 each rank first holds the whole model in host memory: DeepSpeed's own sharded construction knows nothing
     of how the blocks take over Wan's weights. FSDP2 needs that memory on one rank alone.
@@ -66,6 +76,8 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         UserError: without DeepSpeed, on devices other than those that DeepSpeed found, for trainer.precision other than
             32-true, for a stage that steps by itself (GRPO), or for what ZeRO-3 cannot train.
     """
+
+    same_layers = True  # of all ranks, in every pass: see `idc.stages.base.Stage.drop_seeds`
 
     def __init__(
         self, stage: Literal[1, 2, 3] = 2, offload_optimizer: bool = False, offload_parameters: bool = False
@@ -131,6 +143,16 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed asks for a number
 
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        # Lightning counts micro-batches and ends a step with an epoch, as with its other strategies; the engine is told
+        # (`ZeROPrecision.backward`). It would count on over epochs, and Lightning would not.
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        yield  # ZeRO has no room for gradients that are not reduced
+
     # Model and optimiser --------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
@@ -139,10 +161,10 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
                 f"trainer.strategy: {type(model).__name__} makes several passes and steps of a batch, and DeepSpeed "
                 "steps after each pass; take recipes/hardware/fsdp_grpo.yaml"
             )
-        if self.zero_stage_3 and (not hasattr(model, "transformer") or hasattr(model, "reference")):
+        if self.zero_stage_3 and not isinstance(model, SFT):
             raise UserError(
-                f"trainer.strategy.init_args.stage=3: {type(model).__name__} keeps a copy of the weights, which "
-                "ZeRO-3 hides; take stage 2, or recipes/hardware/fsdp.yaml"
+                f"trainer.strategy.init_args.stage=3: is for SFT; {type(model).__name__} copies weights, which ZeRO-3 "
+                "hides, or its ranks run different layers; take stage 2, or recipes/hardware/fsdp.yaml"
             )
         super().connect(model)
 
@@ -165,16 +187,14 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         super().setup(trainer)
 
     def _prepare_sharded(self) -> None:
-        """Let ZeRO-3 gather weights that are read outside the forward pass of their own module.
-
-        Those of a block whose sample has no references get a zero gradient (`idc.models.hierarchy.add_idle`), which
-        ranks with references wait for.
-        """
+        """Let ZeRO-3 gather weights that are read outside the forward pass of their own module: those that get a zero
+        gradient because no sample has references (`idc.models.hierarchy.add_idle`)."""
         import deepspeed
 
         from idc.models.hierarchy import HierarchyBlock
 
-        model: Any = getattr(self.lightning_module, "transformer", None)
+        module: Any = self.lightning_module
+        model = module.transformer
         if len(model.id_blocks):
             deepspeed.utils.set_z3_leaf_modules(model, [HierarchyBlock])
         if model.id_vlm_projector is not None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
+from idc.models.batches import in_batches
 from idc.models.frozen import load_model, load_weights, torch_dtype
 from idc.models.pretrained import Pretrained
 
@@ -147,7 +148,8 @@ class ImageTextJudge(Pretrained, Judge):
         with self.inference():
             inputs = [self._inputs(images, self.chat(len(images), prompt)) for images, prompt in questions]
             for places in alike(inputs):
-                answers.update(zip(places, self._generate([inputs[place] for place in places]), strict=True))
+                together = in_batches([inputs[place] for place in places], len(places), self._generate)
+                answers.update(zip(places, together, strict=True))
         return [answers[place] for place in range(len(questions))]
 
     def _generate(self, inputs: Sequence[dict[str, Tensor]]) -> list[str | JudgeError]:
@@ -158,16 +160,8 @@ class ImageTextJudge(Pretrained, Judge):
         free = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         free["pad_token_id"] = ends[0] if ends else None  # behind an answer that ended before others
         batch = padded(inputs)
-        length, new = batch["input_ids"].shape[1], None
-        try:
-            new = self._model.generate(**batch, **free, max_new_tokens=self.max_tokens)[:, length:].tolist()
-        except torch.OutOfMemoryError:
-            if len(inputs) == 1:
-                raise
-        if new is None:  # and no exception is under way, whose traceback would hold what filled the memory
-            del batch
-            half = len(inputs) // 2
-            return self._generate(inputs[:half]) + self._generate(inputs[half:])
+        written = self._model.generate(**batch, **free, max_new_tokens=self.max_tokens)
+        new = written[:, batch["input_ids"].shape[1] :].tolist()
         return [self._text(tokens, ends) for tokens in new]
 
     def _text(self, tokens: list[int], ends: Sequence[int]) -> str | JudgeError:

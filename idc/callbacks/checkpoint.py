@@ -4,7 +4,7 @@ A save goes into a new directory `step-00001234.tmp-<nonce>/`; when all ranks ha
 rank 0 writes the manifest and renames the directory. A kill at any moment leaves the older checkpoints as they were.
 Resume looks only at `step-*/` directories that match their manifest (`idc.callbacks.resume`).
 
-    <dirpath>/step-00001234/state.ckpt       one file, or a directory of shards under ModelParallelStrategy
+    <dirpath>/step-00001234/state.ckpt       one file, or a directory of shards under FSDP2 and DeepSpeed
     <dirpath>/step-00001234/manifest.json
     <dirpath>/last -> step-00001234          for people; resume does not depend on it
     <dirpath>/converted/                     shards consolidated for one device (`resume.consolidate`)
@@ -28,7 +28,7 @@ from typing import IO, Any
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from idc.callbacks.background import Background
@@ -367,7 +367,7 @@ def _is_ending(trainer: Trainer) -> bool:
 def _kind(trainer: Trainer) -> str:
     if isinstance(trainer.strategy, ModelParallelStrategy):
         return "sharded"
-    return "deepspeed" if "DeepSpeed" in type(trainer.strategy).__name__ else "file"
+    return "deepspeed" if isinstance(trainer.strategy, DeepSpeedStrategy) else "file"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -203,7 +203,7 @@ def _check_kind(checkpoint: Path, strategy: Strategy) -> str | None:
         return None
     manifest = Manifest.read(checkpoint)
     kind = manifest.kind
-    deepspeed = "DeepSpeed" in type(strategy).__name__
+    deepspeed = isinstance(strategy, DeepSpeedStrategy)
     if (kind == "deepspeed") != deepspeed:
         raise UserError(
             f"{checkpoint}: a {kind} checkpoint cannot be loaded by {type(strategy).__name__}; "

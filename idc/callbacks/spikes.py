@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -157,7 +158,7 @@ class LossGuard(Callback):
             return
         acts = {"on_nan": self.on_nan, "on_spike": self.on_spike}
         changing = [f"{name}={act}" for name, act in acts.items() if act in ("skip", "roll_back")]
-        if changing and "DeepSpeed" in type(trainer.strategy).__name__:
+        if changing and isinstance(trainer.strategy, DeepSpeedStrategy):
             raise UserError(f"{changing[0]}: DeepSpeed steps inside its engine; with it, stop is the one that works")
         folder = trainer.log_dir or trainer.default_root_dir  # a collective: all ranks ask
         self._file = None if is_dry_run(trainer) else Path(folder, INCIDENTS)

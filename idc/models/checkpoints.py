@@ -137,7 +137,7 @@ def _step(path: Path, value: str) -> Checkpoint:
     except ValueError as reason:
         raise UserError(f"checkpoint={value!r}: {path.name} is not a valid checkpoint, {reason}") from None
     if manifest.kind == "deepspeed" and not (path / STATE / WHOLE_WEIGHTS).is_file():
-        state, whole = path / STATE, path.parent / "whole"
+        state, whole = path / STATE, path.parent.parent / "whole"  # beside config.yaml
         raise UserError(
             f"checkpoint={value!r}: pieces of weights, by DeepSpeed's ZeRO-3; make them whole where DeepSpeed is "
             f"installed, by `python {state / 'zero_to_fp32.py'} --max_shard_size 1TB {state} {whole}`, and give "

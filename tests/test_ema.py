@@ -246,7 +246,7 @@ def test_whatever_reads_averages_or_changes_weights_waits_for_an_update(
     monkeypatch.setattr(host_averages, "Background", _Held)
     ema, stage = EMA(decay=0.5, offload=True), Stage()
     stage.transformer = torch.nn.Linear(3, 2)
-    trainer = SimpleNamespace(global_step=0)
+    trainer = SimpleNamespace(global_step=0, strategy=None)
     ema.setup(trainer, stage, "fit")
     ema.on_train_start(trainer, stage)
     old = copy.deepcopy(stage.state_dict())

@@ -87,7 +87,12 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
                 f"trainer.strategy.init_args.offload_parameters: stage={stage} shards no weights; set stage 3"
             )
         try:
-            super().__init__(stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters)
+            super().__init__(
+                stage=stage,
+                offload_optimizer=offload_optimizer,
+                offload_parameters=offload_parameters,
+                logging_batch_size_per_gpu=1,  # of DeepSpeed's own log; else Lightning opens training data to validate
+            )
         except MisconfigurationException as error:
             raise UserError("trainer.strategy: DeepSpeed is not installed: pip install 'idc[gpu]'") from error
         assert isinstance(self.config, dict)

@@ -40,12 +40,14 @@ from idc.types import Bucket, Condition
 MODES = ("none", "attention", "full")
 
 
-def make(layers: int, id_layers: int, checkpointing: str = "none", on: str = "cpu", **settings: Any) -> nn.Module:
+def make(
+    layers: int, id_layers: int, checkpointing: str = "none", on: str = "cpu", apart: bool = False, **settings: Any
+) -> nn.Module:
     with torch.device(on):
         model = IDCrafterTransformer(
             **{**WAN, "attention_head_dim": 24, "num_layers": layers, **settings}, id_layers=id_layers, vlm_dim=VLM_DIM
         )
-    model.run_layers(checkpointing)
+    model.run_layers(checkpointing, apart=apart)
     return model.train()
 
 
@@ -140,6 +142,18 @@ def test_checkpointing_keeps_less_and_attention_outputs_are_what_it_may_keep():
     # Two attentions a layer and stage 3's over the video, and one number a query and head beside them.
     at_least = 2 * video * (3 * 2 + 2) * width * 4
     assert at_least < attention.kept - full.kept < 1.5 * at_least
+
+
+def test_blocks_that_are_compiled_and_sharded_keep_what_goes_from_one_to_the_next():
+    loss = loss_of(*SIZES[1])
+
+    def kept(checkpointing: str, apart: bool) -> int:
+        return trace(lambda layers, ids: make(layers, ids, checkpointing, "meta", apart), 3, 2, loss).kept
+
+    video, width = 6 * 4 * 6, 48
+    more = kept("attention", True) - kept("attention", False)
+    assert more == pytest.approx(2 * (2 * video * width * 4), rel=0.1)  # of two layers
+    assert kept("full", True) == kept("full", False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"id_joint_references": True}, {"id_inter_subject": False}])

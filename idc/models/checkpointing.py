@@ -55,13 +55,17 @@ class LayerRunner:
         modules: all blocks that it will run. Sharded ones must be sharded by now.
         checkpointing: as in `idc.models.speed.Speed`.
         compiled: by `torch.compile`, each kind of layer as one graph that all of the kind share.
+        apart: each block by itself, as those run that are compiled and sharded; None where they are that.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], checkpointing: Checkpointing, compiled: bool) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], checkpointing: Checkpointing, compiled: bool, apart: bool | None = None
+    ) -> None:
         self.checkpointing, self.compiled = checkpointing, compiled
         # FSDP's hooks are in no graph: there each block is compiled within its hooks, and the layer recomputed around
         # them. Kernels of a graph cannot be told apart from outside, so that keeping attentions' results is inside too.
-        apart = compiled and any(isinstance(module, FSDPModule) for module in modules)
+        if apart is None:
+            apart = compiled and any(isinstance(module, FSDPModule) for module in modules)
         inside: Checkpointing = "none"
         if apart:
             self.compiled = False
@@ -70,22 +74,22 @@ class LayerRunner:
         for module in modules:
             module.__dict__.pop("forward", None)
             if apart:
-                module.forward = CompiledForward(module, inside)  # of this instance
+                module.forward = BlockForward(module, inside, compiled)  # of this instance
 
     def __call__(self, run: Callable[..., T], *args: Any) -> T:
         """`run(*args)`; a function of a module, whose first arguments are the layer's modules."""
         return _runner(run, self.checkpointing if torch.is_grad_enabled() else "none", self.compiled)(*args)
 
 
-class CompiledForward:
+class BlockForward:
     """The `forward` of one block, in place of its class's own. Copies and pickles with its block."""
 
-    def __init__(self, module: nn.Module, checkpointing: Checkpointing) -> None:
-        self.module, self.checkpointing = module, checkpointing
+    def __init__(self, module: nn.Module, checkpointing: Checkpointing, compiled: bool) -> None:
+        self.module, self.checkpointing, self.compiled = module, checkpointing, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
-        return _runner(type(self.module).forward, checkpointing, True)(self.module, *args, **kwargs)
+        return _runner(type(self.module).forward, checkpointing, self.compiled)(self.module, *args, **kwargs)
 
 
 @functools.cache

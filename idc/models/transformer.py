@@ -228,10 +228,12 @@ class IDCrafterTransformer(WanTransformer3DModel):
 
     # Running --------------------------------------------------------------------------------------------------------
 
-    def run_layers(self, checkpointing: Checkpointing = "none", compiled: bool = False) -> None:
+    def run_layers(
+        self, checkpointing: Checkpointing = "none", compiled: bool = False, apart: bool | None = None
+    ) -> None:
         """How the repeated layers run from now on (`idc.models.checkpointing`); where they are sharded, after that."""
         self.gradient_checkpointing = checkpointing != "none"
-        self.layers = LayerRunner([*self.blocks, *self.id_blocks], checkpointing, compiled)
+        self.layers = LayerRunner([*self.blocks, *self.id_blocks], checkpointing, compiled, apart)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
         """Behind diffusers' `enable_gradient_checkpointing`, which has no choice between kinds."""

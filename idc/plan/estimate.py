@@ -162,8 +162,10 @@ class Plan:
         return optimiser_of(self.stage.optimizer_factory, on_gpu)
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the command
-    def passed(self, structure: Structure, clips: int, gathered: torch.dtype = torch.float32) -> Passed:
-        return structure.passed(replace(self.work, clips=clips), gathered)
+    def passed(
+        self, structure: Structure, clips: int, gathered: torch.dtype = torch.float32, sharded: bool = False
+    ) -> Passed:
+        return structure.passed(replace(self.work, clips=clips), gathered, sharded)
 
     def memory(
         self,
@@ -175,10 +177,11 @@ class Plan:
     ) -> Memory:
         """Of a rank; arguments stand in for the recipe's own settings."""
         structure, layout = structure or self.structure, layout or self.layout
-        gathered = layout.gathered if layout.strategy == "fsdp" else torch.float32
+        sharded = layout.strategy == "fsdp"
+        gathered = layout.gathered if sharded else torch.float32
         return memory(
             structure.parameters,
-            self.passed(structure, self.work.clips if clips is None else clips, gathered),
+            self.passed(structure, self.work.clips if clips is None else clips, gathered, sharded),
             self.optimiser(on_gpu),
             layout,
             average=self.averages == "device" if averages is None else averages,

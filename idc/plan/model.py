@@ -105,10 +105,10 @@ class Structure:
         set_trainable(model, self.trainable, **vars(self.stage.lora))
         return model
 
-    def _build(self, layers: int, id_layers: int, gathered: torch.dtype) -> nn.Module:
+    def _build(self, layers: int, id_layers: int, gathered: torch.dtype, apart: bool) -> nn.Module:
         with torch.device("meta"):
             model: Any = type(self._whole).from_config({**self.config, "num_layers": layers, "id_layers": id_layers})
-        self._trained(model).run_layers(self.checkpointing)
+        self._trained(model).run_layers(self.checkpointing, apart=apart)
         for unit in units_of(model):
             kept = {*islands(unit)}
             for parameter in unit.parameters():
@@ -130,10 +130,10 @@ class Structure:
         total = sum(count for count, _ in parts.values())
         return Parameters({name: (a, b) for name, (a, b) in parts.items()}, max(units), total - sum(units))
 
-    def passed(self, work: Work, gathered: torch.dtype = torch.float32) -> Passed:
+    def passed(self, work: Work, gathered: torch.dtype = torch.float32, sharded: bool = False) -> Passed:
         """Memory of a pass with these settings, besides weights and their gradients; `gathered` as in
-        `idc.stages.sharding.shard`."""
-        build = partial(self._build, gathered=gathered)
+        `idc.stages.sharding.shard`, whose layers are compiled block by block."""
+        build = partial(self._build, gathered=gathered, apart=sharded and self.stage.speed.compile)
         return trace(build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work))
 
     def with_weights(self, device: torch.device) -> nn.Module:

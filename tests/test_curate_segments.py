@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from idc.curate import segments
 from idc.curate.candidate import Candidate, Dropped
 from idc.curate.checks import DecodeCheck
 from idc.curate.engine import Curation
@@ -20,7 +20,7 @@ from idc.curate.parts import Part
 from idc.curate.plan import chunks
 from idc.curate.reading import span_of
 from idc.curate.records import settle
-from idc.curate.segments import LONGEST_AFTER, Segment, Transition, shot_edges
+from idc.curate.segments import Segment, Transition, shot_edges
 from idc.curate.shots import ColourCuts, SceneDetect, Shots
 from idc.curate.sources import VideoFolder
 from idc.curate.transnet import TransNetV2
@@ -49,11 +49,11 @@ def test_the_segments_shots_are_the_films_whatever_the_division(seed):
     frames, total = int(draw.integers(1, 60_000)), int(draw.integers(1, 30))
     cuts = sorted({int(cut) for cut in draw.integers(1, frames + 1, int(draw.integers(0, 80)))} - {frames})
     edges = [0, *cuts, frames]
-    # Long shots end at each border behind which they go on for long, all others are whole.
+    # Long shots end at each border behind which they go on for a quarter of a segment, all others are whole.
     borders = {frames * n // total for n in range(1, total)}
     for border in borders:
         following = min(edge for edge in edges if edge >= border)
-        if border not in edges and following > border + LONGEST_AFTER:
+        if border not in edges and following > border + frames // total // 4:
             cuts.append(border)
     whole = list(pairwise([0, *sorted(cuts), frames]))
     assert divided(frames, sorted(set(edges[1:-1])), total) == whole
@@ -68,7 +68,7 @@ def test_segments_tile_the_frames_and_look_around_themselves():
     first, end = Segment(3, 10).look(100_000)
     assert first % 50 == 0
     assert first <= 30_000 - 200
-    assert end == 40_000 + LONGEST_AFTER + 250
+    assert end == 40_000 + 2_500 + 250
 
 
 def test_a_soft_edge_at_a_border_belongs_to_neither_side():
@@ -110,7 +110,7 @@ def network(tmp_path_factory) -> TransNetV2:
 
 
 @pytest.mark.parametrize("name", ["adaptive", "content", "colours", "transnet"])
-@pytest.mark.parametrize("total", [3, 25])
+@pytest.mark.parametrize("total", [2, 4])
 def test_detectors_find_in_segments_what_they_find_in_the_whole(name, total, film, network):
     path, begins = film
     detectors: dict[str, Any] = {
@@ -127,31 +127,45 @@ def test_detectors_find_in_segments_what_they_find_in_the_whole(name, total, fil
         assert [shot.span[0] for shot in found] == begins
 
 
-def test_a_long_shot_is_ended_at_each_border_that_it_goes_far_beyond(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "LONGEST_AFTER", 40)
+def test_a_long_shot_is_ended_at_each_border_that_it_goes_far_beyond(tmp_path):
     path = tmp_path / "lecture.mp4"
-    path.write_bytes(encode_video(np.concatenate([scene(1, 30), scene(2, 300)]), 25, crf=12, preset="ultrafast"))
+    path.write_bytes(encode_video(np.concatenate([scene(1, 60), scene(2, 270)]), 25, crf=12, preset="ultrafast"))
     whole = Candidate("lecture-1", "films", "lecture.mp4", str(path))
     spans = []
-    for number in range(6):  # borders at 55, 110, 165, 220, 275
+    for number in range(6):  # borders at 55, 110, 165, 220, 275: the first shot is whole, 5 frames behind the first one
         (outcomes,) = Shots(min_seconds=0)([whole.changed(segment=Segment(number, 6))])
         spans += [outcome.span for outcome in outcomes if isinstance(outcome, Candidate)]
-    assert spans == [(0, 30), (30, 55), (55, 110), (110, 165), (165, 220), (220, 275), (275, 330)]
-    monkeypatch.setattr(segments, "LONGEST_AFTER", 70)  # more than is left behind the last border
-    (outcomes,) = Shots(min_seconds=0)([whole.changed(segment=Segment(5, 6))])
-    assert [(outcome.reason, outcome.detail) for outcome in outcomes] == [
-        ("no shot begins in the segment", "segment 6 of 6")
-    ]
+    assert spans == [(0, 60), (60, 110), (110, 165), (165, 220), (220, 275), (275, 330)]
+    dropped = whole.changed(segment=Segment(2, 6)).dropped("step", "reason", "detail")
+    assert dropped.detail == "detail (segment 3 of 6)"
+
+
+def test_of_one_long_take_hardly_anything_is_lost(tmp_path):
+    path = tmp_path / "take.mp4"
+    path.write_bytes(encode_video(scene(3, 900), 25, crf=12, preset="ultrafast"))
+
+    def kept(segment_minutes: float) -> int:
+        source = VideoFolder(str(tmp_path), segment_minutes=segment_minutes, segment_from_mib=0)
+        opened = [candidate for unit in source.units() for candidate in source.open(*unit)]
+        shots = [shot for found in Shots(min_seconds=1)(opened) for shot in found if isinstance(shot, Candidate)]
+        return sum(len(found) for found in Windows(frames=25, fps=25)(shots))
+
+    assert kept(0) == 900 // 25
+    assert kept(0.1) == 6 * (150 // 25)  # 36 s in segments of 6
 
 
 def test_without_shots_a_segment_is_its_own_frames_and_an_empty_one_is_dropped(film):
     path, _ = film
-    part = Candidate("film-1", "films", "film.mp4", str(path), segment=Segment(1, 3))
-    first, end = span_of(part)
-    (outcomes,) = Windows(frames=9, fps=25)([part])
-    assert outcomes[0].ranks[0] == first
-    assert outcomes[-1].ranks[-1] < end
-    (outcomes,) = DecodeCheck(min_side=16)([part.changed(segment=Segment(0, 10**6))])
+    step = Windows(frames=9, fps=25)
+    whole = Candidate("film-1", "films", "film.mp4", str(path))
+    parts = [whole.changed(segment=Segment(number, 3)) for number in range(3)]
+    windows = [window for outcomes in step(parts) for window in outcomes]
+    assert len({window.key for window in windows}) == len(windows)
+    for part, outcomes in zip(parts, step(parts), strict=True):
+        first, end = span_of(part)
+        assert outcomes[0].ranks[0] == first
+        assert outcomes[-1].ranks[-1] < end
+    (outcomes,) = DecodeCheck(min_side=16)([whole.changed(segment=Segment(0, 10**6))])
     assert isinstance(outcomes[0], Dropped)
     assert "segment 1 of 1000000 holds none" in outcomes[0].detail
 
@@ -162,10 +176,10 @@ def test_a_box_of_a_sidecar_stays_with_the_shot_of_its_frame(film, tmp_path):
     at = begins[4] + 3
     box = {"name": "ball", "box": [4, 4, 20, 20], "frame": at}
     (tmp_path / "film.json").write_text(json.dumps({"subjects": [box, {"name": "cup"}]}))
-    for segment_mib in (0, 0.01):
-        source = VideoFolder(str(tmp_path), segment_mib=segment_mib)
+    for minutes in (0, 0.16):
+        source = VideoFolder(str(tmp_path), segment_minutes=minutes, segment_from_mib=0)
         opened = [candidate for unit in source.units() for candidate in source.open(*unit)]
-        assert (len(opened) > 2) == bool(segment_mib)
+        assert (len(opened) > 2) == bool(minutes)
         step = Shots(SceneDetect(), min_seconds=0)
         shots = [shot for outcomes in step(opened) for shot in outcomes if isinstance(shot, Candidate)]
         placed = {shot.span[0]: shot.subjects[0].frame for shot in shots if shot.subjects[0].box}
@@ -185,8 +199,8 @@ class TestWhole:
         ]
     )
 
-    def curated(self, folder: Path, out: Path, segment_mib: float) -> tuple[Curation, dict[str, bytes]]:
-        source = VideoFolder(str(folder), "films", "CC0", segment_mib=segment_mib)
+    def curated(self, folder: Path, out: Path, minutes: float) -> tuple[Curation, dict[str, bytes]]:
+        source = VideoFolder(str(folder), "films", "CC0", segment_minutes=minutes, segment_from_mib=0.01)
         run = Curation([source], self.steps(), str(out), progress=False)
         report = run.run()
         assert report.read == report.kept + report.dropped
@@ -203,7 +217,7 @@ class TestWhole:
         (folder / "a short one.mp4").write_bytes(encode_video(scene(90, 20), 25, preset="ultrafast"))
         (folder / "broken.mp4").write_bytes(b"\0" * 50_000)
         whole, expected = self.curated(folder, tmp_path / "whole", 0)
-        divided, found = self.curated(folder, tmp_path / "divided", 0.02)
+        divided, found = self.curated(folder, tmp_path / "divided", 0.16)
         assert len(expected) > 25
         assert sorted(found) == sorted(expected)
         assert found == expected
@@ -220,6 +234,18 @@ class TestWhole:
         divided.run()
         assert Path(lost).read_bytes() == before
 
-    def test_bad_sizes_of_segments_are_told(self, tmp_path):
-        with pytest.raises(UserError, match="segment_mib=-1"):
-            VideoFolder(str(tmp_path), segment_mib=-1)
+    @pytest.mark.parametrize(
+        "setting", [{"segment_minutes": -1}, {"segment_minutes": float("nan")}, {"segment_from_mib": float("nan")}]
+    )
+    def test_bad_sizes_of_segments_are_told(self, setting, tmp_path):
+        with pytest.raises(UserError, match=f"{next(iter(setting))}=.*: must be"):
+            VideoFolder(str(tmp_path), **setting)
+
+    def test_a_long_video_behind_a_url_is_divided_alike(self, film):
+        folder = f"memory://{uuid.uuid4().hex}"
+        with storage.open_atomic(f"{folder}/film.mp4") as stream:
+            stream.write(film[0].read_bytes())
+        sources = [VideoFolder(f, segment_minutes=0.1, segment_from_mib=0) for f in (folder, str(film[0].parent))]
+        there, here = ([(id, payload["segment"]) for id, payload in source.units()] for source in sources)
+        assert [segment for _, segment in there] == [segment for _, segment in here]
+        assert len(there) > 3

@@ -176,7 +176,9 @@ class Candidate:
         return replace(self, scores={**self.scores, **scores})
 
     def dropped(self, step: str, reason: str, detail: str = "") -> Dropped:
-        """This candidate, dropped."""
+        """This candidate, dropped; of a segment, which one."""
+        if self.segment is not None:
+            detail = f"{detail} (segment {self.segment})".lstrip()
         return Dropped(self.source, self.video, self.key, step, reason, detail)
 
 

@@ -1,7 +1,7 @@
 """Long videos in segments: units of their own, so that a film is worked on by many and goes on where it was stopped.
 
 Segments tile the frames. A shot belongs to the one that it begins in, which looks beyond its end for the shot's, so
-that shots come out as they do of the whole. Where one goes on for more than `LONGEST_AFTER` frames behind a border, it
+that shots come out as they do of the whole. Where one goes on behind a border for more than a quarter of a segment, it
 is ended there and another begins: a lecture of one shot is as many as it has segments. What is decided at a border
 depends on the frames around it alone, so that both sides decide alike without knowing of one another.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LONGEST_AFTER = 1500  # frames: a minute of film
 LEAD = 200  # frames before a segment from which shots are looked for: detectors remember less
 LATE = 250  # frames by which they may be late with what they find
 STEP = 50  # LEAD begins at multiples of it, as TransNetV2's windows do over the whole file
@@ -27,10 +26,14 @@ class Segment(NamedTuple):
         """[first, end) of its frames."""
         return frames * self.number // self.total, frames * (self.number + 1) // self.total
 
+    def reach(self, frames: int) -> int:
+        """How many frames a shot may go on behind a border and stay whole; the same for all segments of a file."""
+        return frames // self.total // 4
+
     def look(self, frames: int) -> tuple[int, int]:
         """[first, end) of the frames that tell where its shots are."""
         first, end = self.span(frames)
-        return max(0, first - LEAD) // STEP * STEP, min(frames, end + LONGEST_AFTER + LATE)
+        return max(0, first - LEAD) // STEP * STEP, min(frames, end + self.reach(frames) + LATE)
 
     def __str__(self) -> str:
         return f"{self.number + 1} of {self.total}"
@@ -54,21 +57,21 @@ def shot_edges(found: Sequence[Transition], segment: Segment, frames: int) -> li
         frames: of the file.
     """
     first, end = segment.span(frames)
-    edges = [Transition(first, first)] if not first or _ended(found, first, frames) else []
+    reach = segment.reach(frames)
+
+    def behind(border: int) -> Transition | None:
+        """The first transition to a shot that begins at the border or behind it, if it is near enough."""
+        near = next((transition for transition in found if transition.start >= border), None)
+        return near if near is not None and near.end <= border + reach else None
+
+    def is_ended(border: int) -> bool:
+        """Whether the shot at the border is ended by it."""
+        return behind(border) is None and frames > border + reach
+
+    edges = [Transition(first, first)] if not first or is_ended(first) else []
     edges += [transition for transition in found if first <= transition.start < end]
     if not edges:
         return []
-    if end == frames or _ended(found, end, frames):
+    if end == frames or is_ended(end):
         return [*edges, Transition(end, end)]
-    return [*edges, _behind(found, end) or Transition(frames, frames)]
-
-
-def _behind(found: Sequence[Transition], border: int) -> Transition | None:
-    """The first transition to a shot that begins at the border or behind it, if it is near enough."""
-    first = next((transition for transition in found if transition.start >= border), None)
-    return first if first is not None and first.end <= border + LONGEST_AFTER else None
-
-
-def _ended(found: Sequence[Transition], border: int, frames: int) -> bool:
-    """Whether the shot at the border is ended by it."""
-    return _behind(found, border) is None and frames > border + LONGEST_AFTER
+    return [*edges, behind(end) or Transition(frames, frames)]

@@ -52,7 +52,7 @@ class Shots(Step):
     pictures around it, whatever the detector, and belong to neither shot, as do short dissolves where one is found.
 
     A candidate that came with a span (OpenS2V-5M's `cut`) is taken to be one shot. Of a segment of a long video the
-    shots are those that begin in it (`idc.curate.segments`); a shot may reach beyond its end. meta["shots"] has number
+    shots are those that begin in it, whole unless they are very long (`idc.curate.segments`). meta["shots"] has number
     and count of the shot within the candidate, and which of its edges are soft. A subject with a box stays with the
     shot that has its frame.
     """
@@ -102,7 +102,7 @@ class Shots(Step):
             return self._shot(candidate.changed(span=(first, end)), {"given": True})
         edges = self._edges(candidate, first, end)
         if not edges:
-            return candidate.dropped(self.name, "no shot begins in the segment", f"segment {candidate.segment}")
+            return candidate.dropped(self.name, "no shot begins in the segment")
         shots: list[Outcome] = []
         counted = counted_ranks(candidate)
         for number, (before, after) in enumerate(pairwise(edges)):

@@ -94,7 +94,9 @@ class Windows(Step):
         return [self._window(candidate, start, ticks[start : start + length]) for start in starts]
 
     def _window(self, candidate: Candidate, start: int, ranks: list[int]) -> Outcome:
-        key = part_key(candidate.key, start)
+        # Segments have one key until `Shots` has told their shots apart.
+        whole = candidate.segment is None
+        key = part_key(candidate.key if whole else part_key(candidate.key, span_of(candidate)[0]), start)
         repeated = len(ranks) - len(set(ranks))
         if repeated > MAX_REPEATED * len(ranks):
             detail = f"{repeated} of {len(ranks)} frames would repeat the one before at {self.fps:g} fps"

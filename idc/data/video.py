@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -82,6 +82,18 @@ def probe(source: VideoSource) -> VideoInfo:
         if count > 1 and times and times[-1] > times[0]:
             rate = (count - 1) / (times[-1] - times[0])
         return VideoInfo(count, rate, height, width, times, tuple(keys), truncated)
+
+
+def stated_seconds(source: IO[bytes] | str) -> float:
+    """How long a video is by its header, which may be wrong; 0 where there is none. Reads no more than the header, of
+    a file or of what can be sought in."""
+    import av
+
+    try:
+        with av.open(source, "r") as container:
+            return (container.duration or 0) / av.time_base
+    except (av.FFmpegError, OSError, ValueError):
+        return 0.0
 
 
 def decode_video(

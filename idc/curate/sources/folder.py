@@ -11,10 +11,13 @@ from typing import Any
 from idc.curate.candidate import Candidate, Dropped, Outcome, Source, key_of
 from idc.curate.plan import SEGMENT
 from idc.curate.segments import Segment
-from idc.curate.sources.listing import may_be_video, walk
+from idc.curate.sources.listing import File, may_be_video, walk
 from idc.curate.sources.sidecars import Licences, SidecarError, unit_of, with_sidecars
 from idc.data import storage
+from idc.data.video import stated_seconds
 from idc.errors import UserError
+
+SHORTEST = 0.01  # minutes of a segment
 
 
 class VideoFolder(Source):
@@ -31,12 +34,16 @@ class VideoFolder(Source):
             these in the folder (or anywhere: a path or URL); the first pattern that fits counts.
         patterns: relative paths that are taken ("*.mp4", "2024/*"); all by default.
         leave_out: a local folder below `path` that is not looked into, such as that of the shards.
-        segment_mib: a file of more than so many MiB is taken in segments of at most that, each a unit
-            (`idc.curate.segments`): what a killed run does again, and what workers share, of a long video. 0 takes
-            every file whole.
+        segment_minutes: a video that its header says is at least twice as long is taken in segments of at least that,
+            each a unit (`idc.curate.segments`): what a killed run does again, and what workers share, of a long video.
+            0 takes every file whole.
+        segment_from_mib: files of fewer MiB are taken whole, and not opened while the folder is listed.
+
+    A video behind a URL is fetched whole by each worker that takes a segment of it. A damaged frame costs the shots of
+    its segment.
 
     Raises:
-        UserError: for patterns of another form, or less than 0 MiB.
+        UserError: for patterns of another form, or sizes that are none.
     """
 
     def __init__(
@@ -47,26 +54,32 @@ class VideoFolder(Source):
         licences: Mapping[str, str] | str = "",
         patterns: Sequence[str] = (),
         leave_out: str = "",
-        segment_mib: float = 128.0,
+        segment_minutes: float = 5.0,
+        segment_from_mib: float = 64.0,
     ) -> None:
-        if segment_mib < 0:
-            raise UserError(f"segment_mib={segment_mib:g}: must be 0 (every file whole) or more")
+        if segment_minutes and not SHORTEST <= segment_minutes < math.inf:
+            raise UserError(
+                f"segment_minutes={segment_minutes:g}: must be 0 (every file whole) or at least {SHORTEST:g}"
+            )
+        if not segment_from_mib >= 0:
+            raise UserError(f"segment_from_mib={segment_from_mib:g}: must be 0 or more")
         if isinstance(patterns, str):
             raise UserError(f"patterns={patterns!r}: a list of patterns is wanted, such as [{patterns!r}]")
         # What begins with _ is not in `describe`: the folder may be moved while a collection is made of it.
         self._path, self._leave_out = str(path), str(leave_out)
         self.name, self.licence, self.patterns = name, licence, tuple(patterns)
-        self.licences, self.segment_mib = Licences(licences, self._path), segment_mib
+        self.licences = Licences(licences, self._path)
+        self.segment_minutes, self.segment_from_mib = segment_minutes, segment_from_mib
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """A unit for each file that may be a video, several for a large one."""
+        """A unit for each file that may be a video, several for a long one."""
         found = False
         for files in walk(self._path, self._leave_out):
             sizes = {file.path: file.size for file in files}
             for file in files:
                 if may_be_video(PurePosixPath(file.path).name) and self._wanted(file.path):
                     found = True
-                    yield from self._segments(file.size, *unit_of(file, sizes))
+                    yield from self._segments(file, *unit_of(file, sizes))
         if not found:
             wanted = f" that fit {', '.join(self.patterns)}" if self.patterns else ""
             raise UserError(f"path={self._path}: no video files{wanted} in it")
@@ -86,13 +99,25 @@ class VideoFolder(Source):
         except SidecarError as error:
             yield candidate.dropped("source", "side-car cannot be read", str(error))
 
-    def _segments(self, size: int, id: str, payload: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        count = math.ceil(size / (self.segment_mib * 2**20)) if self.segment_mib else 1
-        if count <= 1 or "problem" in payload:
+    def _segments(self, file: File, id: str, payload: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        count = 1
+        if self.segment_minutes and file.size >= max(1.0, self.segment_from_mib * 2**20) and "problem" not in payload:
+            count = int(self._stated_seconds(file) // (60 * self.segment_minutes))
+        if count <= 1:
             yield id, payload
             return
         for number in range(count):
             yield f"{id}#{number + 1}-{count}", {**payload, SEGMENT: [number, count]}
+
+    def _stated_seconds(self, file: File) -> float:
+        place = storage.join(self._path, file.path)
+        if not storage.is_url(place):
+            return stated_seconds(place)
+        try:
+            with storage.open_read(place) as stream:
+                return stated_seconds(stream)
+        except Exception:  # every file system behind fsspec has its own; the worker that fetches it tells
+            return 0.0
 
     def _wanted(self, path: str) -> bool:
         return not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)

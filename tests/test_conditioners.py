@@ -194,6 +194,13 @@ def test_qwen_caps_the_tokens_of_a_reference(qwen_root, area):
     assert 1 <= inputs["mm_token_type_ids"].sum() <= area
 
 
+def test_qwen_takes_slivers_too(qwen):
+    """What training may meet: its processor refuses more than 200 to 1."""
+    tokens_BLD, mask_BL = qwen.encode(["a rope"] * 3, [images((16, 3216)), images((3216, 16)), images((1, 200))])
+    assert mask_BL.any(1).all()
+    assert tokens_BLD.isfinite().all()
+
+
 def test_qwen_references_matter_and_so_does_their_order(qwen):
     first, second = images((64, 64), (64, 64))
     pairs = [[first, second], [second, first], [first, first]]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from _coloured import ByColour, Coloured, candidate, followed, frame
+from _tiny_grounding import save_grounding_dino
 from test_curate_crops import at, moving, rules, video
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Dropped
@@ -16,7 +18,7 @@ from idc.curate.crops import FoundAgain
 from idc.curate.finding import FindingStep
 from idc.curate.grounding import Ground
 from idc.errors import UserError
-from idc.models.grounding import Query
+from idc.models.grounding import GroundingDino, Query
 
 BALL, CAR, FACE = (20, 30, 60, 70), (80, 40, 150, 90), Box(75, 12, 95, 32)
 
@@ -114,6 +116,17 @@ def test_subjects_are_found_again_as_alone_and_each_tries_its_next_best_picture(
     assert rounds[0] == 3  # each one's surest look
     assert len(rounds) > 1  # those that were not fit try on
     assert sorted(rounds, reverse=True) == rounds
+
+
+def test_what_has_a_label_without_a_word_is_not_found_again(tmp_path: Path) -> None:
+    """And stays, with the reason: its box came with it."""
+    detector = GroundingDino(save_grounding_dino(tmp_path / "dino"), threshold=0.05)
+    step = FoundAgain(detector, Coloured(), rules=rules(), gap=0.5, looks=2)
+    (subject,) = at(video(tmp_path, moving), 0, 9).subjects
+    odd = [replace(subject, name=name) for name in ("...", ".", "!?", "\N{PARTY POPPER}")]
+    ((outcome,),) = step([at(str(tmp_path / "film.mp4"), 0, 9).changed(subjects=tuple(odd))])
+    assert [s.name for s in outcome.subjects] == [s.name for s in odd]
+    assert {s.meta["no_reference"] for s in outcome.subjects} == {"not found again"}
 
 
 def test_a_fault_of_one_is_left_to_the_worker_which_tries_each_alone() -> None:

@@ -167,6 +167,16 @@ def test_the_real_classes_find_the_same_in_any_company_after_unloading_and_trave
     assert [len(name.split("(")) for name in real.models] == [2, 2]
 
 
+def test_a_label_without_a_word_is_not_found_and_the_others_are(real: Ground) -> None:
+    """As a side-car or a record of OpenS2V may hold it: data stops no run."""
+    odd = ("...", ".", "!?", "\N{PARTY POPPER}")
+    picture = list(noise(1, 48, 64, 3, seed=5))
+    kept, lost = (outcome for (outcome,) in real([candidate(picture, *odd, "red cube"), candidate(picture, *odd)]))
+    assert [subject.name for subject in kept.subjects] == ["red cube"]
+    assert kept.meta["ground"]["not found"] == list(odd)
+    assert (lost.reason, lost.detail.count("not found")) == ("no subject found", 1)
+
+
 def test_boxes_of_the_real_detector_are_its_best_ones_and_masks_lie_within(real: Ground) -> None:
     pictures = list(noise(2, 48, 64, 3, seed=5))
     outcome = one(real([candidate(pictures, "red cube")]))

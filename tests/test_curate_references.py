@@ -14,7 +14,7 @@ from _curated_people import FPS, drive, embedded, known, nods, save
 from _people import FACES, largest, photos, scene
 from _people import head as at_height
 from _sft_worker import one_thread
-from _tiny_embedders import save_clip
+from _tiny_embedders import save_clip, save_gme
 from _tiny_grounding import save_sam
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Dropped, Reference, encode_png
@@ -27,7 +27,7 @@ from idc.curate.reference_checks import CheckReferences, picture_sharpness
 from idc.curate.references import OtherMoment
 from idc.curate.windows import Cut, Windows
 from idc.errors import UserError
-from idc.models.embedders import CLIPEmbedder
+from idc.models.embedders import CLIPEmbedder, GMEEmbedder
 from idc.models.faces import Face
 from idc.models.grounding import Detection, Sam
 
@@ -414,6 +414,22 @@ def test_faces_are_embedded_by_track_by_box_and_by_reference(pair):
     same = EmbedFaces(FACES).apply(cut)
     assert isinstance(same, Candidate)
     assert np.array_equal(same.subjects[1].embedding, found.subjects[3].embedding)
+
+
+def test_a_picture_that_the_network_cannot_take_costs_its_subject_or_reference_alone(tmp_path):
+    step = EmbedSubjects(GMEEmbedder(str(save_gme(tmp_path / "gme")), 4, 16, dtype="float32"))
+    sliver, square = (Reference(encode_png(np.zeros(size, np.uint8))) for size in ((2, 500, 3), (9, 9, 3)))
+    subjects = (
+        CuratedSubject("rope", "object", box=Box(0, 1, 500, 2), references=(square,)),
+        CuratedSubject("car", "object", box=Box(0, 0, 40, 30), references=(sliver, square)),
+    )
+    clip = np.zeros((1, 40, 500, 3), np.uint8)
+    ((found,),) = step([Candidate("k", "here", "v", "nowhere.mp4", clip=clip, subjects=subjects)])
+    rope, car = found.subjects
+    assert (rope.embedding, rope.references) == (None, (square,))
+    assert "500 x 1 pixels" in rope.meta["no_embedding"]
+    assert car.embedding is not None
+    assert [reference.similarity is None for reference in car.references] == [True, False]
 
 
 @one_thread()  # as the engine runs it

@@ -331,6 +331,21 @@ def test_a_head_that_the_hub_does_not_give_is_named(saved, monkeypatch, tmp_path
         AestheticPredictor("owner/name/head.pth", CLIPEmbedder(str(saved / "clip"))).load()
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "fits"), [(1, 300, False), (300, 1, False), (30, 5990, False), (1, 9, True)]
+)
+def test_a_sliver_has_no_vector_by_gme_and_says_so_before(saved, height, width, fits):
+    """5990 x 30 is within the limit of 200, and past it once it is rounded to whole tokens, 5992 x 28."""
+    embedder, picture = gme(saved), np.zeros((height, width, 3), np.uint8)
+    assert (embedder.unfit(picture) == "") == fits
+    if fits:
+        assert embedder.embed_images([picture]).isfinite().all()
+    else:
+        assert f"{width} x {height} pixels" in embedder.unfit(picture)
+        with pytest.raises(UserError, match=f"{width} x {height} pixels: .*aspect ratio"):
+            embedder.embed_images([picture])
+
+
 def test_a_model_that_does_not_embed_both_and_wrong_settings_are_named(saved, tmp_path):
     for file in (saved / "clip").iterdir():
         (tmp_path / file.name).symlink_to(file)

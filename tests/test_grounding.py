@@ -11,7 +11,7 @@ import torch
 from _tiny_grounding import noise, save_all, save_grounding_dino, save_owlv2, save_sam
 
 from idc.errors import UserError
-from idc.models.grounding import Detection, GroundingDino, Owlv2ByPicture, Sam, best_boxes
+from idc.models.grounding import Detection, GroundingDino, Owlv2ByPicture, Query, Sam, best_boxes
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,23 @@ def test_grounding_dino_is_transformers_own(folder: Path) -> None:
         assert [box.score for box in boxes] == pytest.approx(expected["scores"][order].tolist(), abs=1e-5)
         counts.add(len(boxes))
     assert max(counts) > 1
-    with pytest.raises(UserError, match="needs a word"):
-        GroundingDino(str(path)).detect(pictures, " . ", pictures[0])
+
+
+ODD_LABELS = ("", " . ", "...", "!?", "- ,", "\N{PARTY POPPER}", "\N{HEAVY BLACK HEART}\ufe0f", "\x00", "\u0301")
+
+
+def test_a_label_without_a_word_is_of_nothing_and_changes_no_others_boxes(folder: Path) -> None:
+    """And one of a tokenizer's own marks, or of another script, is a label as any."""
+    dino = GroundingDino(str(folder / "dino"), threshold=0.05, batch=4)
+    picture = noise(40, 64, 3)
+    worded = ["red ball", "[SEP]", "[PAD] [UNK]", "\u8bcd", "7", "a. b", "...cat"]
+    mixed = [label for pair in zip(ODD_LABELS, worded, strict=False) for label in pair] + list(ODD_LABELS)
+    found = dino.detect_each([Query(picture, label, picture) for label in mixed])
+    assert [boxes for label, boxes in zip(mixed, found, strict=True) if label in ODD_LABELS] == [[]] * 16
+    alone = dino.detect_each([Query(picture, label, picture) for label in worded])
+    assert [boxes for label, boxes in zip(mixed, found, strict=True) if label not in ODD_LABELS] == alone
+    assert all(alone)
+    assert dino.detect([picture] * 2, "...", picture) == [[], []]
 
 
 def test_owlv2_by_picture_is_transformers_image_guided_detection(folder: Path) -> None:

@@ -302,6 +302,8 @@ def test_what_cannot_be_scored_is_a_failure_with_its_reason() -> None:
     known = NexusScore("paper", ColourVectors(), grounding=False)
     assert benchmark.score(nobody).reason == "no reference to look for"
     assert benchmark.score(nameless).reason == "reference 2 has no name to look for"
+    pointless = Clip("a", frames, references=(plain(RED, "..."),))
+    assert benchmark.score(pointless).reason == "reference 1 has no name to look for"
     assert known.score(nameless).reason == "the clip has no masks, and there is no grounding to find any"
 
     class Broken(ColourVectors):

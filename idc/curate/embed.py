@@ -99,7 +99,9 @@ class EmbedSubjects(Step):
     """Embeds what a picture tells apart: objects, clothes, places. Crops are laid on grey outside their masks.
 
     References that nobody compared get their similarity to it. Pictures go through the network in batches of one size,
-    the last one filled up, so that a picture's numbers do not depend on how many come with it.
+    the last one filled up, so that a picture's numbers do not depend on how many come with it. A picture that the
+    network cannot take, such as a sliver, has no vector: the reason is in the subject's meta["no_embedding"], and a
+    reference stays one that nobody compared.
     """
 
     heavy = True
@@ -140,14 +142,22 @@ class EmbedSubjects(Step):
             except VideoError as error:
                 jobs.append([])
                 dropped[n] = candidate.dropped(self.name, "unreadable video", str(error))
-        vectors = iter(self._vectors([picture for job in jobs for _, pictures in job for picture in pictures]))
+        every = [picture for job in jobs for _, pictures in job for picture in pictures]
+        reasons = [self.embedder.unfit(picture) for picture in every]
+        known = iter(self._vectors([picture for picture, reason in zip(every, reasons, strict=True) if not reason]))
+        vectors = iter([(None if reason else next(known), reason) for reason in reasons])
         name = model_version(self.embedder)
         outcomes: list[Sequence[Outcome]] = []
         for n, (candidate, job) in enumerate(zip(candidates, jobs, strict=True)):
             subjects = list(candidate.subjects)
             for number, pictures in job:
-                own, *others = (next(vectors) for _ in pictures)
-                subjects[number] = _compared(replace(subjects[number], embedding=own, embedder=name), others, name)
+                (own, reason), *others = (next(vectors) for _ in pictures)
+                subject = subjects[number]
+                if own is None:
+                    subjects[number] = replace(subject, meta={**subject.meta, REASON: reason})
+                    continue
+                compared = [vector for vector, _ in others]
+                subjects[number] = _compared(replace(subject, embedding=own, embedder=name), compared, name)
             outcomes.append([dropped.get(n) or candidate.changed(subjects=tuple(subjects))])
         return outcomes
 

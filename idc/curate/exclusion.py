@@ -191,6 +191,9 @@ class Exclude(CollectionStep):
                 yield embedder_name(self.faces), (np.stack([v for _, v in faces]), [id for id, _ in faces])
         if self.embedder is not None and pictures:
             self.embedder.load("cuda" if torch.cuda.is_available() else "cpu")
+            for id, picture in pictures:
+                if reason := self.embedder.unfit(picture):
+                    raise UserError(f"exclude: item {id!r}: {reason}")
             vectors = self.embedder.embed_images([picture for _, picture in pictures]).numpy()
             name = model_version(self.embedder)
             self.embedder.unload()

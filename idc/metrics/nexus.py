@@ -26,7 +26,7 @@ from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
 from idc.metrics.gme import INSTRUCTION
 from idc.metrics.total import PROTOCOLS
 from idc.models.embedders import CLIPEmbedder, GMEEmbedder, ImageTextEmbedder
-from idc.models.grounding import Detector, GroundedMasks, Owlv2ByPicture
+from idc.models.grounding import Detector, GroundedMasks, Owlv2ByPicture, has_word
 
 BOX = 0.5  # confidence from which a frame counts as one with a box
 CONFIDENCE, LABEL_MATCH = 0.6, 0.30  # what a box needs to be compared with the reference
@@ -159,7 +159,7 @@ class NexusScore(VideoMetric):
         if not self.applies(clip):
             return Score.failed("no reference to look for")
         known = self.paper and not self.grounding
-        nameless = [k + 1 for k, (reference, label) in enumerate(self._looked_for(clip)) if not label.strip()]
+        nameless = [k + 1 for k, (reference, label) in enumerate(self._looked_for(clip)) if not has_word(label)]
         if nameless and not known:
             return Score.failed(f"reference {nameless[0]} has no name to look for")
         if known and clip.masks_TNHW is None:

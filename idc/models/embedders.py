@@ -26,15 +26,21 @@ class ImageTextEmbedder(Pretrained):
     def models(self) -> tuple[str, ...]:
         return (self.name,)
 
+    def unfit(self, picture: Picture) -> str:
+        """Why there is no vector of a picture; "" where there is one."""
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+            return f"picture: {picture.dtype} of shape {picture.shape}; must be uint8 [H, W, 3]"
+        return ""
+
     def embed_images(self, pictures: Sequence[Picture]) -> Tensor:
         """Unit vectors, float32 `[N, D]` on the CPU, of RGB uint8 pictures `[H, W, 3]` of any sizes.
 
         Raises:
-            UserError: for a picture of another type or shape, or weights that are missing.
+            UserError: for a picture that is `unfit`, or weights that are missing.
         """
         for picture in pictures:
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-                raise UserError(f"picture: {picture.dtype} of shape {picture.shape}; must be uint8 [H, W, 3]")
+            if reason := self.unfit(picture):
+                raise UserError(reason)
         return self._unit(self._embed_images, pictures)
 
     def embed_texts(self, texts: Sequence[str], instruction: str = "") -> Tensor:
@@ -198,6 +204,20 @@ class GMEEmbedder(ImageTextEmbedder):
         prompts = [gme_prompt(text, instruction or _SILENT_INSTRUCTION) for text in texts]
         return torch.cat([self._last_hidden(self._ids(prompt)[: self.max_length]) for prompt in prompts])
 
+    def unfit(self, picture: Picture) -> str:
+        """As of any embedder; a picture is also unfit where one side is more than 200 times the other."""
+        if reason := super().unfit(picture):
+            return reason
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        height, width = picture.shape[:2]
+        try:
+            with self.inference():
+                smart_resize(*self._size(height, width))  # rounded, it may be past the limit, and is resized again
+        except ValueError as error:
+            return f"picture of {width} x {height} pixels: {error}"
+        return ""
+
     def _embed_images(self, pictures: Sequence[Picture]) -> Tensor:
         return torch.cat([self._embed_image(picture) for picture in pictures])
 
@@ -212,16 +232,16 @@ class GMEEmbedder(ImageTextEmbedder):
 
     def _resized(self, picture_HWC: Picture) -> Picture:
         from PIL import Image
+
+        height, width = self._size(*picture_HWC.shape[:2])
+        return np.asarray(Image.fromarray(picture_HWC).resize((width, height), Image.Resampling.BICUBIC))
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in whole tokens. Raises ValueError where one side is more than 200 times the other."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        height, width = picture_HWC.shape[:2]
         factor = self._images.patch_size * self._images.merge_size
-        limits = {"min_pixels": 4 * factor**2, "max_pixels": 16384 * factor**2}
-        try:
-            height, width = smart_resize(height, width, factor, **limits)
-        except ValueError as error:
-            raise UserError(f"picture of {width} x {height} pixels: {error}") from None
-        return np.asarray(Image.fromarray(picture_HWC).resize((width, height), Image.Resampling.BICUBIC))
+        return smart_resize(height, width, factor, min_pixels=4 * factor**2, max_pixels=16384 * factor**2)
 
     def _ids(self, prompt: str) -> list[int]:
         return self._tokenizer(prompt, add_special_tokens=False).input_ids

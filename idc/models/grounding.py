@@ -95,7 +95,8 @@ class Detector(Pretrained):
 
 
 class GroundingDino(Detector):
-    """GroundingDINO, which looks for the label; a box's confidence is that of its best word.
+    """GroundingDINO, which looks for the label; a box's confidence is that of its best word. A label without a word
+    (`has_word`), such as "..." or an emoji, is of nothing: there are no boxes for it.
 
     Queries go together whose pictures the image processor makes of one size: padding would change what Swin's windows
     and the group norms behind it see, and boxes by whole pixels. Shorter labels are padded, which is masked everywhere
@@ -134,13 +135,15 @@ class GroundingDino(Detector):
         self._model = load_model(GroundingDinoForObjectDetection, self.path, self.weights, self.dtype)
 
     def detect_each(self, queries: Sequence[Query]) -> list[list[Detection]]:
-        phrases = [_phrase(query.label) for query in queries]
-        found: dict[int, list[Detection]] = {}
+        asked = [place for place, query in enumerate(queries) if has_word(query.label)]
+        worded = [queries[place] for place in asked]
+        found: list[list[Detection]] = [[] for _ in queries]
         with self.inference():
-            for rows in self._batches(queries):
-                boxes = in_batches(rows, self.batch, lambda rows: self._detect(rows, queries, phrases))
-                found.update(zip((place for place, _ in rows), boxes, strict=True))
-        return [found[place] for place in range(len(queries))]
+            for rows in self._batches(worded):
+                boxes = in_batches(rows, self.batch, lambda rows: self._detect(rows, worded))
+                for (number, _), few in zip(rows, boxes, strict=True):
+                    found[asked[number]] = few
+        return found
 
     def _batches(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Any]]]:
         """(place of a query, inputs of its picture) of those that go through the network at once: of one size, those of
@@ -156,15 +159,15 @@ class GroundingDino(Detector):
                 waiting.setdefault(size, []).extend(rows)
         yield from waiting.values()
 
-    def _detect(
-        self, rows: Sequence[tuple[int, Any]], queries: Sequence[Query], phrases: Sequence[str]
-    ) -> list[list[Detection]]:
+    def _detect(self, rows: Sequence[tuple[int, Any]], queries: Sequence[Query]) -> list[list[Detection]]:
         different = {id(inputs): inputs for _, inputs in rows}
         numbers = [list(different).index(id(inputs)) for _, inputs in rows]
         pixels = torch.cat([inputs["pixel_values"] for inputs in different.values()]).to(self.device, self.dtype)
         mask = torch.cat([inputs["pixel_mask"] for inputs in different.values()]).to(self.device)
         cut = {"truncation": True, "max_length": self._model.config.max_text_len, "return_token_type_ids": True}
-        text = self._tokenizer([phrases[place] for place, _ in rows], padding=True, return_tensors="pt", **cut)
+        # As it was trained on labels: in lower case, with a full stop.
+        phrases = [" ".join(queries[place].label.lower().split()).rstrip(". ") + "." for place, _ in rows]
+        text = self._tokenizer(phrases, padding=True, return_tensors="pt", **cut)
         with each_picture_once(self._model.model.backbone, numbers):
             output = self._model(pixel_values=pixels[numbers], pixel_mask=mask[numbers], **text.to(self.device))
         found = []
@@ -350,12 +353,9 @@ def check_batch(batch: int) -> int:
     return batch
 
 
-def _phrase(label: str) -> str:
-    """A label as GroundingDINO was trained on them: in lower case, with a full stop."""
-    words = " ".join(label.lower().split()).rstrip(". ")
-    if not words:
-        raise UserError(f"label={label!r}: GroundingDINO needs a word to look for")
-    return f"{words}."
+def has_word(label: str) -> bool:
+    """Whether there is a letter or a digit in a label, of any script: something that can be looked for."""
+    return any(character.isalnum() for character in label)
 
 
 def corners(boxes_N4: Tensor) -> Tensor:

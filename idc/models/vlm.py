@@ -31,6 +31,7 @@ from idc.models.frozen import (
     torch_dtype,
     weights_identity,
 )
+from idc.pictures import resize
 
 
 class VLMConditioner(Frozen):
@@ -73,6 +74,7 @@ class VLMConditioner(Frozen):
 
 
 SYSTEM = "Describe each reference subject, and how the text asks it to look, act and meet the others in the video."
+MOST_ASPECT = 200  # of a picture's sides, by Qwen's image processor
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -92,7 +94,8 @@ def qwen_prompt(caption: str, references: int) -> tuple[str, str]:
 class QwenVLConditioner(VLMConditioner):
     """Qwen2.5-VL's last hidden states (3584 wide at 7B, after the final norm) over `qwen_prompt`'s body.
 
-    The paper names the model and not the prompt: the prompt is ours.
+    The paper names the model and not the prompt: the prompt is ours. A reference of which one side is more than 200
+    times the other is squeezed to that, the most that the model's image processor takes.
 
     Args:
         path: a folder saved with save_pretrained (model, tokenizer), or a hub id.
@@ -177,7 +180,7 @@ class QwenVLConditioner(VLMConditioner):
         head, body = qwen_prompt(caption, len(references))
         inputs: dict[str, Tensor] = {}
         if references:
-            images = [((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte() for image in references]
+            images = [((_widened(image).clamp(-1, 1) + 1) * 127.5).round().byte() for image in references]
             inputs = dict(self._images(images=[image.numpy() for image in images], return_tensors="pt"))
             merge = self._images.merge_size**2
             head_and_tail = body.split("<|image_pad|>")
@@ -199,6 +202,13 @@ class QwenVLConditioner(VLMConditioner):
         inputs, head = self.inputs(caption, references)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return self._model(**inputs, use_cache=False).last_hidden_state[0, head:]
+
+
+def _widened(image_CHW: Tensor) -> Tensor:
+    """The reference in float32 on the CPU; a sliver, which Qwen's processor refuses, with its short side enlarged."""
+    longest = max(image_CHW.shape[1:])
+    height, width = (max(side, math.ceil(longest / MOST_ASPECT)) for side in image_CHW.shape[1:])
+    return resize(image_CHW[None].float().cpu(), height, width)[0]
 
 
 class ToyVLM(VLMConditioner):

@@ -36,6 +36,7 @@ _NO_CLASS = re.compile(r"has no attribute|No module named|not correspond to a su
 _NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']+)'")
 _WORDS = {
     "bool": "true or false",
+    "collections.abc.Sequence": "a list",
     "dict": "a mapping",
     "float": "a number",
     "int": "a whole number",

@@ -558,6 +558,8 @@ def test_the_command_says_what_there_is_to_do_and_then_does_it(
         (["--limit", "0"], "limit=0: must be at least 1"),
         (["--max_failure_rate", "2"], "max_failure_rate=2.0: must be in [0, 1]"),
         (["--sources", "[]"], "sources: none is given"),
+        (["--steps.size", "3"], "--steps.size: steps is a list, whose items have no settings on the command line"),
+        (["--sources.count=3"], "the recipe has it in common: write --common.count VALUE"),
     ],
 )
 def test_a_wrong_recipe_is_answered_in_one_line(
@@ -567,6 +569,41 @@ def test_a_wrong_recipe_is_answered_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("idc: error: ")
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("class_path: _curate.Cut, init_args: {sise: 8}", "(Cut): there is no setting 'sise'; did you mean 'size'?"),
+        (
+            "class_path: idc.curate.faces.PeopleInWindow, init_args: {max_people: tall}",
+            "(PeopleInWindow): max_people: 'tall' is not a whole number",
+        ),
+        (
+            "class_path: idc.curate.filters.MotionFilter, init_args: {motion: [2, 1]}",
+            "(MotionFilter): motion=[2.0, 1.0]",
+        ),
+        ("class_path: _curate.Cutt", "(Cutt): there is no class '_curate.Cutt'; did you mean '_curate.Cut'?"),
+        (
+            "class_path: idc.curate.embed.EmbedSubjects, init_args: {embedder: '${common.clip}'}",
+            "(EmbedSubjects): there is no setting 'common.clip.init_args.pth'; "
+            "did you mean 'common.clip.init_args.path'?",
+        ),
+    ],
+)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_wrong_item_of_a_list_is_named_by_number_and_class(
+    added: bool, item: str, words: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one that an overlay or the command line adds, the class alone: it has no number in any file."""
+    overlay = tmp_path / "overlay.yaml"
+    clip = "{class_path: idc.models.embedders.CLIPEmbedder, init_args: {pth: x}}"
+    steps = f"[{{class_path: _curate.Cut}}, {{{item}}}]"
+    overlay.write_text(f"common: {{clip: {clip}}}\n" + ("" if added else f"steps: {steps}\n"))
+    more = [f"--steps+={{{item}}}"] if added else []
+    assert main(["curate", "--config", str(recipe), "--config", str(overlay), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"idc: error: steps{'' if added else ', number 2'} {words}")
 
 
 def test_help_shows_the_settings_and_those_of_a_recipes_own_classes(

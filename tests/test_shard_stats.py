@@ -195,6 +195,15 @@ def test_the_command_prints_tables_writes_figures_and_gives_json(out, tmp_path, 
     assert main(["shards", "stats", str(out), "--json", "--buckets", str(recipe)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert sum(row["samples"] for row in told["buckets"] if "bucket" in row) == 4
+    bare = "steps: [{class_path: idc.curate.checks.DecodeCheck}, {class_path: idc.curate.windows.Cut, init_args: %s}]"
+    for text in (
+        "common: {buckets: [[9, 48, 64]]}",
+        "common: {buckets: [[9, 48, 64]]}\n" + bare % "{buckets: '${common.buckets}'}",
+        "common: {buckets: [[5, 16, 16]]}\n" + bare % "{buckets: [[9, 48, 64]]}",
+    ):
+        recipe.write_text(text)
+        assert main(["shards", "stats", str(out), "--json", "--buckets", str(recipe)]) == 0
+        assert json.loads(capsys.readouterr().out)["buckets"] == told["buckets"]
     assert main(["shards", "stats", str(out / "train")]) == 0
     assert "counts.json says: read 8 = kept 5 + dropped 3; not all of it" in capsys.readouterr().out
 

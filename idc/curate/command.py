@@ -68,7 +68,9 @@ def parse(args: Sequence[str]) -> Curation | None:
     """
     import idc.curate.ray  # noqa: F401  # so that its executor is among the choices that messages name
     from idc.curate.engine import Curation
+    from idc.curate.list_faults import blamed, check_no_inner
 
+    check_no_inner(args)
     parser = _Parser(prog=f"idc {COMMAND}", parser_mode="omegaconf+", allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--common", type=dict[str, Any], default={}, help="values for ${common.NAME} in the recipe")
@@ -83,13 +85,14 @@ def parse(args: Sequence[str]) -> Curation | None:
         settings = parser.parse_args([f"--executor={DEFAULT_EXECUTOR}", *args, *common])
         made = parser.instantiate_classes(settings)
     except UserError as error:
-        raise UserError(finish(str(error), COMMAND, tree, _names())) from error
+        raise UserError(blamed(args, tree, COMMAND) or finish(str(error), COMMAND, tree, _names())) from error
     except OmegaConfBaseException as error:
         raise UserError(f"interpolation: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         if "Does not validate" not in str(error):
             raise
-        raise UserError(finish(explain(str(error)), COMMAND, tree, _names())) from None
+        told = blamed(args, tree, COMMAND) or finish(explain(str(error)), COMMAND, tree, _names())
+        raise UserError(told) from None
     except SystemExit as end:
         if end.code:
             raise

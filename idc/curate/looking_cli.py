@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def add_stats(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RECIPE.yaml",
-        help="what each bucket of this recipe keeps and drops and why; give overlays by repeating it",
+        help="what each bucket of this recipe (of training or curation) keeps and drops and why; give overlays by repeating it",
     )
     add(
         "--role",
@@ -106,7 +106,8 @@ def _page(arguments: argparse.Namespace) -> int:
 
 
 def _buckets(recipes: Sequence[str]) -> tuple[Any, int]:
-    """The rule and the batch size of a recipe's data module; (None, 1) without a recipe."""
+    """The rule and the batch size of a recipe: its data module's, or of a recipe of curation its buckets with a batch
+    size of 1; (None, 1) without a recipe."""
     from idc.data.buckets import BucketRule
     from idc.recipes import merged
 
@@ -115,13 +116,30 @@ def _buckets(recipes: Sequence[str]) -> tuple[Any, int]:
     settings = merged([part for path in recipes for part in ("--config", path)])
     data = settings.get("data")
     data = data.get("init_args", data) if isinstance(data, dict) else {}
-    if not isinstance(data, dict) or not data.get("buckets"):
-        raise UserError(f"--buckets {' '.join(recipes)}: names no data.init_args.buckets, such as [[81, 480, 832]]")
+    buckets = isinstance(data, dict) and data.get("buckets")
+    if not buckets:
+        buckets, data = _of_curation(settings), {}
+    if not buckets:
+        raise UserError(
+            f"--buckets {' '.join(recipes)}: names no data.init_args.buckets, as a recipe of training does, and no "
+            "common.buckets, as one of curation does; a list of [frames, height, width], such as [[81, 480, 832]]"
+        )
     limits = {name: data[name] for name in ("max_subjects", "max_upscale", "max_crop") if name in data}
     try:
-        return BucketRule(data["buckets"], **limits), int(data.get("batch_size", 1))
+        return BucketRule(buckets, **limits), int(data.get("batch_size", 1))
     except TypeError as error:
         raise UserError(f"--buckets {' '.join(recipes)}: {error}") from None
+
+
+def _of_curation(settings: Mapping[str, Any]) -> Any:
+    """The buckets that a recipe of curation cuts clips to, or that an overlay over one gives; None without any."""
+    steps, common = settings.get("steps"), settings.get("common")
+    for step in steps if isinstance(steps, list) else []:
+        own = step.get("init_args") if isinstance(step, dict) else None
+        buckets = own.get("buckets") if isinstance(own, dict) else None
+        if buckets and not isinstance(buckets, str):  # a string stands for what is in common
+            return buckets
+    return common.get("buckets") if isinstance(common, dict) else None
 
 
 def _role(text: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from idc.curate.candidate import Box, Candidate, Dropped
 from idc.curate.reading import look
+from idc.curate.records import settle
 from idc.curate.sources import OpenS2V5M, PairSettings, rle, streaming, to_record
 from idc.curate.sources.opens2v_record import kind_of
 from idc.curate.sources.streaming import stream_records
@@ -275,6 +276,23 @@ def test_numbers_that_are_none_are_as_good_as_missing(tmp_path):
     assert candidate.subjects[0].score == 0
     json.dumps(dict(candidate.meta), allow_nan=False)
     assert one(tmp_path, whole, min_tech=1.0).reason == "no technical score"
+
+
+@pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400])
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_numbers_that_no_float_holds_cost_what_they_stand_for(tmp_path, number, ending):
+    whole = copy.deepcopy(record())  # whose lists are shared
+    first, second, *_ = whole["annotation"]["ann_frame_data"]["annotations"]
+    whole["metadata"]["tech"] = first["gme_score"] = second["bbox"][2] = whole["metadata"]["num_frames"] = 55555
+    (tmp_path / f"r{ending}").write_text(json.dumps([whole] if ending == ".json" else whole).replace("55555", number))
+    (candidate,) = outcomes(OpenS2V5M(str(tmp_path / f"r{ending}"), str(tmp_path)))
+    assert "opens2v_tech" not in candidate.scores
+    assert [subject.name for subject in candidate.subjects] == ["woman", "person", "park"]
+    assert settle(candidate).subjects[0].score == 0
+    whole["metadata"]["face_cut"] = [3, 55555]
+    (tmp_path / f"r{ending}").write_text(json.dumps([whole] if ending == ".json" else whole).replace("55555", number))
+    (dropped,) = outcomes(OpenS2V5M(str(tmp_path / f"r{ending}"), str(tmp_path)))
+    assert dropped.reason == "no usable span"
 
 
 @pytest.mark.parametrize(

@@ -207,10 +207,15 @@ def _read(root: str, name: str) -> bytes:
 
 
 def _json(data: bytes) -> Any:
+    """NaN and the infinities, which are no JSON, are None, and so is a number that a float cannot hold."""
     try:
-        return json.loads(data, parse_constant=lambda _: None)  # NaN and the infinities are no JSON
-    except ValueError:
+        return json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+    except (ValueError, RecursionError):
         return None
+
+
+def _finite(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None
 
 
 def _pick(entries: Iterator[Entry], wanted: Sequence[int]) -> Iterator[Entry]:
@@ -355,9 +360,12 @@ def _text(value: Any) -> str:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _box(value: Any) -> tuple[float, float, float, float] | None:

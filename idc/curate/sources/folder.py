@@ -39,6 +39,10 @@ class VideoFolder(Source):
             0 takes every file whole.
         segment_from_mib: files of fewer MiB are taken whole, and not opened while the folder is listed.
 
+    A run that goes on, or into the same folder again, reads anew what `idc.curate.sources.sidecars.unit_of` gives
+    another id: a video of another size, or whose side-cars say something else. A local video that was exchanged for
+    another of equal size is not noticed, nor one behind a URL whose file system's listing has no ETag or the like.
+
     A video behind a URL is fetched whole by each worker that takes a segment of it. A damaged frame costs the shots of
     its segment.
 
@@ -72,14 +76,15 @@ class VideoFolder(Source):
         self.segment_minutes, self.segment_from_mib = segment_minutes, segment_from_mib
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """A unit for each file that may be a video, several for a long one."""
+        """A unit for each file that may be a video, several for a long one. Local side-cars are read for the ids, a
+        folder's at a time."""
         found = False
         for files in walk(self._path, self._leave_out):
-            sizes = {file.path: file.size for file in files}
+            listed = {file.path: file for file in files}
             for file in files:
                 if may_be_video(PurePosixPath(file.path).name) and self._wanted(file.path):
                     found = True
-                    yield from self._segments(file, *unit_of(file, sizes))
+                    yield from self._segments(file, *unit_of(file, listed, self._path))
         if not found:
             wanted = f" that fit {', '.join(self.patterns)}" if self.patterns else ""
             raise UserError(f"path={self._path}: no video files{wanted} in it")

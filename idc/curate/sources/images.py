@@ -90,15 +90,16 @@ class SubjectImages(Source):
         self.licences = Licences(licences, self._path)
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """A unit for each picture. Its id has the sizes of the file and of its side-cars."""
+        """A unit for each picture, with an id by `idc.curate.sources.sidecars.unit_of`: a local picture that was
+        exchanged for another of equal size is not noticed."""
         found = False
         for files in walk(self._path, self._leave_out):
-            sizes = {file.path: file.size for file in files}
+            listed = {file.path: file for file in files}
             pictures = [file for file in files if is_image(PurePosixPath(file.path).name)]
             for number, file in enumerate(pictures):
                 found = True
-                id, payload = unit_of(file, sizes)
-                yield id, {**payload, "others": [[other.path, other.size] for other in self._beside(pictures, number)]}
+                id, payload = unit_of(file, listed, self._path)
+                yield id, {**payload, "others": [list(other) for other in self._beside(pictures, number)]}
         if not found:
             raise UserError(f"path={self._path}: no pictures in it")
 
@@ -128,7 +129,7 @@ class SubjectImages(Source):
             yield candidate.dropped("source", "side-car cannot be read", str(error))
         else:
             if not candidate.subjects:
-                others = self._references([other for other, _ in payload["others"]])
+                others = self._references([path for path, *_ in payload["others"]])
                 candidate = candidate.changed(subjects=(replace(subject, references=(*others, own)),))
             yield candidate
 

@@ -40,12 +40,22 @@ NOT_VIDEOS = IMAGES | {
 NO_SUFFIX = {"LICENCE", "LICENSE", "README", "NOTICE", "Makefile", "Thumbs.db"}
 
 
+# Where listings of GCS, S3, Azure, the hub and GitHub tell one content from another; the first that is there counts.
+MARKS = ("md5Hash", "ETag", "etag", "blob_id", "xet_hash", "sha")
+
+
 class File(NamedTuple):
-    """A file of a folder: path relative to it, with /, and its size in bytes; -1 where it cannot be had (a dangling
-    link, a file removed meanwhile)."""
+    """A file of a folder.
+
+    Attributes:
+        path: relative to the folder, with /.
+        size: in bytes; -1 where it cannot be had (a dangling link, a file removed meanwhile).
+        mark: changes with the content, such as an ETag; "" where the listing has none, as that of a local folder.
+    """
 
     path: str
     size: int
+    mark: str = ""
 
 
 def may_be_video(name: str) -> bool:
@@ -137,7 +147,8 @@ def _walk_url(fs: Any, inner: str, folder: str) -> Iterator[list[File]]:
         if entry["type"] == "directory":
             folders.append(f"{folder}{name}/")
         else:
-            files.append(File(f"{folder}{name}", -1 if entry["size"] is None else entry["size"]))
+            mark = next((mark for key in MARKS if isinstance(mark := entry.get(key), str) and mark), "").strip('"')
+            files.append(File(f"{folder}{name}", -1 if entry["size"] is None else entry["size"], mark))
     if files:
         yield sorted(files)
     for below in sorted(folders):

@@ -15,7 +15,10 @@ verdict may be in it.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -30,6 +33,7 @@ from idc.errors import UserError
 SUFFIXES = (".json", ".txt")
 META = "folder"
 LARGEST = 1 << 24  # bytes of a side-car
+LARGEST_SIDE = 1 << 24  # pixels; no picture is larger
 
 ReadFile = Callable[[str], bytes]  # by path relative to the source's folder
 
@@ -38,21 +42,62 @@ class SidecarError(ValueError):
     """What lies beside a file cannot be read. The message is a short reason."""
 
 
-def unit_of(file: File, sizes: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
-    """(id, payload) of a file's unit: the id has the sizes of the file and of its side-cars, so that what was exchanged
-    is read again.
+def unit_of(file: File, listed: Mapping[str, File], root: str) -> tuple[str, dict[str, Any]]:
+    """(id, payload) of a file's unit. The id is path@size of a file alone, and path@size+digest where there is more to
+    tell it by; what has another id is read again. The digest is of
+
+        local side-cars       their bytes, and names and sizes of the references that a .json one names
+        those behind a URL    their sizes and, with the file's own, the marks of their content that the listing has
+                              (`File.mark`), since reading each one would be dear
+
+    What is exchanged for something of equal size is thus not noticed of a local video, picture or reference, nor of
+    references behind a URL, nor of anything behind one whose listing has no marks. Times of modification do not
+    count: a copy of the folder gives the same ids.
 
     Args:
         file: the video or picture.
-        sizes: of all files of its folder, by path.
+        listed: all files of its folder, by path.
+        root: the source's folder.
     """
     if not is_text(file.path):
         shown = file.path.encode("utf-8", "backslashreplace").decode()
         return f"{shown}@{file.size}", {"path": shown, "problem": "name is no Unicode"}
     base = PurePosixPath(file.path)
-    beside = {suffix: sizes[name] for suffix in SUFFIXES if (name := str(base.with_suffix(suffix))) in sizes}
-    counted = "+".join(str(size) for size in (file.size, *beside.values()))
-    return f"{file.path}@{counted}", {"path": file.path, "beside": list(beside)}
+    beside = {suffix: listed[name] for suffix in SUFFIXES if (name := str(base.with_suffix(suffix))) in listed}
+    remote = storage.is_url(root)
+    told = [[other.size, other.mark] if remote else _content(other, root) for other in beside.values()]
+    id = f"{file.path}@{file.size}"
+    if told or file.mark:
+        facts = json.dumps([file.mark, list(beside), told])
+        id += f"+{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+    return id, {"path": file.path, "beside": list(beside)}
+
+
+def _content(file: File, root: str) -> list[Any]:
+    """What tells a local side-car from another: a digest of its bytes (its size where it cannot be read, which drops
+    its file) and [path, size] of the references that it names."""
+    try:
+        data = read_beside(root, file.path)
+    except SidecarError:
+        return [file.size]
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        record = read_sidecar(file.path, data) if file.path.endswith(".json") else {}
+        subjects = record.get("subjects")
+        items = [item for item in subjects if isinstance(item, Mapping)] if isinstance(subjects, list) else []
+        named = [item["references"] for item in items if isinstance(item.get("references"), list)]
+        folder = str(PurePosixPath(file.path).parent)
+        paths = [_reference_path(name, folder) for names in named for name in names]
+    except SidecarError:  # which drops its file
+        return [digest]
+    return [digest, *([path, _size(os.path.join(root, path))] for path in paths)]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
 
 
 class Licences:
@@ -150,13 +195,26 @@ def read_sidecar(name: str, data: bytes) -> dict[str, Any]:
         SidecarError: where it holds something else.
     """
     try:
-        record = json.loads(data.decode("utf-8-sig"), parse_constant=lambda _: None)
+        text = data.decode("utf-8-sig")
+        record = json.loads(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_finite_int)
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise SidecarError(f"{name}: no JSON ({error})") from None
     if not isinstance(record, dict):
         raise SidecarError(f"{name}: a {type(record).__name__} where a record was expected")
     return record
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:20]} is larger than any float")
+    return number
+
+
+def _finite_int(text: str) -> int:
+    _finite(text)
+    return int(text)
 
 
 def from_sidecar(candidate: Candidate, record: dict[str, Any], folder: str, read: ReadFile) -> Candidate:
@@ -204,7 +262,7 @@ def _subject(item: Any, folder: str, read: ReadFile) -> CuratedSubject:
     box, frame, kind, names = item.get("box"), item.get("frame", 0), item.get("kind"), item.get("references") or []
     if box is not None:
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-        if not numbers or Box(*box).area <= 0:
+        if not numbers or Box(*box).area <= 0 or max(map(abs, box)) > LARGEST_SIDE:
             raise SidecarError(f"box {box!r} of {item['name']!r}: [left, top, right, bottom] in pixels")
     if not isinstance(frame, int) or frame < 0 or not isinstance(kind, str | None) or not isinstance(names, list):
         raise SidecarError(f"subject {item['name']!r}: frame, kind or references of another kind")
@@ -219,12 +277,17 @@ def _subject(item: Any, folder: str, read: ReadFile) -> CuratedSubject:
 
 
 def _reference(name: Any, folder: str, read: ReadFile) -> Reference:
+    path = _reference_path(name, folder)
+    try:
+        # Encoded anew: what the file may be (rotated, of any kind) is not for whoever reads shards to know.
+        image = encode_png(decode_image(read(path)))
+    except VideoError as error:
+        raise SidecarError(f"reference {name!r}: {error}") from None
+    return Reference(image, "png", "given", path)
+
+
+def _reference_path(name: Any, folder: str) -> str:
     path = PurePosixPath(folder, name) if isinstance(name, str) else PurePosixPath()
     if not is_image(path.name) or path.is_absolute() or ".." in path.parts:
         raise SidecarError(f"reference {name!r}: a picture in the video's folder or below it is wanted")
-    try:
-        # Encoded anew: what the file may be (rotated, of any kind) is not for whoever reads shards to know.
-        image = encode_png(decode_image(read(str(path))))
-    except VideoError as error:
-        raise SidecarError(f"reference {name!r}: {error}") from None
-    return Reference(image, "png", "given", str(path))
+    return str(path)

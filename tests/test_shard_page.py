@@ -14,6 +14,7 @@ from _shards import corrupt, restamp, write_shards
 from idc.cli import main
 from idc.curate.looking import Collection
 from idc.curate.page import PART_SIZE, write_page
+from idc.curate.statistics import count as count_all
 from idc.data.index import build_index
 from idc.data.shards import ShardWriter
 from idc.data.video import decode_video, probe
@@ -69,6 +70,10 @@ def choose(driver, **values: str) -> list[str]:
     return shown(driver)
 
 
+def count(driver) -> str:
+    return driver.execute_script("return document.getElementById('count').textContent")
+
+
 def press(driver, key: str) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
@@ -104,7 +109,10 @@ def test_filters_leave_what_is_asked_for(opened):
     assert choose(opened, source="films") == ["c", "e"]
     assert choose(opened, split="held_out") == ["e"]
     assert choose(opened, split="", source="", category="singlehuman") == ["a", "b"]
-    assert choose(opened, category="", number="2") == ["a", "c"]
+    assert choose(opened, category="", number="2") == ["a"]
+    assert choose(opened, number="1") == ["b", "c", "d"]  # c names two subjects and has a picture of one
+    assert "1 of 2 subjects pictured" in opened.execute_script("return document.getElementById('cards').innerText")
+    assert count(opened) == "3 of 5 samples, 0 of 3 drops"
     assert choose(opened, number="0") == ["e"]
     assert choose(opened, number="", origin="generated:flux") == ["a"]
     assert choose(opened, origin="", kind="person") == ["a", "b", "d"]
@@ -116,7 +124,34 @@ def test_filters_leave_what_is_asked_for(opened):
     assert opened.find_element("id", "nothing").is_displayed()
     opened.find_element("id", "clear").click()
     wait(opened, "document.querySelectorAll('.card').length === 8")
-    assert opened.execute_script("return document.getElementById('count').textContent") == "8 shown"
+    assert count(opened) == "5 samples, 3 drops"
+    assert choose(opened, reason="motion filter: too still") == drops[:2]
+    assert count(opened) == "0 of 5 samples, 2 of 3 drops"
+
+
+def test_pictured_subjects_are_counted_as_the_statistics_count_them(opened, page):
+    """On the page and in the tables."""
+    statistics = count_all(Collection([str(page.parent.parent / "collection")]))
+    counts = {str(number): samples for number, samples in statistics.subjects.items()}
+    offered = "return [...document.querySelectorAll('#number option')].map(o => o.value).filter(Boolean)"
+    assert {number: len(choose(opened, number=number)) for number in opened.execute_script(offered)} == counts
+
+
+def test_a_page_of_some_says_of_how_many_samples_they_are_chosen(browser, page, tmp_path):
+    some = Collection([str(page.parent.parent / "collection")])
+    open_at(browser, write_page(tmp_path / "some", some, limit=2, with_drops=True))
+    assert count(browser) == "2 samples (chosen from 5), 3 drops"
+    assert len(choose(browser, status="dropped")) == 3
+    assert count(browser) == "0 of 2 samples (chosen from 5), 3 drops"
+
+
+def test_a_reference_says_what_it_is_compared_with(opened):
+    """An augmented one is a copy of the subject's picture, and its likeness to that is no likeness to the clip."""
+    opened.execute_script("location.hash = 'c'")
+    wait(opened, "document.querySelector('.reference figcaption')")
+    captions = "return [...document.querySelectorAll('.reference figcaption')].map(c => c.textContent)"
+    (words,) = opened.execute_script(captions)
+    assert words.startswith("augmented: a copy, moved and tinted · similarity 0.750 to what it was made of")
 
 
 def test_orders_put_what_has_no_such_score_last(opened):

@@ -26,7 +26,7 @@ def add_stats(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RECIPE.yaml",
-        help="what each bucket of this recipe (of training or curation) keeps and drops and why; give overlays by repeating it",
+        help="what each bucket of this recipe (training or curation) keeps and drops and why; overlays by repeating it",
     )
     add(
         "--role",

@@ -94,7 +94,7 @@ def _shown(
 
 def summary(seen: Seen, files: dict[str, Any]) -> dict[str, Any]:
     """What the page filters, sorts and shows of all samples at once."""
-    frames, height, width, _ = seen.entry.bucket
+    frames, height, width, pictured = seen.entry.bucket  # what the statistics count as subjects, too
     return {
         "key": seen.entry.key,
         "id": seen.entry.id,
@@ -105,6 +105,7 @@ def summary(seen: Seen, files: dict[str, Any]) -> dict[str, Any]:
         "category": seen.category,
         "caption": seen.caption,
         "subjects": [subject.name for subject in seen.subjects],
+        "pictured": pictured,
         "kinds": sorted({subject.kind for subject in seen.subjects if subject.kind}),
         "origins": sorted({r.origin for s in seen.subjects for r in s.references if r.origin}),
         "frames": frames,

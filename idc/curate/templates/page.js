@@ -12,7 +12,7 @@
   const rows = [
     ...data.samples.map((s, place) => ({ ...s, place, text: [s.caption, s.id, s.source, s.video, ...s.subjects].join("\n").toLowerCase() })),
     ...data.drops.map((d) => ({
-      ...d, dropped: true, id: d.key || d.video, scores: {}, subjects: [], origins: [], kinds: [],
+      ...d, dropped: true, id: d.key || d.video, scores: {}, subjects: [], pictured: 0, origins: [], kinds: [],
       text: Object.values(d).join("\n").toLowerCase(),
     })),
   ];
@@ -25,8 +25,7 @@
   const byAnchor = new Map(rows.map((row) => [row.anchor, row]));
 
   // Details, in files of some samples each ------------------------------------------------------------------------
-  const parts = new Map();
-  const arrived = new Map();
+  const parts = new Map(), arrived = new Map();
   window.IDC_PART = (number, details) => arrived.set(number, details);
   function part(number) {
     if (!parts.has(number)) parts.set(number, new Promise((resolve, reject) => {
@@ -47,8 +46,7 @@
     $(id).closest("label").hidden = values.length < 2;
   }
   const said = (values) => unique(values.map((value) => value || NONE));
-  const kept = rows.filter((row) => !row.dropped);
-  const dropped = rows.filter((row) => row.dropped);
+  const kept = rows.filter((row) => !row.dropped), dropped = rows.filter((row) => row.dropped);
   const reasonOf = (row) => [row.step, row.reason].filter(Boolean).join(": ");
   choices("status", dropped.length && kept.length ? ["kept", "dropped"] : []);
   choices("reason", unique(dropped.map(reasonOf)));
@@ -57,7 +55,7 @@
   choices("source", said(rows.map((row) => row.source)));
   choices("category", said(kept.map((row) => row.category)));
   choices("licence", said(kept.map((row) => row.licence)));
-  choices("number", unique(kept.map((row) => row.subjects.length)));
+  choices("number", unique(kept.map((row) => row.pictured)));
   choices("kind", unique(kept.flatMap((row) => row.kinds)));
   choices("origin", unique(kept.flatMap((row) => row.origins)));
   const scores = unique(kept.flatMap((row) => Object.keys(row.scores)));
@@ -74,7 +72,7 @@
     key: ["key", (a, b) => a.id.localeCompare(b.id, "en", { numeric: true })],
     short: ["shortest first", (a, b) => by(a.seconds, b.seconds)],
     long: ["longest first", (a, b) => by(b.seconds, a.seconds)],
-    many: ["most subjects first", (a, b) => b.subjects.length - a.subjects.length],
+    many: ["most pictured subjects first", (a, b) => b.pictured - a.pictured],
     words: ["longest caption first", (a, b) => by(b.words, a.words)],
   };
   for (const name of scores) {
@@ -83,8 +81,7 @@
   }
   $("order").append(...Object.entries(orders).map(([value, [text]]) => option(value, text)));
 
-  let visible = rows;
-  let first = 0;
+  let visible = rows, first = 0;
   function update() {
     const wanted = Object.fromEntries(["status", "reason", "split", "source", "category", "licence", "number", "kind", "origin", "score"].map((id) => [id, $(id).value]));
     const query = $("query").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
@@ -95,7 +92,7 @@
       if (wanted.reason && !(row.dropped && reasonOf(row) === wanted.reason)) return false;
       for (const name of ["split", "category", "licence"]) if (wanted[name] && (row.dropped || !same(wanted[name], row[name]))) return false;
       if (!same(wanted.source, row.source)) return false;
-      if (wanted.number && (row.dropped || String(row.subjects.length) !== wanted.number)) return false;
+      if (wanted.number && (row.dropped || String(row.pictured) !== wanted.number)) return false;
       if (wanted.kind && !row.kinds.includes(wanted.kind)) return false;
       if (wanted.origin && !row.origins.includes(wanted.origin)) return false;
       if (wanted.score) {
@@ -110,6 +107,7 @@
   }
 
   // Cards ---------------------------------------------------------------------------------------------------------
+  const people = ({ pictured, subjects: { length } }) => (pictured < length ? `${pictured} of ${counted(length, "subject")} pictured` : counted(pictured, "subject"));
   const address = (row) => `#${encodeURIComponent(row.anchor)}`;
   function card(row) {
     const picture = make("div", { class: "picture" });
@@ -120,7 +118,7 @@
     const tag = (text, kind = "") => text && tags.append(make("span", { class: `tag ${kind}`, text }));
     tag(row.source);
     if (row.dropped) tag(row.step ? `dropped by ${row.step}` : "dropped", "bad");
-    else for (const text of [row.category, row.frames === 1 ? "still" : `${row.seconds.toFixed(1)} s`, counted(row.subjects.length, "subject")]) tag(text);
+    else for (const text of [row.category, row.frames === 1 ? "still" : `${row.seconds.toFixed(1)} s`, people(row)]) tag(text);
     if (row.missing) tag("unreadable", "bad");
     const text = make("div", { class: "text" },
       make("div", { class: "caption", text: row.dropped ? row.detail || row.reason : row.caption || "no caption" }),
@@ -128,6 +126,9 @@
     const link = make("a", { class: `card${row.dropped ? " dropped" : ""}`, href: address(row), "aria-label": row.id || row.reason }, picture, text);
     return make("li", {}, link);
   }
+  const drops = data.reasons.reduce((sum, reason) => sum + reason.count, 0);
+  const tally = (seen, all, total, noun) => all && // "146 of 500 samples (chosen from 548)", 0 for none
+    (seen === all ? "" : `${seen.toLocaleString("en")} of `) + counted(all, noun) + (total > all ? ` (chosen from ${total.toLocaleString("en")})` : "");
   function list() {
     $("cards").replaceChildren(...visible.slice(first, first + PAGE).map(card));
     const end = Math.min(first + PAGE, visible.length);
@@ -137,9 +138,9 @@
     $("next").disabled = $("last").disabled = end === visible.length;
     $("nothing").hidden = visible.length > 0;
     $("nothing").textContent = rows.length ? "Nothing is like that; clear some of the filters." : "There are no samples here.";
-    const of = rows.length === visible.length ? "" : ` of ${rows.length.toLocaleString("en")}`;
-    const more = data.total > data.samples.length ? `, chosen from ${data.total.toLocaleString("en")}` : "";
-    $("count").textContent = `${visible.length.toLocaleString("en")}${of} shown${more}`;
+    const seen = visible.filter((row) => !row.dropped).length;
+    const counts = [tally(seen, kept.length, data.total, "sample"), tally(visible.length - seen, dropped.length, drops, "drop")];
+    $("count").textContent = counts.filter(Boolean).join(", ") || "nothing to show";
   }
   const lastPage = () => Math.max(0, Math.floor((visible.length - 1) / PAGE) * PAGE);
   function turn(to) {
@@ -199,11 +200,11 @@
     }
     const controls = make("div", { class: "controls" });
     if (video) {
-      const play = make("button", { type: "button", id: "play", text: "▶ Play" });
+      const play = make("button", { type: "button", id: "play", text: "Play" });
       const toggle = () => (video.paused ? video.play().catch(() => {}) : video.pause());
       play.addEventListener("click", toggle);
       video.addEventListener("click", toggle);
-      for (const event of ["play", "pause"]) video.addEventListener(event, () => { play.textContent = video.paused ? "▶ Play" : "❚❚ Pause"; });
+      for (const event of ["play", "pause"]) video.addEventListener(event, () => { play.textContent = video.paused ? "Play" : "Pause"; });
       const slider = make("input", { type: "range", min: 0, max: 1000, value: 0, "aria-label": "Time" });
       slider.addEventListener("input", () => { if (video.duration) { video.pause(); video.currentTime = video.duration * slider.value / 1000; } });
       video.addEventListener("timeupdate", () => { if (video.duration && !slider.matches(":active")) slider.value = Math.round(1000 * video.currentTime / video.duration); });
@@ -245,8 +246,8 @@
   function reference(subject, told) {
     const picture = told.src ? make("img", { src: told.src, alt: `Reference of ${subject.name || "a subject"}`, loading: "lazy" })
       : told.pictured ? make("div", { class: "lost", text: "picture not readable" }) : null;
-    const words = [told.origin.replaceAll("_", " ") || "origin not said"];
-    if (told.similarity !== null) words.push(`similarity ${told.similarity.toFixed(3)}`);
+    const words = [told.origin === "augmented" ? "augmented: a copy, moved and tinted" : told.origin.replaceAll("_", " ") || "origin not said"];
+    if (told.similarity !== null) words.push(`similarity ${told.similarity.toFixed(3)}${/^(augmented|generated)/.test(told.origin) ? " to what it was made of" : ""}`);
     if (told.seconds !== null) words.push(`at ${shown(told.seconds)} s`);
     if (told.video) words.push(`of ${told.video}`);
     if (!picture) words.push("not in the sample");
@@ -256,7 +257,7 @@
     return make("ul", { class: "subjects" }, ...told.subjects.map((subject, n) => {
       const words = [subject.kind, subject.score ? `score ${shown(subject.score)}` : "", subject.mask ? "mask" : "", subject.box ? "box" : "", subject.frame ? `frame ${subject.frame}` : ""];
       const item = make("li", { style: `--c:${colour(n)}` }, make("b", { text: subject.name || `subject ${n + 1}` }),
-        make("p", { class: "told", text: words.filter(Boolean).join(" · ") }), ...subject.references.map((r) => reference(subject, r)));
+        make("p", { class: "told", text: words.filter(Boolean).join(" · ") }), ...subject.references.map((r) => reference(subject, r)), ...(subject.references.length ? [] : [make("p", { class: "told", text: "no picture" })]));
       const more = { ...subject.details, ...Object.fromEntries(subject.references.filter((r) => Object.keys(r.details).length).map((r, k) => [`reference ${k + 1}`, r.details])) };
       if (Object.keys(more).length) item.append(folded("more", more));
       return item;
@@ -384,10 +385,9 @@
 
   // What was dropped ----------------------------------------------------------------------------------------------
   if (data.reasons.length) {
-    const all = data.reasons.reduce((sum, reason) => sum + reason.count, 0);
-    const fewer = data.drops.length < all ? `, ${data.drops.length.toLocaleString("en")} of them on this page` : "";
+    const fewer = data.drops.length < drops ? `, ${data.drops.length.toLocaleString("en")} of them on this page` : "";
     $("reasons").hidden = false;
-    $("reasons").querySelector("summary").textContent = `${all.toLocaleString("en")} dropped${fewer}: why`;
+    $("reasons").querySelector("summary").textContent = `${drops.toLocaleString("en")} dropped${fewer}: why`;
     $("reasons").querySelector("tbody").append(...data.reasons.map((reason) => {
       const button = make("button", { type: "button", text: reason.reason || "no reason given" });
       button.addEventListener("click", () => { $("filters").reset(); $("reason").value = reasonOf(reason); setTimeout(update); });

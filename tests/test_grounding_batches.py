@@ -281,6 +281,35 @@ def test_rows_of_the_same_picture_are_computed_once_and_given_to_each() -> None:
     assert torch.equal(second, plain[1])
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model, x: model(x=x), r"\[\] rows by position and \['x'\] by name; known is 4 rows"),
+        (lambda model, x: model(x, y=x), r"\[4\] rows by position and \['y'\] by name"),
+        (lambda model, x: model(x[:3]), r"\[3\] rows by position"),
+        (lambda model, x: model(x, x[0]), r"\[4, 0\] rows"),
+        (lambda model, x: model(x, None), "known is 4 rows in each"),
+        (lambda model, x: model(x, torch.ones(4), torch.tensor(0.0)), r"\[4, 4, 0\] rows"),
+        (lambda model, x: model(), r"\[\] rows"),
+        (lambda model, x: model(x, torch.arange(4)), "dict came back; known are tensors of 3 rows"),
+        (lambda model, x: model(x, torch.arange(4.0)), r"a tensor \[1\] came back"),
+    ],
+)
+def test_an_encoder_that_is_called_otherwise_is_no_silent_mixing_of_pictures(call: Any, words: str) -> None:
+    class Encoder(torch.nn.Module):
+        def forward(self, x: Any = None, y: Any = None, z: Any = None) -> Any:
+            if y is not None:
+                return {"x": x} if y.dtype == torch.int64 else (x, [x.sum().reshape(1)])
+            return x
+
+    model, x = Encoder(), torch.arange(4.0)
+    with each_picture_once(model, [0, 1, 0, 2]), pytest.raises(RuntimeError, match=words):
+        call(model, x)
+    assert torch.equal(model(x=x), x)  # and nothing of it is left
+    with each_picture_once(model, [0, 1, 2, 3]):
+        assert torch.equal(model(x=x), x)
+
+
 @pytest.mark.parametrize("make", [GroundingDino, Owlv2ByPicture, Sam])
 def test_a_batch_has_at_least_one_and_is_no_part_of_the_identity(make: Callable[..., Detector | Sam]) -> None:
     """It is a matter of the device's memory: a collection goes on elsewhere with another."""

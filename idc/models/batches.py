@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_WHO = "each_picture_once"  # in messages
 
 
 def same_pictures(pictures: Iterable[NDArray[np.uint8]]) -> list[list[int]]:
@@ -58,19 +59,30 @@ def each_picture_once(encoder: nn.Module, pictures: Sequence[int]) -> Iterator[N
 
     Args:
         pictures: for each row the number of its picture, from 0, new ones in rising order.
+
+    Raises:
+        RuntimeError: inside, where the model calls `encoder` in another way or that returns something else, as after
+            an update of its library: rows would be given to the wrong pictures.
     """
     first = [pictures.index(number) for number in range(max(pictures) + 1)]
     if len(first) == len(pictures):
         yield
         return
 
-    def reduce(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(tensor[first] for tensor in tensors)
+    def reduce(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        rows = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
+        if not tensors or len(tensors) < len(given) or set(rows) != {len(pictures)} or named:
+            raise RuntimeError(
+                f"{_WHO}: {type(module).__name__} is called with tensors of {rows} rows by position and "
+                f"{sorted(named)} by name; known is {len(pictures)} rows in each, all by position"
+            )
+        return tuple(tensor[first] for tensor in tensors), named
 
     def spread(module: nn.Module, tensors: Any, output: Any) -> Any:
-        return _rows(output, pictures)
+        return _rows(output, pictures, len(first))
 
-    hooks = encoder.register_forward_pre_hook(reduce), encoder.register_forward_hook(spread)
+    hooks = encoder.register_forward_pre_hook(reduce, with_kwargs=True), encoder.register_forward_hook(spread)
     try:
         yield
     finally:
@@ -78,7 +90,10 @@ def each_picture_once(encoder: nn.Module, pictures: Sequence[int]) -> Iterator[N
             hook.remove()
 
 
-def _rows(nested: Any, rows: Sequence[int]) -> Any:
-    if isinstance(nested, Tensor):
+def _rows(nested: Any, rows: Sequence[int], computed: int) -> Any:
+    if isinstance(nested, Tensor) and nested.ndim and len(nested) == computed:
         return nested[list(rows)]
-    return type(nested)(_rows(part, rows) for part in nested)
+    if type(nested) in (list, tuple):
+        return type(nested)(_rows(part, rows, computed) for part in nested)
+    what = f"a tensor {list(nested.shape)}" if isinstance(nested, Tensor) else type(nested).__name__
+    raise RuntimeError(f"{_WHO}: {what} came back; known are tensors of {computed} rows in lists and tuples")

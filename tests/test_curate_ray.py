@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from _curate import Cut, Dies, Fails, Heavy, Numbers, Split, Unready, Weigh, curation, files
 
+from idc.curate.command import parse
 from idc.curate.plan import chunks
 from idc.curate.ray import RayExecutor, grouped
 from idc.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 HERE = RayExecutor(gpus_per_actor=0, actors=1)
 
 
@@ -105,6 +107,39 @@ def test_steps_are_grouped_by_weight_with_light_ends() -> None:
 def test_settings_of_the_cluster_are_checked(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         RayExecutor(**settings)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("auto", "address=auto: this machine belongs to no Ray cluster; start one by ray start --head, or for this "),
+        (
+            "10.0.0.1:6379",
+            "address=10.0.0.1:6379: no Ray cluster answers there (ConnectionError: timed out); ray start",
+        ),
+    ],
+)
+def test_where_there_is_no_cluster_the_message_says_how_to_go_on(
+    address: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it says to write, behind the recipe, makes a cluster here without GPUs."""
+    ray = pytest.importorskip("ray")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("timed out")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UserError) as raised:
+        curation(tmp_path, executor=RayExecutor(address)).run()
+    text = str(raised.value)
+    assert text.startswith(words)
+    settings = text[text.index("--executor") :].split()
+    recipes = [ROOT / "recipes/curate.yaml", ROOT / "recipes/hardware/ray.yaml"]
+    made = parse([part for recipe in recipes for part in ("--config", str(recipe))] + settings)
+    assert made is not None
+    assert isinstance(made.executor, RayExecutor)
+    assert (made.executor.address, made.executor.gpus_per_actor) == (None, 0)
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,20 @@ class RayExecutor(Executor):
         )
 
 
+def no_cluster(address: str | None, error: Exception) -> str:
+    """What to do where no cluster answers at `address`."""
+    here = "--executor.init_args.address null --executor.init_args.gpus_per_actor 0"
+    if address in (None, "auto"):
+        return (
+            f"address={address}: this machine belongs to no Ray cluster; start one by ray start --head, "
+            f"or for this machine alone write {here}"
+        )
+    return (
+        f"address={address}: no Ray cluster answers there ({one_line(error)}); ray start --head prints the address "
+        f"of the one that it starts; for this machine alone write {here}"
+    )
+
+
 DONE, REFUSED, BROKEN = 1, 2, 3  # how a chunk ended: its part is written; the user is at fault; the kit is
 
 
@@ -168,9 +182,7 @@ class _Cluster:
                     logging_level=logging.ERROR,
                 )
             except ConnectionError as error:
-                raise UserError(
-                    f"address={self._executor.address!r}: no Ray cluster there ({one_line(error)})"
-                ) from None
+                raise UserError(no_cluster(self._executor.address, error)) from None
             self._started = True
         logger, context = logging.getLogger("ray.data"), ray.data.DataContext.get_current()
         self._before = logger.level, context.enable_progress_bars, context.print_on_execution_start

@@ -1,4 +1,7 @@
-"""What of the made pictures is kept: the same subject, yet not the same picture; one subject, whole and to be seen."""
+"""What of the made pictures is kept: the same subject, yet not the same picture; one subject, whole and to be seen.
+
+Plain augmentation, whose pictures are copies by intent, is exempt from the second.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +163,8 @@ class ReferenceCheck:
         Args:
             known: the subject's own pictures, by `look`.
             rivals: those of other subjects: what is more like one of them shows the wrong one.
-            copies: it comes from an editor that only moves pixels: no cap is asked for.
+            copies: it is a copy by intent, of an editor that only moves and tints pixels (`ImageEditor.copies`): neither
+                `copy_cap`, `hash_bits` nor the caps of `face` and `image` are asked for; all else is.
         """
         numbers = {"side": float(min(made_HWC.shape[:2])), "contrast": float(made_HWC.mean(-1).std())}
         if numbers["side"] < self.min_side:
@@ -171,6 +175,8 @@ class ReferenceCheck:
         if not by:
             return Verdict("nothing compares it", numbers=numbers)
         made = self._face(made_HWC) if by == "face" else self._image(made_HWC)
+        if by == "image" and not made.by:
+            return Verdict("nothing compares it", numbers=numbers)
         people = made.people if kind not in PEOPLE or by == "face" else self._face(made_HWC).people
         if people is not None:
             numbers["people"] = float(people)
@@ -222,7 +228,7 @@ class ReferenceCheck:
         inside = np.where(mask[..., None], picture_HWC, picture_HWC[mask].mean(0).astype(np.uint8))
         both = masked_view(inside, mask), masked_view(_mirrored(inside), mask[:, ::-1])
         views, codes = tuple(view for view in both if view is not None), _codes(picture_HWC)
-        if self.embedder is None:
+        if self.embedder is None or self.embedder.unfit(picture_HWC):
             return Known("", None, views, codes)
         return Known("image", self.embedder.embed_images([picture_HWC])[0].numpy(), views, codes)
 

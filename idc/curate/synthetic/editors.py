@@ -39,7 +39,8 @@ class ImageEditor(ABC):
         origin: what references say of where they come from.
         max_pictures: how many pictures a request may have; more go onto one sheet.
         concurrency: requests that gain from being under way at once.
-        copies: it moves and tints the pixels it is given, so that likeness to them is no fault.
+        copies: it only moves and tints the pixels it is given: its pictures are copies by intent, exempt from the caps
+            on copies of `ReferenceCheck`.
     """
 
     backend: ClassVar[str]

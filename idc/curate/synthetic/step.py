@@ -36,6 +36,9 @@ class Made(NamedTuple):
 class Synthesise(Step):
     """Adds references that an image editor makes of a subject's own pictures.
 
+    They are kept where `check` finds them like the subject and no copy of its pictures; those of plain augmentation are
+    copies by intent and exempt from the latter.
+
     A drawn share of the subjects is taken apart from its pictures: shown alone, whole, in another pose, view and
     light. For a drawn share of the candidates with several subjects these are first put together into a new scene,
     from which each chosen subject is then taken: so it has met others and another light. Which subjects, and every

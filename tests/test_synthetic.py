@@ -296,7 +296,11 @@ class Colours:
 
     def unload(self) -> None: ...
 
+    def unfit(self, picture: Pixels) -> str:
+        return "a sliver" if max(picture.shape[:2]) > 9 * min(picture.shape[:2]) else ""
+
     def embed_images(self, pictures: Sequence[Pixels]) -> torch.Tensor:
+        assert not any(map(self.unfit, pictures))
         means = [pixels[(pixels < 250).any(-1)].mean(0) - 128 for pixels in pictures]
         return torch.nn.functional.normalize(torch.tensor(np.array(means), dtype=torch.float32), dim=-1)
 
@@ -314,6 +318,16 @@ def test_things_are_compared_by_the_embedder_and_copied_ones_found_at_any_scale_
     darker = np.where(thing() == 255, 255, 0.8 * thing()).astype(np.uint8)
     for copy in (thing(), thing()[:, ::-1], moved, darker):
         assert check.judge(np.ascontiguousarray(copy), known, "object").reason == "copy"
+
+
+def test_a_sliver_that_the_embedder_cannot_take_is_compared_by_nothing():
+    check = ReferenceCheck(embedder=Colours(), image=(0.8, 1.0), min_side=8)  # type: ignore[arg-type]
+    sliver = cv2.resize(thing(), (160, 10), interpolation=cv2.INTER_AREA)
+    assert check.judge(thing(), check.look([sliver], "object"), "object").reason == "nothing compares it"
+    assert check.judge(sliver, check.look([thing()], "object"), "object").reason == "nothing compares it"
+    both = check.look([sliver, thing()], "object")
+    other_side = cv2.rotate(thing(), cv2.ROTATE_90_CLOCKWISE)
+    assert check.judge(other_side, both, "object").kept
 
 
 def test_a_real_clip_compares_things_and_people_who_show_no_face(tmp_path):

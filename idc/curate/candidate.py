@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from idc.curate.describing import model_version, plain_settings, words_of
 from idc.curate.segments import Segment
 from idc.data.video import VideoError
 
@@ -315,38 +316,6 @@ class Step:
         """A line for the report of a run, over all its workers: what was spent, for example; "" for none. It is asked
         of a step that never worked: what it tells lies where all workers leave it."""
         return ""
-
-
-def words_of(kind: type) -> str:
-    """A class's name in words: "motion filter" of `MotionFilter`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", " ", kind.__name__).lower()
-
-
-def plain_settings(thing: Any) -> dict[str, Any]:
-    """Class and public attributes of an object as plain JSON, nested objects by their own `describe` or the same."""
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple | set | frozenset):
-            return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
-        if hasattr(value, "describe"):
-            return dict(value.describe())
-        if hasattr(value, "fingerprint"):  # a network: where its weights lie and where it runs decide nothing
-            return {"class": type(value).__qualname__, "model": model_version(value)}
-        return plain_settings(value) if hasattr(value, "__dict__") else str(value)
-
-    own = {key: plain(value) for key, value in vars(thing).items() if not key.startswith("_")}
-    return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **own}
-
-
-def model_version(model: Any) -> str:
-    """How provenance names a network: its name, and the fingerprint of its weights and settings where there is one
-    (a model behind a server has none)."""
-    fingerprint = getattr(model, "fingerprint", "")
-    return f"{model.name} ({fingerprint})" if fingerprint else str(model.name)
 
 
 def key_of(stem: str, identity: str, start: int | None = None) -> str:

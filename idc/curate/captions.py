@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from idc.curate.asking import AskingStep
-from idc.curate.candidate import Candidate, Outcome, Pixels, model_version
+from idc.curate.candidate import Candidate, Outcome, Pixels
+from idc.curate.describing import model_version
 from idc.curate.prose import CaptionError, check_caption, check_language, cut_at_sentence, plain_text, words_of
 from idc.curate.reading import clip_frames
 from idc.errors import UserError, nearest

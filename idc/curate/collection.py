@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from idc.curate.candidate import Candidate, Dropped, plain_settings, words_of
+from idc.curate.candidate import Candidate, Dropped
+from idc.curate.describing import plain_settings, words_of
 
 
 class Survivors(Protocol):

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Step, model_version
+from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Step
+from idc.curate.describing import model_version
 from idc.curate.face_quality import frontal_and_sharp
 from idc.curate.faces import (
     PEOPLE,

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from idc.curate.candidate import Candidate, CuratedSubject, Dropped, Pixels, decode_image, model_version
+from idc.curate.candidate import Candidate, CuratedSubject, Dropped, Pixels, decode_image
 from idc.curate.collection import CollectionStep, Survivors
+from idc.curate.describing import model_version
 from idc.curate.duplicates import FINGERPRINT
 from idc.curate.faces import embedder_name
 from idc.curate.fingerprints import Hashes, distance, from_text, mirrored, perceptual_hash

@@ -25,9 +25,9 @@ from idc.curate.candidate import (
     Pixels,
     Reference,
     Step,
-    model_version,
 )
 from idc.curate.crops import CropError, CropRules, reference_of
+from idc.curate.describing import model_version
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
 from idc.curate.faces import (
     PEOPLE,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from idc.curate.candidate import plain_settings
+from idc.curate.describing import plain_settings
 from idc.models.faces import FaceBackend
 from idc.models.frozen import Frozen
 

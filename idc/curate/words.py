@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from idc.curate.asking import AskingStep
-from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Step, model_version
+from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Step
+from idc.curate.describing import model_version
 from idc.curate.nouns import NounPhrase, find_phrases
 from idc.curate.prose import whole_words, words_of
 from idc.curate.scenarios import head_noun

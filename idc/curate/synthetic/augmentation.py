@@ -1,8 +1,8 @@
 """Plain augmentation: the paper's baseline for references (B.2, Figure S.11), and what it does without a model.
 
 The subject is tinted, turned, scaled, tilted and cropped, and may be put before another background. It stays in its
-pose and light, which is why the paper finds it of "limited visual diversity". What it makes is a copy by intent: the cap on copies does
-not hold for it.
+pose and light, which is why the paper finds it of "limited visual diversity". What it makes is a copy by
+intent: the cap on copies does not hold for it.
 """
 
 from __future__ import annotations

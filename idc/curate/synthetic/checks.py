@@ -163,8 +163,8 @@ class ReferenceCheck:
         Args:
             known: the subject's own pictures, by `look`.
             rivals: those of other subjects: what is more like one of them shows the wrong one.
-            copies: it is a copy by intent, of an editor that only moves and tints pixels (`ImageEditor.copies`): neither
-                `copy_cap`, `hash_bits` nor the caps of `face` and `image` are asked for; all else is.
+            copies: it is a copy by intent, of an editor that only moves and tints pixels (`ImageEditor.copies`):
+                neither `copy_cap`, `hash_bits` nor the caps of `face` and `image` are asked for; all else is.
         """
         numbers = {"side": float(min(made_HWC.shape[:2])), "contrast": float(made_HWC.mean(-1).std())}
         if numbers["side"] < self.min_side:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from idc.curate.candidate import Pixels, plain_settings
+from idc.curate.candidate import Pixels
+from idc.curate.describing import plain_settings
 from idc.errors import UserError
 
 LEAST_SIDE, MOST_SIDE = 16, 8192  # pixels

@@ -141,6 +141,7 @@ def test_a_page_of_some_says_of_how_many_samples_they_are_chosen(browser, page, 
     some = Collection([str(page.parent.parent / "collection")])
     open_at(browser, write_page(tmp_path / "some", some, limit=2, with_drops=True))
     assert count(browser) == "2 samples (chosen from 5), 3 drops"
+    assert not browser.find_element("id", "pager").is_displayed()  # all on one page
     assert len(choose(browser, status="dropped")) == 3
     assert count(browser) == "0 of 2 samples (chosen from 5), 3 drops"
 

@@ -219,6 +219,29 @@ def test_two_ranks_are_one(strategy: str, uninterrupted: DPOFit, start: Path, pa
         assert run.validation()[step] == pytest.approx(values, rel=1e-3, abs=1e-5)
 
 
+def test_rank_0_mines_the_pairs_of_all_ranks_while_they_wait(start: Path, pairs: Path, tmp_path: Path) -> None:
+    content = overlay(pairs, start, tmp_path / "runs", steps=1)
+    toy = {"path": str(tmp_path / "items"), "count": 4, "seed": 7, **WORLD}
+    items = {"shards": {"class_path": "idc.data.sources.ToyShards", "init_args": toy}}
+    mining = {
+        "path": str(tmp_path / "pairs"),
+        "items": {"class_path": "idc.data.item_sources.Shards", "init_args": items},
+        "reward": {"class_path": "idc.rewards.measures.Brightness"},
+        "checkpoint": str(start),
+        "frames": 5,
+        "height": 32,
+        "width": 32,
+        "candidates": 2,
+        "margin": 0.0,
+        "sampling": {"steps": 1},
+    }
+    sources = [{"class_path": "idc.stages.pairs.MinedPairs", "init_args": mining}]
+    content["data"]["init_args"] |= {"sources": sources, "features": str(tmp_path / "features")}
+    run = DPOFit(tmp_path, content, ranks=2, args=("--trainer.devices", "2", "--trainer.strategy", "ddp"))
+    assert run.finish() == [0, 0], run.errors()
+    assert len(run.losses()) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -28,7 +28,7 @@ def apply_speed(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, tra
     """
     torch.set_float32_matmul_precision(speed.matmul_precision)
     chosen = _chosen_by_rank_0(model, speed, strategy, dtype, training)
-    _set_on_all_ranks(model, chosen)
+    _set_on_all_ranks(model, chosen, strategy)
     checkpointing = speed.checkpointing if training else "none"
     model.run_layers(checkpointing, speed.compile)
     return {
@@ -61,8 +61,9 @@ def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtyp
     return name
 
 
-def _set_on_all_ranks(model: Any, name: str) -> None:
-    """`set_backend`; where it fails on some ranks, all of them raise the same and none waits for another."""
+def _set_on_all_ranks(model: Any, name: str, strategy: Any) -> None:
+    """`set_backend`; where it fails on some ranks, all of them raise the same and none waits for another. Without a
+    strategy this process works by itself, which others may be waiting for, as where rank 0 mines pairs."""
     from idc.models.attention import set_backend
 
     problem = None
@@ -70,7 +71,8 @@ def _set_on_all_ranks(model: Any, name: str) -> None:
         set_backend(model, name)
     except UserError as error:
         problem = str(error)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(of_all_ranks(problem)) if text]
+    told = [problem] if strategy is None else of_all_ranks(problem)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
     if failed:
         others = f" (and on {counted(len(failed) - 1, 'rank')} more)" if failed[1:] else ""
         raise UserError(failed[0] + others)

@@ -37,9 +37,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 done, 1 `idc shards` found faults or
-    `idc plan --strict` too little memory, 2 bad input, 3 done with
-    failures on record, such as what `idc study build` left out."""
+    """Run one command. Returns its exit status: 0 done, 1 `idc shards` found faults or `idc plan --strict` too little
+    memory, 2 for what the user can mend, 3 done with failures on record, such as what `idc study build` left out."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +276,19 @@ def test_a_run_that_ends_in_the_middle_of_a_save_finishes_it(
     found = find_resume(tmp_path / "run/checkpoints")
     assert found is not None
     assert found.name == "step-00000004"
+
+
+def test_a_writer_that_does_not_say_that_the_disk_is_full_is_helped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(state: Any, path: Path) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 64")
+
+    for left, says in ((100, r"unexpected pos 128 vs 64; the disk is full\)"), (1 << 40, r"vs 64\)")):
+        monkeypatch.setattr(writing.shutil, "disk_usage", lambda path, left=left: SimpleNamespace(free=left))
+        save = writing.Save(tmp_path, tmp_path / "step.tmp", "file", 8, 0, "one", 0, 1, 2)
+        with pytest.raises(CheckpointError, match=says):
+            save.write({}, no_room)
 
 
 FAULTS: dict[str, Callable[..., Any]] = {"_seal_own_files": OSError, "_publish": PermissionError, "_prune": OSError}

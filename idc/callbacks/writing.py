@@ -23,11 +23,14 @@ import torch.distributed as dist
 
 import idc
 from idc.callbacks.resume import CONVERTED
+from idc.errors import UserError
 from idc.models.checkpoints import step_directories
 from idc.models.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 
+FULL = 1 << 20  # bytes that are left of a disk on which a save has found no room
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(UserError):
     """A save failed; the message says why and which older checkpoint is left."""
 
 
@@ -91,7 +94,8 @@ class Save:
             CheckpointError: on all ranks alike if any rank failed.
         """
         # Whatever fails on one rank is told to all, or the others would wait for it.
-        self.agree(describe(lambda: (writer or self._write)(state, self.unfinished / STATE)))
+        problem = describe(lambda: (writer or self._write)(state, self.unfinished / STATE))
+        self.agree(problem and problem + _where_full(self.directory))
         records: dict[str, FileRecord] = {}
         problem = describe(lambda: records.update(_seal_own_files(self.unfinished, self.rank)))
         shares = self.agree(problem, records)
@@ -141,6 +145,14 @@ def describe(action: Callable[[], Any]) -> str | None:
     except Exception as error:  # of any kind: all ranks are told, and end with it
         return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return None
+
+
+def _where_full(directory: Path) -> str:
+    """What PyTorch's writer does not say when there is no room for what it writes: "unexpected pos"."""
+    try:
+        return "; the disk is full" if shutil.disk_usage(directory).free < FULL else ""
+    except OSError:
+        return ""
 
 
 def _prune(directory: Path, keep_last: int) -> None:

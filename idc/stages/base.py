@@ -293,8 +293,8 @@ class Stage(LightningModule):
         samples = ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if ids[_NAMED:] else "")
         raise UserError(
             f"step {self.trainer.global_step + 1}: {reason}, and {changed}; its last batch holds "
-            f"{samples or 'no samples with ids'}; go on from the last checkpoint, if there is one, with a lower rate or "
-            "lower loss weights, or look at these samples"
+            f"{samples or 'no samples with ids'}; go on from the last checkpoint, if there is one, with a lower rate "
+            "or lower loss weights, or look at these samples"
         )
 
     def drop_seeds(self, seeds_B: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import signal
@@ -12,6 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,8 +23,9 @@ from idc.bench import data, generate, grpo, train
 from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason, run, stepwise
 from idc.bench.cli import main
 from idc.bench.context import Bench, default_speed
-from idc.bench.device import matrix_ceiling
+from idc.bench.device import larger_ceiling, matrix_ceiling
 from idc.bench.models import RandomSpec, fill_randomly, plain_wan, random_encoders, random_sample
+from idc.bench.profiling import profile_groups, top_kernels
 from idc.bench.results import Report, Spread, at_least, at_most, below, ratios, rows_of
 from idc.bench.setup import from_recipes, named
 from idc.bench.tables import print_report
@@ -275,6 +280,138 @@ def test_steps_that_warm_up_are_not_counted_and_what_they_hold_is_released():
     assert all(set(r) == {"whole", "one", "two"} and r["one"] + r["two"] <= r["whole"] for r in repeats)
 
 
+def test_what_encloses_the_repeats_that_count_leaves_out_the_warm_up_and_the_closing():
+    log = []
+
+    @contextmanager
+    def open_step():
+        yield lambda clock: log.append("step")
+        log.append("closed")
+
+    @contextmanager
+    def around():
+        log.append("(")
+        yield
+        log.append(")")
+
+    repeats = stepwise(open_step, CPU)(2, 3, around())
+    assert log == ["step"] * 2 + ["(", *["step"] * 3, ")", "closed"]
+    assert len(repeats) == 3
+    log.clear()
+
+    class Loader:
+        def __iter__(self):
+            log.append("pass")
+            return iter([1, 2])
+
+    assert len(data._passes(Loader(), int, 1, 2, around())) == 2
+    assert log == ["pass", "(", "pass", "pass", ")"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_encloses_an_iteration_of_alignment_leaves_out_the_warm_up_and_is_always_left(bench, monkeypatch, fails):
+    log = []
+
+    class Telling(grpo.Meter):
+        def on_train_batch_start(self, *args):
+            super().on_train_batch_start(*args)
+            log.append("iteration")
+
+        def on_train_end(self, trainer, pl_module):
+            log.append("end")
+
+        def on_before_optimizer_step(self, *args):
+            if fails and len(self.passes) == 2:
+                raise MemoryError
+
+    @contextmanager
+    def around():
+        log.append("(")
+        try:
+            yield
+        finally:
+            log.append(")")
+
+    monkeypatch.setattr(grpo, "Meter", Telling)
+    (case, *_) = grpo.groups(bench)[0].open().__enter__()
+    if fails:
+        with pytest.raises(MemoryError):
+            case.turn(1, 1, around())
+        assert log == ["iteration", "(", "iteration", ")"]
+    else:
+        assert len(case.turn(1, 1, around())) == 1
+        assert log == ["iteration", "(", "iteration", ")", "end"]
+
+
+# Profiles -------------------------------------------------------------------------------------------------------------
+
+
+def event(number, name, device, start, end, annotation=False):
+    """As torch makes it of what its tracer saw, in microseconds."""
+    settings = {"use_device": "cuda", "stack": [], "is_user_annotation": annotation}
+    return FunctionEvent(number, name, 0, start, end, device_type=device, **settings)
+
+
+def test_kernels_are_what_ran_on_the_device_without_annotations_and_operators():
+    cuda, host = DeviceType.CUDA, DeviceType.CPU
+    step = "Optimizer.step#AdamW.step"
+    events = EventList(
+        [
+            event(0, "aten::mm", host, 0, 500),
+            event(1, "gemm", cuda, 0, 300),
+            event(2, "gemm", cuda, 300, 600),
+            event(3, step, host, 600, 700, annotation=True),
+            event(4, step, cuda, 600, 1000, annotation=True),
+            event(5, "multi_tensor_apply_kernel", cuda, 600, 1000),
+        ],
+        use_device="cuda",
+    )
+    events._build_tree()  # as a profiler does at its end
+    averages = events.key_averages()
+    assert sum(e.key == step for e in averages) == 2  # the class groups as it does for a GPU
+    found = top_kernels(averages, "a case", torch.device("cuda"))
+    assert [(k["name"], k["calls"]) for k in found] == [("gemm", 2), ("multi_tensor_apply_kernel", 1)]
+    assert [k["share"] for k in found] == pytest.approx([0.6, 0.4])
+    assert sum(k["seconds"] for k in found) == pytest.approx(1e-3)
+    assert [k["name"] for k in top_kernels(averages, "a case", torch.device("cuda"), count=1)] == ["gemm"]
+    assert top_kernels([], "a case", torch.device("cuda")) == []
+
+
+def test_a_profiled_training_step_is_not_the_first_and_its_failures_are_told(bench, tmp_path):
+    group = train.groups(bench)[0]
+
+    @contextmanager
+    def one():
+        with group.open() as cases:
+            yield [of_name(cases, train.OURS), counting([], "greedy", (1, MemoryError()))]
+
+    @contextmanager
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    told = []
+    kernels = profile_groups([Group("big", too_large), Group("g", one)], CPU, tmp_path, told.append)
+    assert {kernel["case"] for kernel in kernels} == {"g: ours"}
+    assert told[0] == "no profile of big: out of memory"
+    assert told[-1].startswith("no profile of g: greedy: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["g-ours.json.gz"]
+    names = [
+        e.get("name") for e in json.loads(gzip.decompress((tmp_path / "g-ours.json.gz").read_bytes()))["traceEvents"]
+    ]
+    assert names.count("Optimizer.step#AdamW.step") == 1
+    assert names.count("aten::zeros_like") < 10  # AdamW's first step makes two states of every parameter
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"), [("cpu", "top operators by CPU time"), ("cuda", "top kernels by device time")]
+)
+def test_the_table_of_a_profile_says_whose_time_it_is(capsys, kind, title):
+    kernel = {"case": "a", "name": "gemm", "seconds": 1e-3, "share": 1.0, "calls": 2}
+    print_report(Report("train", {}, {"device": {"type": kind}}, kernels=[kernel]))
+    assert title in capsys.readouterr().out
+
+
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +486,40 @@ def test_the_ceiling_is_the_best_of_its_sweep():
     assert found["dtype"] == "float32"
 
 
+def test_a_ceiling_is_of_full_float32_whatever_the_cases_have_set(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "idc.bench.device._tflops", lambda *args: seen.append(torch.get_float32_matmul_precision()) or 1
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        matrix_ceiling(CPU, sides=(32,))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
+
+
+@pytest.mark.parametrize(
+    ("end", "larger", "said"),
+    [
+        (8.0, 8.0, "4 at the start and 8 at the end, shares are of the larger. They are 2.00 times apart"),
+        (3.9, 4.0, "4 at the start and 3.9 at the end, shares are of the larger\n"),
+        (None, 4.0, "from the start alone"),
+    ],
+)
+def test_both_ceilings_of_a_run_are_told_and_shares_are_of_the_larger(capsys, end, larger, said):
+    def measured(tflops, side):
+        return {"tflops": tflops, "dtype": "float32", "side": side, "sweep": {side: tflops}}
+
+    ceiling = larger_ceiling(measured(4.0, 32), end and measured(end, 64))
+    assert (ceiling["tflops"], ceiling["tflops_start"], ceiling["tflops_end"]) == (larger, 4.0, end)
+    assert ceiling["sweep"] == {ceiling["side"]: larger}
+    print_report(Report("train", {}, {}, ceiling=ceiling), Console(width=300))
+    assert said in capsys.readouterr().out
+
+
 def test_data_measures_streams_and_stages_over_the_same_clips(bench):
     told = replace(bench, options={"workers": [0], "clips": 16})
     outcomes = []
@@ -377,7 +548,9 @@ def test_the_command_writes_all_that_a_figure_must_be_told_with(tmp_path, capsys
     assert report["environment"]["command"].startswith("idc bench grpo --size tiny")
     assert {"torch", "diffusers", "cuda", "python"} <= set(report["environment"]["versions"])
     assert {"device", "driver", "commit", "threads"} <= set(report["environment"])
-    assert report["ceiling"]["tflops"] > 0
+    ceiling = report["ceiling"]
+    assert ceiling["tflops"] == max(ceiling["tflops_start"], ceiling["tflops_end"]) > 0
+    assert all(row["share"] == pytest.approx(row["tflops"] / ceiling["tflops"]) for row in report["rows"])
     rows = {row["name"]: row for row in report["rows"]}
     assert len(rows) == 4
     for row in rows.values():
@@ -396,6 +569,31 @@ def test_the_command_writes_all_that_a_figure_must_be_told_with(tmp_path, capsys
     shown = capsys.readouterr().out
     assert "at least 4.00 times" in shown
     assert "not the aims' size" in shown
+
+
+def test_a_device_that_a_case_has_broken_costs_no_row(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def ceiling(device):
+        calls.append(device)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {"tflops": 2.0, "dtype": "float32", "side": 32, "sweep": {32: 2.0}}
+
+    monkeypatch.setattr("idc.bench.device.matrix_ceiling", ceiling)
+    monkeypatch.setattr(train, "groups", lambda bench: [Group("g", partial(nothing_shared, counting([], "a")))])
+    file = tmp_path / "train.json"
+    assert main(["train", "--size", "tiny", "--device", "cpu", "--rounds", "1", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert [(row["name"], row["share"]) for row in report["rows"]] == [("a", 0.5)]
+    assert (report["ceiling"]["tflops_start"], report["ceiling"]["tflops_end"]) == (2.0, None)
+    assert "no ceiling at the end: failed: RuntimeError" in capsys.readouterr().err
+
+
+def test_a_wrong_backend_is_told_the_names_once():
+    with pytest.raises(UserError, match=r"speed\.attention='zzz': must be one of auto, native") as error:
+        main(["train", "--device", "cpu", "--attention", "native", "--attention", "zzz"])
+    assert str(error.value).count("xformers") == 1
 
 
 def test_a_table_shows_rows_without_figures_and_that_it_was_interrupted(capsys):
@@ -422,6 +620,8 @@ def test_a_table_shows_rows_without_figures_and_that_it_was_interrupted(capsys):
         (["train", "--device", "tpu"], "must be auto, cpu or cuda"),
         (["train", "--config", "recipes/sft.yaml", "--size", "toy"], "a recipe has its own sizes"),
         (["train", "--json", "nowhere/at/all.json"], "is no folder"),
+        (["train", "--profile", "README.md/traces"], "is a file"),
+        (["train", "--attention", "flsh"], "did you mean 'flash'"),
         (["train", "--compile", "maybe"], "invalid choice"),
         (["grpo", "--device", "cpu", "--group", "4", "--rollouts", "6"], "whole groups of 4; the nearest is 8"),
         (["data", "--config", "recipes/sft.yaml"], "leave it out"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -59,8 +59,17 @@ class Clock:
 
 
 Step = Callable[[Clock], Any]
-Turn = Callable[[int, int], list[Repeat]]
-"""turn(warm_up, repeats): so many repeats after so many that do not count."""
+Around = AbstractContextManager[Any]
+NOTHING: Around = nullcontext()
+
+
+class Turn(Protocol):
+    """So many repeats, which `around` encloses, after so many that do not count.
+
+    A profiler comes as `around`: what the first repeats of a turn build (an optimiser's states) is then not in it.
+    """
+
+    def __call__(self, warm_up: int, repeats: int, around: Around = NOTHING, /) -> list[Repeat]: ...
 
 
 @dataclass(frozen=True)
@@ -120,18 +129,19 @@ class Group:
 def stepwise(open_step: Callable[[], AbstractContextManager[Step]], device: torch.device) -> Turn:
     """A turn of steps: `open_step` builds what a step needs for the length of the turn (an optimiser, say)."""
 
-    def turn(warm_up: int, repeats: int) -> list[Repeat]:
-        found = []
+    def turn(warm_up: int, repeats: int, around: Around = NOTHING) -> list[Repeat]:
         with open_step() as step:
-            for number in range(warm_up + repeats):
-                if number == warm_up:
-                    reset_peak(device)
+
+            def once() -> Repeat:
                 clock = Clock(device)
                 step(clock)
-                seconds = clock.read()
-                if number >= warm_up:
-                    found.append(seconds)
-        return found
+                return clock.read()
+
+            for _ in range(warm_up):
+                once()
+            reset_peak(device)
+            with around:
+                return [once() for _ in range(repeats)]
 
     return turn
 
@@ -175,7 +185,7 @@ def run(
         free(device)
 
 
-def _never(warm_up: int, repeats: int) -> list[Repeat]:
+def _never(warm_up: int, repeats: int, around: Around = NOTHING) -> list[Repeat]:
     return []
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idc.bench.cases import Case, Clock, Group, Repeat, stepwise
+from idc.bench.cases import NOTHING, Around, Case, Clock, Group, Repeat, stepwise
 from idc.bench.context import Bench
 from idc.bench.results import Aim, Report
 from idc.data.cache import FeatureCache
@@ -80,7 +80,7 @@ def _streams(bench: Bench, workers: int) -> Iterator[Sequence[Case]]:
             yield [
                 Case(
                     name,
-                    partial(_passes, bench, loader, size),
+                    partial(_passes, loader, size),
                     against="" if name == OURS else OURS,
                     items=clips // batch - 1,
                     settings=words,
@@ -92,19 +92,23 @@ def _streams(bench: Bench, workers: int) -> Iterator[Sequence[Case]]:
             cached.teardown()
 
 
-def _passes(bench: Bench, loader: Any, size: Callable[[Any], int], warm_up: int, repeats: int) -> list[Repeat]:
+def _passes(
+    loader: Any, size: Callable[[Any], int], warm_up: int, repeats: int, around: Around = NOTHING
+) -> list[Repeat]:
+    for _ in range(warm_up):
+        _pass(loader, size)
+    with around:
+        return [_pass(loader, size) for _ in range(repeats)]
+
+
+def _pass(loader: Any, size: Callable[[Any], int]) -> Repeat:
     """From the first batch on, which waits for the workers."""
-    found = []
-    for number in range(warm_up + repeats):
-        iterator = iter(loader)
-        next(iterator)
-        clock = Clock(torch.device("cpu"))  # the loader's work is the host's
-        for batch in iterator:
-            size(batch)
-        seconds = clock.read()
-        if number >= warm_up:
-            found.append(seconds)
-    return found
+    iterator = iter(loader)
+    next(iterator)
+    clock = Clock(torch.device("cpu"))  # the loader's work is the host's
+    for batch in iterator:
+        size(batch)
+    return clock.read()
 
 
 def _stacked(batch: Any) -> int:

@@ -38,7 +38,7 @@ def find_device(name: str) -> torch.device:
 
 
 def matrix_ceiling(device: torch.device, sides: Sequence[int] = (), repeats: int = 5) -> dict[str, Any]:
-    """The most operations a second of a square matrix product: bfloat16 on a GPU, float32 on a CPU.
+    """The most operations a second of a square matrix product: bfloat16 on a GPU, full float32 on a CPU.
 
     On normal random numbers: zeros draw less power and clock higher. Each size runs warm and for about a second, so
     that a short boost of the clock does not count.
@@ -47,18 +47,42 @@ def matrix_ceiling(device: torch.device, sides: Sequence[int] = (), repeats: int
         `tflops`, `dtype`, `side` of the best, and `sweep` with TFLOP/s by side.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # whatever the cases before have set
+    try:
+        sweep = _sweep(device, dtype, sides or SIDES[device.type], repeats)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    if not sweep:
+        raise UserError("the device has no memory left for a matrix product; see what else runs on it")
+    best = max(sweep, key=lambda side: sweep[side])
+    return {"tflops": sweep[best], "dtype": str(dtype).removeprefix("torch."), "side": best, "sweep": sweep}
+
+
+def larger_ceiling(start: dict[str, Any], end: dict[str, Any] | None) -> dict[str, Any]:
+    """Both measurements of a run as one: the larger, and what each gave as `tflops_start` and `tflops_end`.
+
+    Other load and heat can only lower a ceiling, so the larger is nearer to the device's own, and no share of it is
+    flattered. A case beside which something ran has still too low a share.
+
+    Args:
+        end: None where there is none, as after an interrupt.
+    """
+    best = start if end is None or start["tflops"] >= end["tflops"] else end
+    return {**best, "tflops_start": start["tflops"], "tflops_end": end["tflops"] if end else None}
+
+
+def _sweep(device: torch.device, dtype: torch.dtype, sides: Sequence[int], repeats: int) -> dict[int, float]:
+    """TFLOP/s by side, up to the first that does not fit."""
     sweep: dict[int, float] = {}
-    for side in sides or SIDES[device.type]:
+    for side in sides:
         generator = torch.Generator(device).manual_seed(side)
         try:
             sweep[side] = _tflops(side, dtype, generator, repeats)
         except torch.OutOfMemoryError:  # a card that others use, too
             break
         free(device)
-    if not sweep:
-        raise UserError("the device has no memory left for a matrix product; see what else runs on it")
-    best = max(sweep, key=lambda side: sweep[side])
-    return {"tflops": sweep[best], "dtype": str(dtype).removeprefix("torch."), "side": best, "sweep": sweep}
+    return sweep
 
 
 def _tflops(side: int, dtype: torch.dtype, generator: torch.Generator, repeats: int) -> float:

@@ -14,7 +14,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from idc.bench.cases import WHOLE, Case, Clock, Group, Repeat, nothing_shared, reset_peak
+from idc.bench.cases import NOTHING, WHOLE, Around, Case, Clock, Group, Repeat, nothing_shared, reset_peak
 from idc.bench.context import Bench, attention_of
 from idc.bench.models import RandomSpec, random_encoders, random_sample
 from idc.bench.results import Aim, Report, at_least
@@ -179,12 +179,22 @@ class _Rule:
 
 
 class Meter(Callback):
-    """Per iteration: the stage's parts, the whole, and samples through the transformer."""
+    """Per iteration: the stage's parts, the whole, and samples through the transformer.
 
-    def __init__(self, device: torch.device, warm_up: int) -> None:
-        self.device, self.warm_up = device, warm_up
+    Used as a context around the trainer, which leaves `around` also where the trainer fails.
+    """
+
+    def __init__(self, device: torch.device, warm_up: int, repeats: int, around: Around = NOTHING) -> None:
+        self.device, self.warm_up, self.iterations = device, warm_up, warm_up + repeats
+        self.around, self._entered = around, ExitStack()
         self.repeats: list[Repeat] = []
         self.passes: list[dict[str, int]] = []
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         def count(module: Any, arguments: Any, keywords: Any) -> None:
@@ -198,12 +208,15 @@ class Meter(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.warm_up:
             reset_peak(self.device)
+            self._entered.enter_context(self.around)
         self.passes.append(dict.fromkeys(("trained", "sampled", "caches trained", "caches sampled"), 0))
         self.clock = Clock(self.device)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         parts = {part: float(trainer.callback_metrics[f"perf/{part}_seconds"]) for part in PARTS}
         self.repeats.append({WHOLE: self.clock.read()[WHOLE], **parts})
+        if batch_idx == self.iterations - 1:  # what the trainer does at its end is no part of an iteration
+            self._entered.close()
 
 
 def _codec(bench: Bench) -> Codec | None:
@@ -233,10 +246,10 @@ def make_stage(bench: Bench, plan: Plan, way: str, cache: bool) -> GRPO:
 
 
 def _turn(
-    bench: Bench, plan: Plan, way: str, cache: bool, counts: dict[str, float], warm_up: int, repeats: int
-) -> list[Repeat]:
-    meter = Meter(bench.device, warm_up)
-    with _silent():
+    bench: Bench, plan: Plan, way: str, cache: bool, counts: dict[str, float], warm_up: int, repeats: int,
+    around: Around = NOTHING,
+) -> list[Repeat]:  # fmt: skip
+    with _silent(), Meter(bench.device, warm_up, repeats, around) as meter:
         trainer = Trainer(
             max_steps=warm_up + repeats,
             accelerator="gpu" if bench.cuda else "cpu",

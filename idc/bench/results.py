@@ -46,8 +46,8 @@ class Ratio:
 @dataclass(frozen=True)
 class Row:
     """A case's line. Seconds are of one repeat; `tflops` is achieved TFLOP/s without recomputation, `share` that of the
-    measured ceiling. `planner_share` is what `idc plan --share` takes: operations of forward and backward with
-    recomputation, over their time and the stated peak."""
+    measured ceiling, the larger of both. `planner_share` is what `idc plan --share` takes: operations of forward and
+    backward with recomputation, over their time and the stated peak."""
 
     group: str
     name: str
@@ -187,7 +187,8 @@ class Report:
         command: `train`, `generate`, `grpo` or `data`.
         setup: sizes and settings, as plain values.
         environment: device, versions, command line, commit.
-        ceiling: of the device, measured: `tflops`, `dtype` and the sweep.
+        ceiling: of the device, measured at the start and at the end of the run: `tflops`, `dtype` and the sweep of the
+            larger, which shares are of, `tflops_start` and `tflops_end`.
         rows, aims: the tables. interrupted: by the user, so that rows are missing.
         checks: what was compared so that the comparison is fair, by name.
         kernels: of `--profile`.

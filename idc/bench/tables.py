@@ -12,6 +12,7 @@ from rich.table import Table
 from idc.bench.results import Aim, Report, Row, Spread, show
 
 WIDTH = 150  # of a table that goes into a file
+UNSTEADY = 0.1  # by so much two measurements of a ceiling may differ on a device that nobody else uses
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -39,7 +40,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.aims:
         console.print(_aims(report.aims, report.at_the_aims))
     if report.kernels:
-        console.print(_kernels(report.kernels))
+        cuda = report.environment.get("device", {}).get("type") == "cuda"
+        console.print(_kernels(report.kernels, cuda))
     if report.interrupted:
         console.print("interrupted: rows are missing", style="bold")
 
@@ -64,8 +66,21 @@ def header(report: Report) -> Iterator[str]:
         stated = f" (stated peak {_number(ceiling['stated_tflops'])})" if ceiling.get("stated_tflops") else ""
         yield (
             f"matrix ceiling: {_number(ceiling['tflops'])} TFLOP/s{stated}, {ceiling['dtype']} products of side "
-            f"{ceiling['side']}"
+            f"{ceiling['side']}{_both_ceilings(ceiling)}"
         )
+
+
+def _both_ceilings(ceiling: Mapping[str, Any]) -> str:
+    start, end = ceiling.get("tflops_start"), ceiling.get("tflops_end")
+    if start is None:
+        return ""
+    if end is None:
+        return "; from the start alone"
+    both = f"; {_number(start)} at the start and {_number(end)} at the end, shares are of the larger"
+    apart = max(start, end) / min(start, end)
+    if apart < 1 + UNSTEADY:
+        return both
+    return f"{both}. They are {apart:.2f} times apart, by load or heat: shares are uncertain by as much"
 
 
 def _cases(title: str, rows: Sequence[Row]) -> Table:
@@ -144,8 +159,9 @@ def _aims(aims: Sequence[Aim], at_the_aims: bool) -> Table:
     return table
 
 
-def _kernels(kernels: Sequence[dict[str, Any]]) -> Table:
-    table = Table("case", "kernel", "time", "share", "calls", title="top kernels by device time", title_justify="left")
+def _kernels(kernels: Sequence[dict[str, Any]], cuda: bool) -> Table:
+    what, clock = ("kernel", "device") if cuda else ("operator", "CPU")
+    table = Table("case", what, "time", "share", "calls", title=f"top {what}s by {clock} time", title_justify="left")
     for kernel in kernels:
         name = escape(kernel["name"][:90])
         share = f"{kernel['share']:.1%}"

@@ -49,6 +49,6 @@ class Speed:
     def __post_init__(self) -> None:
         names = ("auto", *BACKENDS)
         if self.attention not in names:
-            raise UserError(
-                f"speed.attention={self.attention!r}: must be one of {', '.join(names)}{nearest(self.attention, names)}"
-            )
+            hint = nearest(self.attention, names)  # of a name like none of them it lists them all, as is done here
+            hint = hint if "did you mean" in hint else ""
+            raise UserError(f"speed.attention={self.attention!r}: must be one of {', '.join(names)}{hint}")

@@ -41,16 +41,14 @@ def forward_flops(
     check_frames(frames)
     check_side("height", height)
     check_side("width", width)
-    patch = config["patch_size"]
-    grid = ((frames - 1) // TEMPORAL_FACTOR + 1, height // CODEC_FACTOR, width // CODEC_FACTOR)
-    video = math.prod(size // p for size, p in zip(grid, patch, strict=True))
-    joint = sum(subject_tokens) if config.get("id_joint_references") else 0
-    dim = _dim(config)
-    volume = math.prod(patch)
+    video = _video_tokens(config, frames, height, width)
+    dim, volume = _dim(config), math.prod(config["patch_size"])
     total = 2 * video * dim * volume * (config["in_channels"] + config["out_channels"])
     total += 2 * (config["freq_dim"] * dim + dim * dim + 6 * dim * dim)  # time embedding and its six modulations
     total += 2 * text_tokens * (config["text_dim"] * dim + dim * dim)
-    total += config["num_layers"] * _wan_layer(dim, config["ffn_dim"], video + joint, text_tokens)
+    total += config["num_layers"] * _wan_layer(
+        dim, config["ffn_dim"], _joined(config, video, subject_tokens), text_tokens
+    )
     if not cached:
         total += 2 * sum(subject_tokens) * dim * volume * config["in_channels"]
     return total + id_flops(config, video, subject_tokens, vlm_tokens, cached)
@@ -79,6 +77,16 @@ def id_flops(
 
 def _dim(config: Mapping[str, Any]) -> int:
     return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def _video_tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
+    grid = ((frames - 1) // TEMPORAL_FACTOR + 1, height // CODEC_FACTOR, width // CODEC_FACTOR)
+    return math.prod(size // p for size, p in zip(grid, config["patch_size"], strict=True))
+
+
+def _joined(config: Mapping[str, Any], video_tokens: int, subject_tokens: Sequence[int]) -> int:
+    """Tokens of the backbone's self-attention."""
+    return video_tokens + (sum(subject_tokens) if config.get("id_joint_references") else 0)
 
 
 def _wan_layer(dim: int, ffn_dim: int, tokens: int, text_tokens: int) -> int:
@@ -136,36 +144,65 @@ def step_flops(
     Raises:
         UserError: as `forward_flops`.
     """
-    sizes = (frames, height, width, text_tokens, subject_tokens, vlm_tokens)
-    forward = forward_flops(config, *sizes, cached=cached)
-    patch, dim = config["patch_size"], _dim(config)
-    grid = ((frames - 1) // TEMPORAL_FACTOR + 1, height // CODEC_FACTOR, width // CODEC_FACTOR)
-    video = math.prod(size // p for size, p in zip(grid, patch, strict=True))
-    joint = sum(subject_tokens) if config.get("id_joint_references") else 0
-    blocks = id_flops(config, video, subject_tokens, vlm_tokens, cached)
-    projector = blocks - id_flops({**config, "vlm_dim": None}, video, subject_tokens, vlm_tokens, cached)
-    attending = _id_attention(config, video, subject_tokens, vlm_tokens, cached)
-    layer = _wan_layer(dim, config["ffn_dim"], video + joint, text_tokens)
-    layers, head = config["num_layers"], 2 * video * dim * math.prod(patch) * config["out_channels"]
+    forward = forward_flops(config, frames, height, width, text_tokens, subject_tokens, vlm_tokens, cached)
+    tokens = _Tokens(_video_tokens(config, frames, height, width), text_tokens, subject_tokens, vlm_tokens, cached)
     if trainable == "full":
-        # No gradient goes to latents, text, times and reference latents.
-        volume = math.prod(patch) * config["in_channels"]
-        ends = (video + (0 if cached else sum(subject_tokens))) * dim * volume
-        ends += config["freq_dim"] * dim + text_tokens * config["text_dim"] * dim
-        backward = 2 * forward - 2 * ends
+        backward = 2 * (forward - _at_the_ends(config, tokens))
     else:
-        attention = 4 * (video + joint) ** 2 * dim + (4 * (video + joint) * text_tokens * dim)
-        text = 4 * text_tokens * dim**2 + 4 * (video + joint) * text_tokens * dim  # no gradient goes to the text
-        own = layer + attention - text
-        reached = layers if trainable != "id_blocks" or joint else layers - 1  # none before the first id block
-        backward = reached * own + head + (2 * blocks if trainable != "lora" else blocks - projector + attending)
-    recomputed = 0
-    if checkpointing != "none":
-        recomputed = layers * layer + blocks - projector
-        if checkpointing == "attention":
-            recomputed -= layers * 4 * (video + joint) * (video + joint + text_tokens) * dim
-            recomputed -= attending
-    return StepFlops(forward, backward, recomputed)
+        backward = _backward_through_frozen(config, tokens, trainable)
+    return StepFlops(forward, backward, _recomputed(config, tokens, checkpointing))
+
+
+class _Tokens(NamedTuple):
+    """Of one sample, as in `forward_flops`."""
+
+    video: int
+    text: int
+    subjects: Sequence[int]
+    vlm: int
+    cached: bool
+
+
+def _at_the_ends(config: Mapping[str, Any], tokens: _Tokens) -> int:
+    """Half of what the first products take: no gradient goes to latents, text, times and reference latents."""
+    dim = _dim(config)
+    patches = tokens.video + (0 if tokens.cached else sum(tokens.subjects))
+    total = patches * dim * math.prod(config["patch_size"]) * config["in_channels"]
+    return total + config["freq_dim"] * dim + tokens.text * config["text_dim"] * dim
+
+
+def _backward_through_frozen(config: Mapping[str, Any], tokens: _Tokens, trainable: str) -> int:
+    """Where the backbone's weights are frozen: the gradients of its inputs alone, and of the blocks as is trained."""
+    dim, joined = _dim(config), _joined(config, tokens.video, tokens.subjects)
+    blocks, projector, attending = _id_parts(config, tokens)
+    attention = 4 * joined**2 * dim + 4 * joined * tokens.text * dim
+    text = 4 * tokens.text * dim**2 + 4 * joined * tokens.text * dim  # no gradient goes to the text
+    layer = _wan_layer(dim, config["ffn_dim"], joined, tokens.text) + attention - text
+    # Without joint references no gradient goes to what is before the first block.
+    before = trainable == "id_blocks" and joined == tokens.video
+    head = 2 * tokens.video * dim * math.prod(config["patch_size"]) * config["out_channels"]
+    ours = blocks + attending if trainable == "lora" else 2 * (blocks + projector)
+    return (config["num_layers"] - before) * layer + head + ours
+
+
+def _recomputed(config: Mapping[str, Any], tokens: _Tokens, checkpointing: str) -> int:
+    """The layers, but with `attention` the products of their attentions; the projector is outside them."""
+    if checkpointing == "none":
+        return 0
+    dim, joined, layers = _dim(config), _joined(config, tokens.video, tokens.subjects), config["num_layers"]
+    blocks, _, attending = _id_parts(config, tokens)
+    total = layers * _wan_layer(dim, config["ffn_dim"], joined, tokens.text) + blocks
+    if checkpointing == "attention":
+        total -= layers * 4 * joined * (joined + tokens.text) * dim + attending
+    return total
+
+
+def _id_parts(config: Mapping[str, Any], tokens: _Tokens) -> tuple[int, int, int]:
+    """Forward operations of the id blocks, of the VLM projector, and of the blocks' attentions themselves."""
+    sizes = (tokens.video, tokens.subjects, tokens.vlm, tokens.cached)
+    both = id_flops(config, *sizes)
+    projector = both - id_flops({**config, "vlm_dim": None}, *sizes)
+    return both - projector, projector, _id_attention(config, *sizes)
 
 
 def _id_attention(

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from idc.errors import UserError
-from idc.models.cost import forward_flops
+from idc.models.cost import forward_flops, step_flops
 from idc.models.transformer import IDCrafterTransformer
 from idc.types import Condition
 
@@ -114,3 +114,25 @@ def test_the_formula_takes_a_plain_wan_config_and_checks_sizes():
         forward_flops(wan, 8, 32, 48)
     with pytest.raises(UserError, match="width=40"):
         forward_flops(wan, 9, 32, 40)
+
+
+def test_what_is_computed_again_holds_the_blocks_reading_of_the_vlm_and_not_its_projector():
+    model = tiny_model().train()
+    tokens, video, dim = 400, 4, WAN["num_attention_heads"] * WAN["attention_head_dim"]  # the rest is small beside them
+    latents, text = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 5, WAN["text_dim"])
+    given = Condition(text, references=(torch.randn(1, 4, 4, 6),), vlm_BLD=torch.randn(1, tokens, VLM_DIM))
+
+    def counted_with(kind):
+        model.run_layers(kind)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(latents, torch.tensor([500.0]), text, given).sample.square().sum().backward()
+        return counter.get_total_flops()
+
+    def planned(kind, vlm_tokens):
+        return step_flops(model.config, 1, 32, 32, 5, (6,), vlm_tokens, checkpointing=kind).recomputed
+
+    assert counted_with("full") - counted_with("none") == pytest.approx(planned("full", tokens), rel=0.05)
+    layers = model.config["id_layers"]
+    keys_values, attention = layers * 4 * tokens * dim**2, layers * 4 * video * tokens * dim
+    assert planned("full", tokens) - planned("full", 0) == keys_values + attention
+    assert planned("attention", tokens) - planned("attention", 0) == keys_values

@@ -46,9 +46,8 @@ def forward_flops(
     total = 2 * video * dim * volume * (config["in_channels"] + config["out_channels"])
     total += 2 * (config["freq_dim"] * dim + dim * dim + 6 * dim * dim)  # time embedding and its six modulations
     total += 2 * text_tokens * (config["text_dim"] * dim + dim * dim)
-    total += config["num_layers"] * _wan_layer(
-        dim, config["ffn_dim"], _joined(config, video, subject_tokens), text_tokens
-    )
+    joined = _joined(config, video, subject_tokens)
+    total += config["num_layers"] * _wan_layer(dim, config["ffn_dim"], joined, text_tokens)
     if not cached:
         total += 2 * sum(subject_tokens) * dim * volume * config["in_channels"]
     return total + id_flops(config, video, subject_tokens, vlm_tokens, cached)
@@ -59,20 +58,27 @@ def id_flops(
 ) -> int:
     """Operations of the id blocks and the VLM projector for one sample (arguments as in `forward_flops`)."""
     dim, subjects = _dim(config), sum(subject_tokens)
-    if config.get("vlm_dim") is None or not (config["id_use_vlm"] and config["id_cross_modal"]):
-        vlm_tokens = 0
     layer = 0
     if not cached and config.get("id_intra_subject"):
         layer += 8 * subjects * dim**2 + 4 * sum(length**2 for length in subject_tokens) * dim
     if not cached and config.get("id_inter_subject") and len(subject_tokens) > 1:
         layer += 10 * subjects * dim**2 + 4 * sum(length * (subjects - length) for length in subject_tokens) * dim
-    memory = subjects + vlm_tokens
+    memory = subjects + _read_of_vlm(config, vlm_tokens)
     if memory and config.get("id_cross_modal"):
         layer += 4 * video_tokens * dim**2 + 4 * video_tokens * memory * dim
         layer += 0 if cached else 4 * memory * dim**2
-    layers = config.get("id_layers", 0)
-    projector = 2 * vlm_tokens * (config["vlm_dim"] * dim + dim**2) if vlm_tokens and layers and not cached else 0
-    return layers * layer + projector
+    return config.get("id_layers", 0) * layer + _projector(config, vlm_tokens, cached)
+
+
+def _read_of_vlm(config: Mapping[str, Any], vlm_tokens: int) -> int:
+    """So many of its tokens, or none where the model does not read them."""
+    reads = config.get("vlm_dim") is not None and config["id_use_vlm"] and config["id_cross_modal"]
+    return vlm_tokens if reads and config.get("id_layers") else 0
+
+
+def _projector(config: Mapping[str, Any], vlm_tokens: int, cached: bool) -> int:
+    tokens = 0 if cached else _read_of_vlm(config, vlm_tokens)
+    return 2 * tokens * (config["vlm_dim"] * _dim(config) + _dim(config) ** 2) if tokens else 0
 
 
 def _dim(config: Mapping[str, Any]) -> int:
@@ -200,9 +206,8 @@ def _recomputed(config: Mapping[str, Any], tokens: _Tokens, checkpointing: str) 
 def _id_parts(config: Mapping[str, Any], tokens: _Tokens) -> tuple[int, int, int]:
     """Forward operations of the id blocks, of the VLM projector, and of the blocks' attentions themselves."""
     sizes = (tokens.video, tokens.subjects, tokens.vlm, tokens.cached)
-    both = id_flops(config, *sizes)
-    projector = both - id_flops({**config, "vlm_dim": None}, *sizes)
-    return both - projector, projector, _id_attention(config, *sizes)
+    projector = _projector(config, tokens.vlm, tokens.cached)
+    return id_flops(config, *sizes) - projector, projector, _id_attention(config, *sizes)
 
 
 def _id_attention(
@@ -216,6 +221,5 @@ def _id_attention(
     if not cached and config.get("id_inter_subject"):
         pairs += sum(length * (subjects - length) for length in subject_tokens)
     if config.get("id_cross_modal"):
-        reads = config.get("vlm_dim") is not None and config["id_use_vlm"]
-        pairs += video_tokens * (subjects + (vlm_tokens if reads else 0))
+        pairs += video_tokens * (subjects + _read_of_vlm(config, vlm_tokens))
     return config.get("id_layers", 0) * 4 * pairs * dim

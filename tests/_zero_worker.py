@@ -1,8 +1,12 @@
-"""Strategies of the tests of DeepSpeed, as recipes name them."""
+"""Strategies and a fault of the tests of DeepSpeed, as recipes name them."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 
 from idc.stages.zero import DeepSpeedZeRO
 
@@ -21,3 +25,15 @@ class Scattered(DeepSpeedZeRO):
         settings = {"param_persistence_threshold": 0, "max_live_parameters": 1000, "prefetch_bucket_size": 1000}
         assert isinstance(self.config, dict)
         self.config["zero_optimization"].update({f"stage3_{name}": value for name, value in settings.items()})
+
+
+class OneNaN(Callback):
+    """In step 2 the last rank's gradient of the last weights, which are that rank's to step, is NaN, and no other."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def spoil(gradient: Tensor) -> Tensor | None:
+            return gradient * float("nan") if trainer.global_step == 1 else None
+
+        if trainer.global_rank == trainer.world_size - 1:
+            stage: Any = pl_module
+            list(stage.transformer.parameters())[-1].register_hook(spoil)

@@ -1,11 +1,12 @@
 """DeepSpeed on two CPU processes against DDP, through the SFT recipe, and what is refused with it.
 
-Where DeepSpeed (extra `gpu`) is not installed, what needs it is skipped.
+Where DeepSpeed (extra `deepspeed`) is not installed, what needs it is skipped.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,40 +14,51 @@ from typing import Any, cast
 
 import pytest
 import torch
-from _sft_worker import Fit, callbacks, merge, scalars, tiny_overlay
+from _dpo_worker import DPOFit
+from _dpo_worker import overlay as dpo_overlay
+from _grpo_worker import save_start
+from _sft_worker import ROOT, Fit, callbacks, merge, scalars, shards, tiny_overlay
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from idc.callbacks.ema import EMA
 from idc.callbacks.resume import resolve_ckpt_path
 from idc.cli import main
+from idc.data.corruptions import TurnedColours
+from idc.data.sources import ShardSource
 from idc.errors import UserError
 from idc.models.checkpoints import WHOLE_WEIGHTS, find_checkpoint, read_weights
 from idc.models.manifest import STATE, Manifest, hash_files, list_files
-from idc.stages.zero import DeepSpeedZeRO
+from idc.stages.generate import Encoding
+from idc.stages.pairs import CorruptedPairs
+from idc.stages.zero import OLDEST, DeepSpeedZeRO
 
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="DeepSpeed (extra gpu) is not installed")
+needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="DeepSpeed (extra deepspeed) is not installed")
+SCATTERED: dict[str, Any] = {"class_path": "_zero_worker.Scattered"}
+SAME_LAYERS: dict[str, Any] = {"class_path": "_zero_worker.SameLayers"}
+DROPOUT = {"text": 0.0, "references": 0.6, "both": 0.0}
 STEPS = 6
 # Of 6 micro-batches an epoch, 4 make a step and then 2; in about a third of them no sample of a rank has references.
 OVERLAY: dict[str, Any] = {
     "trainer": {"max_steps": STEPS, "accumulate_grad_batches": 4, "val_check_interval": 6, "devices": 2},
     "model": {
         "init_args": {
-            "dropout": {"text": 0.0, "references": 0.6, "both": 0.0},
+            "dropout": DROPOUT,
             "schedule": {"warmup_steps": 2, "decay": "constant"},
         }
     },
 }
 
 
-def fit_of(folder: Path, data: Path, strategy: dict[str, Any], ema: bool = True, args: tuple[str, ...] = ()) -> Fit:
+def fit_of(folder: Path, data: Path, strategy: dict[str, Any], ema: bool = True, checkpointing: str = "none") -> Fit:
     overlay = merge(tiny_overlay(data, folder / "runs"), callbacks(save_every=3), OVERLAY)
     overlay["trainer"]["strategy"] = strategy
+    overlay["model"]["init_args"]["speed"] = {"checkpointing": checkpointing}
     if not ema:
         kept = [entry for entry in overlay["trainer"]["callbacks"] if "EMA" not in entry["class_path"]]
         overlay["trainer"]["callbacks"] = kept
-    return Fit(folder, overlay, args=args, ranks=2)
+    return Fit(folder, overlay, ranks=2)
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -56,15 +68,15 @@ def zero(stage: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Fit:
     folder = tmp_path_factory.mktemp("ddp")
-    run = fit_of(folder, folder, {"class_path": "_zero_worker.SameLayers"})
+    run = fit_of(folder, folder, SAME_LAYERS)
     assert run.finish() == [0, 0], run.errors()
     return run
 
 
 @pytest.fixture(scope="module")
 def zero2(ddp: Fit, tmp_path_factory: pytest.TempPathFactory) -> Fit:
-    """A run that ended after 3 steps and went on."""
-    run = fit_of(tmp_path_factory.mktemp("zero2"), ddp.folder, zero(2))
+    """A run that ended after 3 steps and went on; its backward passes compute all layers again."""
+    run = fit_of(tmp_path_factory.mktemp("zero2"), ddp.folder, zero(2), checkpointing="full")
     short = replace(run, args=("--trainer.max_steps=3",))
     assert short.finish() == [0, 0], short.errors()
     resumed = replace(run, args=("--ckpt_path", "last"))
@@ -74,7 +86,8 @@ def zero2(ddp: Fit, tmp_path_factory: pytest.TempPathFactory) -> Fit:
 
 @pytest.fixture(scope="module")
 def zero3(ddp: Fit, tmp_path_factory: pytest.TempPathFactory) -> Fit:
-    run = fit_of(tmp_path_factory.mktemp("zero3"), ddp.folder, {"class_path": "_zero_worker.Scattered"}, ema=False)
+    """A run whose backward passes gather all weights again, and compute all but attention again."""
+    run = fit_of(tmp_path_factory.mktemp("zero3"), ddp.folder, SCATTERED, ema=False, checkpointing="attention")
     assert run.finish() == [0, 0], run.errors()
     return run
 
@@ -130,9 +143,34 @@ def test_weights_of_either_stage_are_read_as_ddps(ddp: Fit, zero2: Fit, whole: P
 
 
 @needs_deepspeed
-def test_a_gradient_that_is_not_finite_ends_the_run_in_its_step_with_its_samples(ddp: Fit, tmp_path: Path) -> None:
-    rate = "--model.init_args.optimizer.init_args.lr=1e30"
-    run = fit_of(tmp_path, ddp.folder, zero(3), ema=False, args=(rate, "--model.init_args.schedule.warmup_steps=0"))
+def test_dpo_with_zero2_is_ddp(ddp: Fit, tmp_path: Path) -> None:
+    """Two passes of a step before its one backward pass, the first with the reference's weights in place of its own."""
+    start = save_start(tmp_path / "model")
+    for name, count in (("train", 12), ("held_out", 4)):
+        source = ShardSource(str(ddp.folder / name))
+        encoding = Encoding(0, "yuv444p", "ultrafast")
+        CorruptedPairs(str(tmp_path / name), source, TurnedColours(), count, encoding=encoding).prepare()
+    losses = []
+    for name, strategy in (("ddp", SAME_LAYERS), ("zero2", zero(2))):
+        overlay = dpo_overlay(tmp_path, start, tmp_path / name / "runs", steps=3, dropout=DROPOUT)
+        overlay["trainer"] |= {"callbacks": [], "limit_val_batches": 0, "devices": 2, "strategy": strategy}
+        overlay["data"]["init_args"]["val_sources"] = [shards(str(tmp_path / "held_out"))]
+        run = DPOFit(tmp_path / name, overlay, ranks=2)
+        assert run.finish() == [0, 0], run.errors()
+        losses.append(run.losses())
+    expected, found = losses
+    assert len(expected) == 3
+    assert expected[-1] != pytest.approx(expected[0], rel=0.01)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", [zero(2), SCATTERED], ids=["zero2", "zero3"])
+def test_one_gradient_that_is_not_finite_ends_the_run_in_its_step_with_its_samples(
+    strategy: dict[str, Any], ddp: Fit, tmp_path: Path
+) -> None:
+    run = fit_of(tmp_path, ddp.folder, strategy, ema=False)
+    run.overlay["trainer"]["callbacks"].append({"class_path": "_zero_worker.OneNaN"})
     assert run.finish() == [2, 2]
     error = next(line for line in run.errors().splitlines() if line.startswith("idc: error"))
     assert "step 2: the gradient's norm is" in error
@@ -168,7 +206,19 @@ def test_parameters_are_offloaded_where_they_are_sharded() -> None:
 def test_a_recipe_without_deepspeed_says_what_to_install(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "recipes/sft.yaml", "--config", f"recipes/hardware/{recipe}.yaml"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("idc: error")]
-    assert "DeepSpeed is not installed: pip install 'idc[gpu]'" in line
+    assert "DeepSpeed is not installed: pip install 'idc[deepspeed]'" in line
+
+
+@pytest.mark.parametrize("found", ["0.17.0", "0.19.7", "0.19.8.dev1"])
+def test_a_deepspeed_that_steps_on_nan_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idc.stages.zero.version", lambda name: found)
+    with pytest.raises(UserError, match=rf"DeepSpeed {found} takes steps.*0.19.8 or later: pip.*\[deepspeed\]"):
+        DeepSpeedZeRO()
+
+
+def test_the_extra_installs_one_that_is_not_refused() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["deepspeed"] == [f"deepspeed>={OLDEST}"]
 
 
 class Asked(DeepSpeedZeRO):

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from idc.data.ranks import of_all_ranks
+from idc.data.ranks import of_all_ranks, several_ranks
 from idc.errors import UserError
 from idc.models.codecs import Codec
 from idc.models.conditioners import TextConditioner
@@ -299,10 +300,17 @@ class Stage(LightningModule):
 
     def drop_seeds(self, seeds_B: Tensor) -> Tensor:
         """Seeds by which a batch's conditions are dropped: its own, or rank 0's where the strategy has `same_layers`:
-        a rank whose samples all lose their references passes over layers that the others run.
+        a rank whose samples all lose their references passes over layers that the others run. All ranks call it with
+        as many seeds.
         """
         strategy: Any = self._trainer.strategy if self._trainer is not None else None
-        return strategy.broadcast(seeds_B) if getattr(strategy, "same_layers", False) else seeds_B
+        if not getattr(strategy, "same_layers", False) or not several_ranks():
+            return seeds_B
+        # Not Lightning's `broadcast`, which pickles: on GPUs two exchanges in every micro-batch, and the host waits for
+        # each. Here it waits once, to read what it decides by. A copy, for noise is drawn by the batch's own seeds.
+        shared_B = seeds_B.to(strategy.root_device, copy=True)
+        dist.broadcast(shared_B, src=0)
+        return shared_B.to(seeds_B.device)
 
     # Running the transformer --------------------------------------------------------------------------------
 

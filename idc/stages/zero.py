@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from packaging.version import Version
 from torch import Tensor
 
 from idc.errors import UserError
@@ -24,6 +25,21 @@ from idc.stages.sft import SFT
 
 _DEVICES = {"cuda": CUDAAccelerator, "cpu": CPUAccelerator}
 _SHM = "deepspeed_shm_comm"
+# The first release whose ZeRO-2 never takes a float32 step on a gradient that is not finite. Before it, a rank's NaN
+# norm became -1, which with the other ranks' gave a finite one: the step was taken, and nobody could tell.
+OLDEST = "0.19.8"
+
+
+def _check_version() -> None:
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        raise UserError("trainer.strategy: DeepSpeed is not installed: pip install 'idc[deepspeed]'") from None
+    if Version(found) < Version(OLDEST):
+        raise UserError(
+            f"trainer.strategy: DeepSpeed {found} takes steps on gradients that are not finite; it must be {OLDEST} "
+            "or later: pip install 'idc[deepspeed]'"
+        )
 
 
 class ZeROPrecision(DeepSpeedPrecision):
@@ -73,8 +89,9 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         offload_parameters: keep weights there, too; ZeRO-3.
 
     Raises:
-        UserError: without DeepSpeed, on devices other than those that DeepSpeed found, for trainer.precision other than
-            32-true, for a stage that steps by itself (GRPO), or for what ZeRO-3 cannot train.
+        UserError: without DeepSpeed or with one older than `OLDEST`, on devices other than those that DeepSpeed found,
+            for trainer.precision other than 32-true, for a stage that steps by itself (GRPO), or for what ZeRO-3 cannot
+            train.
     """
 
     same_layers = True  # of all ranks, in every pass: see `idc.stages.base.Stage.drop_seeds`
@@ -86,15 +103,13 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             raise UserError(
                 f"trainer.strategy.init_args.offload_parameters: stage={stage} shards no weights; set stage 3"
             )
-        try:
-            super().__init__(
-                stage=stage,
-                offload_optimizer=offload_optimizer,
-                offload_parameters=offload_parameters,
-                logging_batch_size_per_gpu=1,  # of DeepSpeed's own log; else Lightning opens training data to validate
-            )
-        except MisconfigurationException as error:
-            raise UserError("trainer.strategy: DeepSpeed is not installed: pip install 'idc[gpu]'") from error
+        _check_version()
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            logging_batch_size_per_gpu=1,  # of DeepSpeed's own log; else Lightning opens training data to validate
+        )
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # or the recipe's optimiser would be refused
 
@@ -192,16 +207,18 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         super().setup(trainer)
 
     def _prepare_sharded(self) -> None:
-        """Let ZeRO-3 gather weights that are read outside the forward pass of their own module: those that get a zero
-        gradient because no sample has references (`idc.models.hierarchy.add_idle`)."""
+        """Let ZeRO-3 gather weights block by block, and with them those that are read outside the forward pass of their
+        own module: they get a zero gradient because no sample has references (`idc.models.hierarchy.add_idle`).
+
+        Gathered linear layer by linear layer, weights would come and go in the midst of what a backward pass computes
+        again, other than in the forward pass: selective checkpointing refuses that, which counts each operation.
+        """
         import deepspeed
 
-        from idc.models.hierarchy import HierarchyBlock
-
         module: Any = self.lightning_module
-        model = module.transformer
-        if len(model.id_blocks):
-            deepspeed.utils.set_z3_leaf_modules(model, [HierarchyBlock])
+        model, speed = module.transformer, module.speed
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in (*model.blocks, *model.id_blocks)}))
+        model.run_layers(speed.checkpointing, speed.compile, apart=True)
         if model.id_vlm_projector is not None:
             for parameter in model.id_vlm_projector.parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)

@@ -1,10 +1,12 @@
-"""One layer of the transformer: Wan's block and the hierarchical block that follows it, as one function.
+"""One layer of the transformer, Wan's block and the hierarchical block that follows it, as one function; and them all.
 
-It is what is recomputed and compiled as a whole (`idc.models.checkpointing`): between the two nothing is kept.
+A layer is what is recomputed and compiled as a whole (`idc.models.checkpointing`): between the two nothing is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +66,27 @@ def run_layer(
         part, subjects_BSD, _ = follow(part, subjects_BSD, given.layout, given.vlm_BMD, mask_BM, memory)
         videos.append(part)
     return videos[0] if len(videos) == 1 else torch.cat(videos), subjects_BSD
+
+
+def run_all(
+    run: Callable[..., Any],
+    blocks: Iterable[nn.Module],
+    follows: Iterable[nn.Module],
+    video_BLD: Tensor,
+    subjects_BSD: Tensor | None,
+    given: LayerInputs,
+    memories: Sequence[Sequence[KeysValues | None]],
+) -> Tensor:
+    """Z after the last layer.
+
+    Args:
+        run: calls a layer's function with its modules and tensors (`idc.models.checkpointing.LayerRunner`).
+        blocks, follows: Wan's, and those after the first of them.
+        memories: for each of `given.masks`, those of each of `follows`.
+    """
+    for block, follow, memory in zip_longest(blocks, follows, zip(*memories, strict=True)):
+        video_BLD, subjects_BSD = run(run_layer, block, follow, video_BLD, subjects_BSD, given, memory)
+    return video_BLD
 
 
 def run_subjects(

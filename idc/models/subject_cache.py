@@ -6,9 +6,11 @@ every member of a GRPO group, reuses them. This is exact: the same operations in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from idc.errors import UserError
 
@@ -61,6 +63,27 @@ class SubjectCache:
     def requires_grad(self) -> bool:
         """Whether gradients flow through it to the blocks, as they do not from one built under `no_grad`."""
         return any(tensor.requires_grad for pair in self.layers for tensor in pair)
+
+
+def memories_of(
+    cache: SubjectCache | None, id_blocks: nn.ModuleList, batch: int, training: bool
+) -> Sequence[tuple[Tensor, Tensor] | None]:
+    """The cached keys and values of each block for that many videos; None where they are computed inline.
+
+    Raises:
+        UserError: for a cache of another size, and for one without gradients where the blocks train.
+    """
+    if cache is None or not cache.layers:
+        return [None] * len(id_blocks)
+    if cache.batch != batch or len(cache.layers) != len(id_blocks):
+        raise UserError(
+            f"subject_cache of {cache.batch} samples and {len(cache.layers)} blocks for {batch} videos and "
+            f"{len(id_blocks)} blocks: use .expand({batch}), on a cache from this model"
+        )
+    trained = training and any(parameter.requires_grad for parameter in id_blocks.parameters())
+    if torch.is_grad_enabled() and trained and not cache.requires_grad:
+        raise UserError("subject_cache was built without gradients, but id_blocks are trained: pass the condition")
+    return cache.layers
 
 
 @dataclass(frozen=True)

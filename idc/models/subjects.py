@@ -102,6 +102,11 @@ class SubjectSide(NamedTuple):
         some = self.tokens_BSD if self.tokens_BSD is not None else self.vlm_BMD
         return None if some is None else some.shape[0]
 
+    def check_batch(self, videos: int) -> None:
+        """Raises `UserError` where there is something to read for another number of videos."""
+        if self.batch not in (None, videos):
+            raise UserError(f"a condition of {self.batch} samples for {videos} videos: the batch sizes must be equal")
+
 
 def _concatenate(tables: list[Rotary]) -> Rotary:
     return torch.cat([cos for cos, _ in tables], dim=1), torch.cat([sin for _, sin in tables], dim=1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -26,14 +25,14 @@ from torch import Tensor, nn
 from idc.errors import UserError
 from idc.models.checkpointing import LayerRunner
 from idc.models.frozen import aligned, check_complete
-from idc.models.hierarchy import HierarchyBlock, KeysValues, VLMProjector, add_idle
+from idc.models.hierarchy import HierarchyBlock, VLMProjector, add_idle
 from idc.models.id_settings import check_references, check_settings, complete_settings, reads_vlm
 from idc.models.initialisation import OURS, draw_seed, initialise_backbone, initialise_id_blocks
-from idc.models.layers import LayerInputs, run_layer, run_subjects
+from idc.models.layers import LayerInputs, run_all, run_subjects
 from idc.models.sequence_parallel import SequenceParallel
 from idc.models.speed import Checkpointing
 from idc.models.step_reuse import StepReuse, modulated
-from idc.models.subject_cache import JoinedCaches, SubjectCache
+from idc.models.subject_cache import JoinedCaches, SubjectCache, memories_of
 from idc.models.subjects import SubjectSide, VideoAttnProcessor, embed_references, joint_rotary
 from idc.types import Condition
 
@@ -280,34 +279,46 @@ class IDCrafterTransformer(WanTransformer3DModel):
         assert timestep is not None
         caches = subject_cache.parts if isinstance(subject_cache, JoinedCaches) else (subject_cache,)
         rows = hidden_states.shape[0] // len(caches)
-        memories = [self._memories(cache, side, rows) for cache in caches]
-        masks = [side.mask_BM if cache is None else cache.mask_BM for cache in caches]
-        rotary = self.rope(hidden_states)
-        video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        if self.training and torch.is_grad_enabled():
-            video = self._add_idle(video, side)
-        temb, modulation, text = self._embed(timestep, encoder_hidden_states, encoder_hidden_states_image)
-        joint = False
-        if self.config["id_joint_references"] and side.layout is not None:
-            joint = True
-            rotary = joint_rotary(self.rope, rotary, video, side.layout, timestep, hidden_states.shape[2])
-        if self.sequence_parallel is not None:
-            video, rotary = self.sequence_parallel.enter(video, rotary)
-            if timestep.ndim == 2:
-                temb, modulation = self.sequence_parallel.split(temb), self.sequence_parallel.split(modulation)
-
-        entered, subjects = video, side.tokens_BSD
-        reused = None if reuse is None else reuse.residual(modulated(self.blocks[0], video, modulation), timestep)
-        if reused is not None:
-            video = video + reused
+        side.check_batch(rows)
+        memories = [memories_of(cache, self.id_blocks, rows, self.training) for cache in caches]
+        masks = tuple(side.mask_BM if cache is None else cache.mask_BM for cache in caches)
+        embedded = self._embed(timestep, encoder_hidden_states, encoder_hidden_states_image)
+        video, temb, given = self._enter(hidden_states, timestep, embedded, side, masks)
+        residual = (
+            None if reuse is None else reuse.residual(modulated(self.blocks[0], video, given.modulation), timestep)
+        )
+        if residual is not None:
+            video = video + residual
         else:
-            given = LayerInputs(text, modulation, rotary, joint, side.layout, side.vlm_BMD, tuple(masks))
-            for block, follow, memory in zip_longest(self.blocks, self.id_blocks, zip(*memories, strict=True)):
-                video, subjects = self.layers(run_layer, block, follow, video, subjects, given, memory)
+            entered = video
+            video = run_all(self.layers, self.blocks, self.id_blocks, video, side.tokens_BSD, given, memories)
             if reuse is not None:
                 reuse.keep(video - entered)
         output = self._unpatchify(video, temb, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _enter(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        embedded: tuple[Tensor, Tensor, Tensor],
+        side: SubjectSide,
+        masks: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, Tensor, LayerInputs]:
+        """Video tokens, time embedding, and what all layers read; in a sequence that is spread, this rank's."""
+        temb, modulation, text = embedded
+        rotary = self.rope(latents)
+        video = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        if self.training and torch.is_grad_enabled():
+            video = self._add_idle(video, side)
+        joined = side.layout if self.config["id_joint_references"] else None
+        if joined is not None:
+            rotary = joint_rotary(self.rope, rotary, video, joined, timestep, latents.shape[2])
+        if self.sequence_parallel is not None:
+            video, rotary = self.sequence_parallel.enter(video, rotary)
+            if timestep.ndim == 2:
+                temb, modulation = self.sequence_parallel.split(temb), self.sequence_parallel.split(modulation)
+        return video, temb, LayerInputs(text, modulation, rotary, joined is not None, side.layout, side.vlm_BMD, masks)
 
     def build_subject_cache(self, condition: Condition) -> SubjectCache:
         """What the blocks read of `condition` in every denoising step; `forward(subject_cache=...)` is exact.
@@ -345,22 +356,6 @@ class IDCrafterTransformer(WanTransformer3DModel):
             subjects, memory = self.layers(run_subjects, block, subjects, side.layout, side.vlm_BMD)
             layers.append(memory)
         return SubjectCache(layers=tuple(layers), mask_BM=side.mask_BM, batch=side.batch)
-
-    def _memories(self, cache: SubjectCache | None, side: SubjectSide, batch: int) -> list[KeysValues | None]:
-        """The cached keys and values of each block, None where they are computed inline; checks the batch sizes."""
-        if side.batch not in (None, batch):
-            raise UserError(f"a condition of {side.batch} samples for {batch} videos: the batch sizes must be equal")
-        if cache is None or not cache.layers:
-            return [None] * len(self.id_blocks)
-        if cache.batch != batch or len(cache.layers) != len(self.id_blocks):
-            raise UserError(
-                f"subject_cache of {cache.batch} samples and {len(cache.layers)} blocks for {batch} videos and "
-                f"{len(self.id_blocks)} blocks: use .expand({batch}), on a cache from this model"
-            )
-        trained = any(parameter.requires_grad for parameter in self.id_blocks.parameters())
-        if self.training and torch.is_grad_enabled() and trained and not cache.requires_grad:
-            raise UserError("subject_cache was built without gradients, but id_blocks are trained: pass the condition")
-        return list(cache.layers)
 
     def _embed(self, timestep: Tensor, text: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Time embedding, its six modulations, and text (after image) tokens; a time `[B]`, or `[B, L]` per token."""

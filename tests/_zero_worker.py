@@ -28,7 +28,7 @@ class Scattered(DeepSpeedZeRO):
 
 
 class OneNaN(Callback):
-    """In step 2 the last rank's gradient of the last weights, which are that rank's to step, is NaN, and no other."""
+    """In step 2 the last rank's gradient of the last trained weights, which that rank steps, is NaN, and no other."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def spoil(gradient: Tensor) -> Tensor | None:
@@ -36,4 +36,4 @@ class OneNaN(Callback):
 
         if trainer.global_rank == trainer.world_size - 1:
             stage: Any = pl_module
-            list(stage.transformer.parameters())[-1].register_hook(spoil)
+            [weight for weight in stage.transformer.parameters() if weight.requires_grad][-1].register_hook(spoil)

@@ -165,12 +165,17 @@ def test_dpo_with_zero2_is_ddp(ddp: Fit, tmp_path: Path) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("strategy", [zero(2), SCATTERED], ids=["zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("strategy", "trainable"),
+    [(zero(2), "full"), (SCATTERED, "id_blocks+lora")],  # no gradient reaches what enters the first block
+    ids=["zero2", "zero3"],
+)
 def test_one_gradient_that_is_not_finite_ends_the_run_in_its_step_with_its_samples(
-    strategy: dict[str, Any], ddp: Fit, tmp_path: Path
+    strategy: dict[str, Any], trainable: str, ddp: Fit, tmp_path: Path
 ) -> None:
     run = fit_of(tmp_path, ddp.folder, strategy, ema=False)
     run.overlay["trainer"]["callbacks"].append({"class_path": "_zero_worker.OneNaN"})
+    run.overlay["model"]["init_args"]["trainable"] = trainable
     assert run.finish() == [2, 2]
     error = next(line for line in run.errors().splitlines() if line.startswith("idc: error"))
     assert "step 2: the gradient's norm is" in error

@@ -42,6 +42,16 @@ def _check_version() -> None:
         )
 
 
+def _differentiable(block: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The inputs with a gradient for the first, where no gradient would reach any, as with LoRA in the first block.
+
+    ZeRO-3 takes a block's gradients when those of its inputs are done, or, where inputs need none, before they are.
+    """
+    if not torch.is_grad_enabled() or any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return None
+    return (args[0].detach().requires_grad_(), *args[1:]) if any(p.requires_grad for p in block.parameters()) else None
+
+
 class ZeROPrecision(DeepSpeedPrecision):
     """Weights and batches in float32, and steps that are judged.
 
@@ -217,7 +227,10 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
 
         module: Any = self.lightning_module
         model, speed = module.transformer, module.speed
-        deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in (*model.blocks, *model.id_blocks)}))
+        blocks = (*model.blocks, *model.id_blocks)
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks}))
+        for block in blocks:
+            block.register_forward_pre_hook(_differentiable)
         model.run_layers(speed.checkpointing, speed.compile, apart=True)
         if model.id_vlm_projector is not None:
             for parameter in model.id_vlm_projector.parameters():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from _tiny_wan import VLM_DIM, WAN, condition, inputs, randomise, run, tiny_model, tiny_wan
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from idc.errors import UserError
 from idc.models.hierarchy import SubjectAttention
@@ -179,14 +179,12 @@ def test_a_model_built_directly_starts_as_its_backbone():
 
 def test_the_attention_backend_reaches_our_attention():
     model = tiny_model()
-    model.set_attention_backend("_native_math")
-    try:
+    with attention_backend("native"):  # it sets the process's as well, which this puts back
+        model.set_attention_backend("_native_math")
         ours = [module for module in model.modules() if isinstance(module, SubjectAttention)]
         assert len(ours) == 6
         assert all(module.processor._attention_backend == AttentionBackendName._NATIVE_MATH for module in ours)
         assert run(model, condition()).isfinite().all()
-    finally:
-        model.reset_attention_backend()
 
 
 def test_wan_pipeline_runs_on_our_transformer_as_on_wan():

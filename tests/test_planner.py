@@ -237,20 +237,20 @@ def test_sharding_divides_what_it_shards_and_nothing_else():
     optimiser = optimiser_of(torch.optim.AdamW)
 
     def parts(**layout: Any) -> dict[str, int]:
-        return memory(parameters, passed, optimiser, Layout(**layout), average=True, on_gpu=False).parts
+        return memory(parameters, passed, optimiser, Layout(**layout), average="device", on_gpu=False).parts
 
     one, eight = parts(), parts(strategy="fsdp", ranks=8, shards=8)
     for name in ("weights", "gradients", "optimiser states", "averages (EMA)"):
         assert eight[name] == one[name] / 8
     assert eight["activations kept"] == one["activations kept"] == 1_000
-    assert eight["gathered layers"] == 2 * 4 * (500 + 2 * 1_000)
+    # How much is gathered is compared with FSDP2's own in test_plan_zero.py.
+    assert parts(strategy="fsdp", ranks=16, shards=16)["gathered layers"] == eight["gathered layers"]
     half = parts(strategy="fsdp", ranks=8, shards=8, gathered=torch.bfloat16)
-    assert half["gathered layers"] == 2 * 4 * 500 + 2 * 2 * 1_000 + (2 + 4) * 1_000
+    # Two layers' weights and one's gradients at half the bytes; gradients that are being averaged are float32.
+    assert eight["gathered layers"] - half["gathered layers"] == 3 * (4 - 2) * 1_000
     spread = parts(strategy="fsdp", ranks=8, shards=8, sequence=4)
     assert spread["activations kept"] == 250
     assert spread["weights"] == eight["weights"]
-    zero2 = parts(strategy="zero2", ranks=8, shards=8)
-    assert (zero2["weights"], zero2["optimiser states"]) == (one["weights"], one["optimiser states"] / 8)
     assert parts(strategy="ddp", ranks=8)["DDP's buckets of gradients"] == one["gradients"]
 
 
@@ -314,6 +314,9 @@ def test_14b_fits_eight_h100_as_its_recipe_stands(tmp_path, capsys):
     assert parts["optimiser states"] == trained * 8 // shards
     assert "averages (EMA)" not in parts
     assert found["host_memory"]["averages (EMA)"] == trained * 4 // shards
+    total = sum(part["all"] for part in found["parameters"]["parts"].values())
+    assert found["save_copy_of_a_node"] == total * 4 + trained * (8 + 4)  # its eight ranks have all there is
+    assert any(f"averages takes {found['save_copy_of_a_node'] / 2**30:.2f} GiB" in note for note in found["notes"])
     assert found["layout"]["gathered"] == "bfloat16"
     assert found["pass"]["bucket"] == [81, 480, 832, 4]
     (h100,) = found["devices"].values()

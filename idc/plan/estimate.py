@@ -129,10 +129,17 @@ class Plan:
         return "host" if getattr(callback, "init_args", {}).get("offload") else "device"
 
     @property
-    def host_bytes(self) -> int:
-        """Of a rank's host memory that the averages take."""
-        shards = 1 if self.layout.strategy == "zero2" else self.layout.shards
-        return 4 * self.structure.parameters.trained // shards if self.averages == "host" else 0
+    def snapshot_bytes(self) -> int:
+        """Of a node's host memory that an asynchronous save's copy takes: weights, states and averages, each rank's
+        under FSDP2, else once, on the first node. DeepSpeed's saves are not asynchronous."""
+        callback, layout = self.recipe.callback("Checkpoint"), self.layout
+        if callback is None or layout.zero is not None or not getattr(callback, "init_args", {}).get("asynchronous"):
+            return 0
+        parameters = self.structure.parameters
+        averages = 0 if self.averages == "none" else 4
+        whole = 4 * parameters.total + (self.optimiser(on_gpu=False).states + averages) * parameters.trained
+        ranks = layout.ranks // layout.nodes if layout.strategy == "fsdp" else 1
+        return round(ranks * whole / layout.shards)
 
     @cached_property
     def keeps_reference(self) -> bool:
@@ -173,7 +180,7 @@ class Plan:
         structure: Structure | None = None,
         clips: int | None = None,
         layout: Layout | None = None,
-        averages: bool | None = None,
+        averages: Literal["none", "device", "host"] | None = None,
     ) -> Memory:
         """Of a rank; arguments stand in for the recipe's own settings."""
         structure, layout = structure or self.structure, layout or self.layout
@@ -184,7 +191,7 @@ class Plan:
             self.passed(structure, self.work.clips if clips is None else clips, gathered, sharded),
             self.optimiser(on_gpu),
             layout,
-            average=self.averages == "device" if averages is None else averages,
+            average=averages or self.averages,
             reference=self.keeps_reference,
             encoders=sum(encoder.bytes for encoder in self.resident),
             rollouts=self.rollout_bytes,
@@ -193,7 +200,10 @@ class Plan:
 
     def changes(self, room: float) -> Iterator[Change]:
         """Changes of the settings that make it fit into `room` bytes, the nearest first; of a kind the smallest."""
-        kinds = (self._recomputing(), self._fewer_clips(), self._averages_to_host(), self._spread(), self._sharded())
+        kinds = (
+            self._recomputing(), self._fewer_clips(), self._averages_to_host(), self._offloaded(), self._spread(),
+            self._sharded(),
+        )  # fmt: skip
         for kind in (*kinds, *([change] for change in self._smaller_sets())):
             for setting, settings in kind:
                 structure = settings.get("structure")
@@ -231,7 +241,22 @@ class Plan:
 
     def _averages_to_host(self) -> Iterator[Tried]:
         if self.averages == "device":
-            yield "the EMA callback's init_args.offload=true", {"averages": False}
+            yield "the EMA callback's init_args.offload=true", {"averages": "host"}
+
+    def _offloaded(self) -> Iterator[Tried]:
+        """What DeepSpeed can keep in host memory."""
+        zero = self.layout.zero
+        if zero is None or (zero.is_offloaded and (zero.offload_parameters or zero.stage < 3)):
+            return
+        text = "trainer.strategy.init_args.offload_optimizer=true and "
+        optimiser = replace(zero, offload_optimizer=True)
+        if not zero.offload_optimizer:
+            yield text, {"layout": self.layout.with_zero(optimiser)}
+        if zero.stage == 3:
+            text += "trainer.strategy.init_args.offload_parameters=true and "
+            weights = self.layout.with_zero(replace(optimiser, offload_parameters=True))
+            yield text, {"layout": weights}
+            yield text, {"layout": weights, "structure": self._lightest}
 
     def _spread(self) -> Iterator[Tried]:
         """Each sample's tokens over several ranks."""
@@ -251,7 +276,7 @@ class Plan:
     def _sharded(self) -> Iterator[Tried]:
         for ranks in (self.layout.ranks * more for more in (1, 2, 4, 8, 16)):
             if ranks > max(1, self.layout.shards):
-                layout = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks)
+                layout = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks, zero=None)
                 text = f"FSDP2 over {ranks} ranks (recipes/hardware/fsdp.yaml) and "
                 yield text, {"layout": layout, "structure": self._lightest}
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from idc.errors import UserError
 from idc.plan.estimate import Plan
 from idc.plan.memory import memory
 from idc.plan.recipe import Layout
-from idc.plan.trace import Storages
 from idc.stages.speed import optimizer_settings
 
 GIB = 2**30
@@ -23,7 +24,7 @@ GIB = 2**30
 def measure(plan: Plan) -> Table:
     """Predicted and measured bytes of one rank without sharding, at the recipe's largest pass.
 
-    On a GPU by CUDA's allocator; on the CPU by following storages, as far as PyTorch's operators make them.
+    Measured by CUDA's allocator on a GPU, and else by the CPU's, whose every change torch's profiler records.
 
     Raises:
         UserError: for a recipe that does not fit one device, or this machine's memory.
@@ -44,7 +45,8 @@ def measure(plan: Plan) -> Table:
             "measure with fewer layers (transformer.num_layers, id_blocks.layers) or smaller buckets"
         )
     measured = measured_parts(plan, device)
-    table = Table("part", "predicted, GiB", "measured, GiB", "measured / predicted")
+    by = "CUDA" if device.type == "cuda" else "the CPU"
+    table = Table("part", "predicted, GiB", f"by {by}'s allocator, GiB", "measured / predicted")
     parts = {
         "weights": predicted.parts["weights"],
         "gradients": predicted.parts["gradients"],
@@ -62,35 +64,70 @@ def measure(plan: Plan) -> Table:
 
 def measured_parts(plan: Plan, device: torch.device) -> dict[str, int]:
     """Bytes by part, and the peak of a pass that has gradients and states of an earlier step beside it."""
-    stage = plan.stage.to(device)
-    model: Any = plan.structure.with_weights(device)
+    stage, run = plan.stage.to(device), plan.structure.loss(plan.work)
+    with allocations() as made:
+        model: Any = plan.structure.with_weights(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = stage.optimizer_factory(parameters, **optimizer_settings(stage.optimizer_factory, device))
-    run = plan.structure.loss(plan.work)
     with torch.device(device):
-        run(model).backward()
-        optimizer.step()
-        states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        found = {
-            "weights": _bytes(model.parameters()),
-            "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
-            "optimiser states": _bytes(value for value in states if value.numel() > 1),
-        }
-        static = sum(found.values())
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            return _on_cuda(model, optimizer, run)
+        with allocations() as passed:
+            run(model).backward()
+        with allocations() as stepped:
+            optimizer.step()
+        with allocations() as forward:
             loss = run(model)
-            found["kept for the backward pass"] = torch.cuda.memory_allocated() - before
+        with allocations() as backward:
             loss.backward()
-            found["peak"] = torch.cuda.max_memory_allocated()
-            return found
-        with Storages(model) as storages:
-            loss = run(model)
-            found["kept for the backward pass"] = storages.live
-            loss.backward()
-        found["peak"] = static + storages.peak
+    static = made.grown + passed.grown + stepped.grown
+    return {
+        "weights": made.grown,
+        "gradients": passed.grown,
+        "optimiser states": stepped.grown,
+        "kept for the backward pass": forward.grown,
+        "peak": static + max(forward.most, forward.grown + backward.most),
+    }
+
+
+def _on_cuda(model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable[[nn.Module], Tensor]) -> dict[str, int]:
+    run(model).backward()
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    found = {
+        "weights": _bytes(model.parameters()),
+        "gradients": _bytes(p.grad for p in model.parameters() if p.grad is not None),
+        "optimiser states": _bytes(value for value in states if value.numel() > 1),
+    }
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = run(model)
+    found["kept for the backward pass"] = torch.cuda.memory_allocated() - before
+    loss.backward()
+    found["peak"] = torch.cuda.max_memory_allocated()
     return found
+
+
+@dataclass
+class Allocations:
+    """Bytes that the CPU's allocator gave out more than it took back: in the end, and the most at any moment."""
+
+    grown: int = 0
+    most: int = 0
+
+
+@contextmanager
+def allocations() -> Iterator[Allocations]:
+    """Of the block, known when it is over."""
+    found = Allocations()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        yield found
+    events: Any = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        if event.device_type() == torch.profiler.DeviceType.CPU:
+            found.grown += event.nbytes()
+            found.most = max(found.most, found.grown)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

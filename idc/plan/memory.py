@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -36,13 +37,14 @@ class Memory:
         optimiser_step: what is there at the optimiser's step, when the pass is over.
         margin: what is not the model's: the device's context, buffers of communication, fragmentation.
         margin_note: what it is made of.
+        host: bytes of a rank's host memory by name.
     """
 
     parts: dict[str, int]
     optimiser_step: int
     margin: int
     margin_note: str = ""
-    notes: tuple[str, ...] = field(default=())
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def allocated(self) -> int:
@@ -77,7 +79,7 @@ def memory(
     optimiser: Optimiser,
     layout: Layout,
     *,
-    average: bool = False,
+    average: Literal["none", "device", "host"] = "none",
     reference: bool = False,
     encoders: int = 0,
     rollouts: int = 0,
@@ -86,48 +88,85 @@ def memory(
     """Bytes of a rank.
 
     Args:
-        average: EMA of the trained weights. reference: a copy of them (alignment).
+        average: where EMA's averages of the trained weights lie. reference: a copy of them (alignment).
         encoders: bytes of frozen encoders that stay on the device.
         rollouts: bytes of an iteration's rollouts.
     """
-    trained, total = parameters.trained, parameters.total
-    states_over = layout.shards
-    weights_over = 1 if layout.strategy == "zero2" else layout.shards
-    parts = {"weights": _MASTER * total // weights_over, "gradients": _MASTER * trained // states_over}
-    parts["optimiser states"] = round(optimiser.states * trained / states_over)
-    if average:
-        parts["averages (EMA)"] = _MASTER * trained // weights_over
-    if reference:
-        parts["reference weights"] = _MASTER * trained // weights_over
-    if encoders:
-        parts["frozen encoders"] = encoders
-    if rollouts:
-        parts["rollouts"] = rollouts
-    static = sum(parts.values())
-    if layout.strategy == "ddp":
-        parts["DDP's buckets of gradients"] = _MASTER * trained
-        static += parts["DDP's buckets of gradients"]
-    if layout.strategy in ("fsdp", "zero3"):
-        # The root's and two layers' weights, of which one comes while the other computes; the gradients of the root, of
-        # a layer, and of one that are being scattered.
-        each = layout.gathered.itemsize if layout.strategy == "fsdp" else _MASTER
-        unit, root = parameters.largest_unit, parameters.root_unit
-        gradients = _MASTER * root + (each + _MASTER) * unit
-        parts["gathered layers"] = round(_MASTER * root + 2 * each * unit + trained / total * gradients)
+    copy = _MASTER * parameters.trained // layout.weights_over
+    parts, at_step = _of_training(parameters, optimiser, layout)
+    others = {
+        "averages (EMA)": copy if average == "device" else 0,
+        "reference weights": copy if reference else 0,
+        "frozen encoders": encoders,
+        "rollouts": rollouts,
+    }
     over = layout.sequence  # of the video's tokens, which nearly all of this is
-    parts["activations kept"] = passed.kept // over
-    if passed.kept_copies:
-        parts["weights in bfloat16"] = passed.kept_copies if layout.strategy in ("one", "ddp", "zero2") else 0
-    parts["working memory"] = passed.working // over
-    margin, note = 0, ""
-    if on_gpu:
-        pieces = {"CUDA": _CONTEXT, "NCCL": _NCCL if layout.ranks > 1 else 0}
-        pieces["fragmentation"] = round(_FRAGMENTS * passed.peak / over)
-        margin = sum(pieces.values())
-        note = ", ".join(name for name, size in pieces.items() if size)
+    # DeepSpeed's products of ZeRO-3 keep no such copies, FSDP2 gathers weights in bfloat16.
+    has_copies = layout.strategy in ("one", "ddp", "zero1", "zero2")
+    during = {
+        **_exchanged(parameters, layout),
+        "activations kept": passed.kept // over,
+        "weights in bfloat16": passed.kept_copies if has_copies else 0,
+        "working memory": passed.working // over,
+    }
+    host: dict[str, int] = {}
+    if layout.zero is not None:
+        host = layout.zero.host(parameters, optimiser.states, layout.shards, layout.accumulate > 1)
+    if average == "host":
+        host["averages (EMA)"] = copy
+    every = {**parts, **others, **during}
     return Memory(
-        {name: size for name, size in parts.items() if size},
-        static + round(optimiser.step * trained / states_over),
-        margin,
-        note,
+        {name: size for name, size in every.items() if size},
+        at_step + sum(others.values()),
+        *(_margin(passed, layout) if on_gpu else (0, "")),
+        host,
     )
+
+
+def _of_training(parameters: Parameters, optimiser: Optimiser, layout: Layout) -> tuple[dict[str, int], int]:
+    """Bytes on the device from step to step, by part, and all that is there of them and beside them at the step."""
+    trained, shards, zero = parameters.trained, layout.shards, layout.zero
+    states = round(optimiser.states * trained / shards)
+    parts = {"weights": _MASTER * parameters.total // layout.weights_over}
+    temporary = round(optimiser.step * trained / shards)
+    if zero is None:
+        parts |= {"gradients": _MASTER * trained // shards, "optimiser states": states}
+        kept = _MASTER * trained if layout.strategy == "ddp" else 0  # its buckets stay
+        return parts, sum(parts.values()) + kept + temporary
+    accumulates = layout.accumulate > 1
+    own = _MASTER * trained // shards
+    if zero.offload_parameters:
+        parts["weights"] = 0
+    parts["gradients"] = zero.gradients(trained, shards, accumulates)
+    if not zero.offload_optimizer:
+        parts |= {"DeepSpeed's master copy": own, "optimiser states": states}
+    else:
+        temporary = 0  # it steps in host memory
+    gradients = min(parts["gradients"], own)  # other ranks' are gone
+    return parts, sum(parts.values()) - parts["gradients"] + gradients + temporary + zero.step(trained, shards)
+
+
+def _exchanged(parameters: Parameters, layout: Layout) -> dict[str, int]:
+    """Bytes of what a rank has of the others' weights and gradients in a pass, and of buckets."""
+    trained, total, zero = parameters.trained, parameters.total, layout.zero
+    if layout.strategy == "ddp":
+        return {"DDP's buckets of gradients": _MASTER * trained}
+    if zero is not None:
+        return {
+            "gathered layers": zero.gathered(parameters),
+            "DeepSpeed's buckets of gradients": zero.buckets(trained, layout.shards),
+        }
+    if layout.strategy != "fsdp":
+        return {}
+    # The root's and two layers' weights, of which one comes while the other computes; the gradients of the root, of a
+    # layer, and of one that are being scattered.
+    each, unit, root = layout.gathered.itemsize, parameters.largest_unit, parameters.root_unit
+    gradients = _MASTER * root + (each + _MASTER) * unit
+    return {"gathered layers": round(_MASTER * root + 2 * each * unit + trained / total * gradients)}
+
+
+def _margin(passed: Passed, layout: Layout) -> tuple[int, str]:
+    """Bytes on a GPU that are not the model's, and of what."""
+    pieces = {"CUDA": _CONTEXT, "NCCL": _NCCL if layout.ranks > 1 else 0}
+    pieces["fragmentation"] = round(_FRAGMENTS * passed.peak / layout.sequence)
+    return sum(pieces.values()), ", ".join(name for name, size in pieces.items() if size)

@@ -13,6 +13,7 @@ from idc.data.module import VideoDataModule
 from idc.errors import UserError
 from idc.lightning_cli import CLI, command_line
 from idc.plan.start import is_there, stand_in
+from idc.plan.zero import ZeRO, zero_of
 from idc.stages.base import Stage, check_precision
 from idc.stages.sharding import check_sizes
 
@@ -70,12 +71,13 @@ class Layout:
     """How a run spreads over ranks.
 
     Attributes:
-        strategy: "one", "ddp", "fsdp", "zero2" or "zero3".
+        strategy: "one", "ddp", "fsdp", "zero1", "zero2" or "zero3".
         ranks, nodes: processes in all, and the machines they are on.
-        shards: ranks that a copy of the weights is spread over; 1 where each has all of them.
+        shards: ranks that the optimiser's states are spread over; 1 where each has all of them.
         sequence: ranks that share one sample's tokens.
         accumulate: passes a step.
         gathered: the type in which FSDP2's ranks send matrices to each other (`idc.stages.sharding.shard`).
+        zero: DeepSpeed's settings; None with other strategies.
     """
 
     strategy: str = "one"
@@ -85,6 +87,16 @@ class Layout:
     sequence: int = 1
     accumulate: int = 1
     gathered: torch.dtype = torch.float32
+    zero: ZeRO | None = None
+
+    @property
+    def weights_over(self) -> int:
+        """Ranks that a copy of the weights is spread over."""
+        return self.shards if self.zero is None else self.zero.weights_over(self.shards)
+
+    def with_zero(self, zero: ZeRO) -> Layout:
+        """With these settings of DeepSpeed over the same ranks."""
+        return replace(self, strategy=zero.name, shards=self.ranks, zero=zero)
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ def _layout(trainer: Any) -> tuple[Layout, list[str]]:
     ranks, strategy = devices * nodes, trainer.strategy
     name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
     settings = getattr(strategy, "init_args", None) or {}
-    kind, shards, sequence = "one" if ranks == 1 else "ddp", 1, 1
+    kind, shards, sequence, zero = "one" if ranks == 1 else "ddp", 1, 1, None
     if name in ("ModelParallelStrategy", "FSDP2"):
         kind, sequence = "fsdp", settings.get("tensor_parallel_size", 1)
         sequence = devices if sequence == "auto" else sequence
@@ -155,11 +167,11 @@ def _layout(trainer: Any) -> tuple[Layout, list[str]]:
             check_sizes(nodes, devices, replicas, settings.get("data_parallel_size", "auto"), sequence)
         shards = ranks // (nodes if replicas == "nodes" else replicas)
     elif "deepspeed" in name.lower():
-        stage = settings.get("stage", 2) if settings else 3 if "3" in name else 2
-        kind, shards = ("zero3" if stage == 3 else "zero2"), ranks
+        zero = zero_of(name, settings)
+        kind, shards = zero.name, ranks
     elif name not in ("auto", "ddp", "DDPStrategy", "SingleDeviceStrategy"):
         notes.append(f"trainer.strategy={name}: not known here; counted as DDP")
-    return Layout(kind, ranks, nodes, shards, sequence, int(trainer.accumulate_grad_batches or 1)), notes
+    return Layout(kind, ranks, nodes, shards, sequence, int(trainer.accumulate_grad_batches or 1), zero=zero), notes
 
 
 def _devices(trainer: Any) -> tuple[int, list[str]]:

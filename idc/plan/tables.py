@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -70,8 +71,8 @@ def _memory(plan: Plan, devices: Sequence[Device]) -> Table:
     if found.margin:
         table.add_row(f"margin ({found.margin_note}), assumed", gib(found.margin))
     table.add_row("peak", gib(found.total), style="bold")
-    if plan.host_bytes:
-        table.add_row("in host memory: averages (EMA)", gib(plan.host_bytes))
+    for name, size in found.host.items():
+        table.add_row(f"in host memory: {name}", gib(size))
     for device in devices:
         if on_gpu(device):
             fits = found.total <= device.memory * GIB
@@ -148,9 +149,7 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"references are taken to have {plan.reference_side**2} tokens, the cap of their area")
     if plan.stage.speed.compile:
         found.append("speed.compile keeps fewer activations than are counted here")
-    if plan.host_bytes:
-        size = gib(plan.layout.ranks // plan.layout.nodes * plan.host_bytes)
-        found.append(f"averages take {size} GiB of a node's host memory; an asynchronous save's copy comes to that")
+    found += _of_host_memory(plan)
     if plan.layout.sequence > 1:
         found.append("a sequence is spread over ranks: the subjects' tokens, which all of them hold, count as spread")
     if isinstance(plan.stage, GRPO):
@@ -158,6 +157,24 @@ def notes(plan: Plan) -> list[str]:
     elif plan.recipe.callback("Previews") is not None and any(e.bytes for e in plan.encoders):
         found.append("previews load the codec and decode beside the training state; their memory is not counted")
     return found
+
+
+def _of_host_memory(plan: Plan) -> Iterator[str]:
+    """What it takes of a node's, which no verdict on a device looks at."""
+    ranks, host, copy = plan.layout.ranks // plan.layout.nodes, plan.memory().host, plan.snapshot_bytes
+    if host:
+        yield f"{', '.join(host)} take {gib(ranks * sum(host.values()))} GiB of a node's host memory"
+    if copy:
+        what = "weights, states" + (" and averages" if plan.averages != "none" else "")
+        yield f"an asynchronous save's copy of {what} takes {gib(copy)} GiB of a node's host memory" + (
+            " beside that" if host else ""
+        )
+    zero = plan.layout.zero
+    if zero is not None and zero.stage == 3:
+        whole = gib(4 * ranks * plan.structure.parameters.total)
+        yield f"ZeRO-3's ranks first build whole models: {whole} GiB of a node's host memory at the start"
+    if zero is not None and zero.is_offloaded:
+        yield "what is offloaded is moved to and fro, and steps on the CPU: neither is in the time told here"
 
 
 def on_gpu(device: Device) -> bool:
@@ -186,14 +203,15 @@ def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
             "parts": {name: {"all": a, "trained": b} for name, (a, b) in parameters.parts.items()},
             "encoders": {encoder.part: encoder.parameters for encoder in plan.encoders},
         },
-        "layout": {**vars(plan.layout), "gathered": str(plan.layout.gathered).removeprefix("torch.")},
+        "layout": {**asdict(plan.layout), "gathered": str(plan.layout.gathered).removeprefix("torch.")},
         "pass": {
             "clips": plan.work.clips,
             "bucket": list(plan.work.bucket),
             "checkpointing": plan.structure.checkpointing,
         },
         "memory": {"parts": found.parts, "margin": found.margin, "peak": found.total, "allocated": found.allocated},
-        "host_memory": {"averages (EMA)": plan.host_bytes},
+        "host_memory": found.host,
+        "save_copy_of_a_node": plan.snapshot_bytes,
         "operations": {
             shape(bucket): {**each.trained._asdict(), **each.frozen, "total": each.total}
             for bucket, each in plan.operations.items()

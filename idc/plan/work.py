@@ -145,6 +145,7 @@ def _communication(parameters: Parameters, layout: Layout, device: Device, passe
     reduced = 2 * (replicas - 1) / replicas * gradients / layout.shards / between
     if layout.strategy in ("fsdp", "zero3"):
         return passes * (2 * weights * part + gradients * part) / within + reduced * passes
-    if layout.strategy == "zero2":
-        return (passes * gradients * part + weights * part) / within
+    if layout.zero is not None:
+        exchanges = passes if layout.zero.stage == 2 else 1
+        return (exchanges * gradients * part + weights * part) / within
     return reduced

@@ -246,13 +246,13 @@ class Plan:
     def _offloaded(self) -> Iterator[Tried]:
         """What DeepSpeed can keep in host memory."""
         zero = self.layout.zero
-        if zero is None or (zero.is_offloaded and (zero.offload_parameters or zero.stage < 3)):
+        if zero is None or (zero.offload_optimizer and (zero.offload_parameters or zero.stage < 3)):
             return
         text = "trainer.strategy.init_args.offload_optimizer=true and "
         optimiser = replace(zero, offload_optimizer=True)
         if not zero.offload_optimizer:
             yield text, {"layout": self.layout.with_zero(optimiser)}
-        if zero.stage == 3:
+        if zero.stage == 3 and not zero.offload_parameters:
             text += "trainer.strategy.init_args.offload_parameters=true and "
             weights = self.layout.with_zero(replace(optimiser, offload_parameters=True))
             yield text, {"layout": weights}

@@ -170,9 +170,9 @@ class Plan:
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the command
     def passed(
-        self, structure: Structure, clips: int, gathered: torch.dtype = torch.float32, sharded: bool = False
+        self, structure: Structure, clips: int, gathered: torch.dtype = torch.float32, apart: bool = False
     ) -> Passed:
-        return structure.passed(replace(self.work, clips=clips), gathered, sharded)
+        return structure.passed(replace(self.work, clips=clips), gathered, apart)
 
     def memory(
         self,
@@ -186,9 +186,10 @@ class Plan:
         structure, layout = structure or self.structure, layout or self.layout
         sharded = layout.strategy == "fsdp"
         gathered = layout.gathered if sharded else torch.float32
+        apart = layout.strategy == "zero3" or (sharded and self.stage.speed.compile)
         return memory(
             structure.parameters,
-            self.passed(structure, self.work.clips if clips is None else clips, gathered, sharded),
+            self.passed(structure, self.work.clips if clips is None else clips, gathered, apart),
             self.optimiser(on_gpu),
             layout,
             average=averages or self.averages,

@@ -130,10 +130,10 @@ class Structure:
         total = sum(count for count, _ in parts.values())
         return Parameters({name: (a, b) for name, (a, b) in parts.items()}, max(units), total - sum(units))
 
-    def passed(self, work: Work, gathered: torch.dtype = torch.float32, sharded: bool = False) -> Passed:
+    def passed(self, work: Work, gathered: torch.dtype = torch.float32, apart: bool = False) -> Passed:
         """Memory of a pass with these settings, besides weights and their gradients; `gathered` as in
-        `idc.stages.sharding.shard`, whose layers are compiled block by block."""
-        build = partial(self._build, gathered=gathered, apart=sharded and self.stage.speed.compile)
+        `idc.stages.sharding.shard`, `apart` as in `idc.models.checkpointing.LayerRunner`."""
+        build = partial(self._build, gathered=gathered, apart=apart)
         return trace(build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work))
 
     def with_weights(self, device: torch.device) -> nn.Module:

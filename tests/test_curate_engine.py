@@ -583,7 +583,11 @@ def test_a_wrong_recipe_is_answered_in_one_line(
             "class_path: idc.curate.filters.MotionFilter, init_args: {motion: [2, 1]}",
             "(MotionFilter): motion=[2.0, 1.0]",
         ),
-        ("class_path: _curate.Cutt", "(Cutt): there is no class '_curate.Cutt'; did you mean '_curate.Cut'?"),
+        (
+            "class_path: idc.curate.filters.MotionFiltr",
+            "(MotionFiltr): there is no class 'idc.curate.filters.MotionFiltr'; "
+            "did you mean 'idc.curate.filters.MotionFilter'?",
+        ),
         (
             "class_path: idc.curate.embed.EmbedSubjects, init_args: {embedder: '${common.clip}'}",
             "(EmbedSubjects): there is no setting 'common.clip.init_args.pth'; "

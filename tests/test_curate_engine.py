@@ -610,6 +610,11 @@ def test_a_wrong_item_of_a_list_is_named_by_number_and_class(
     assert line.startswith(f"idc: error: steps{'' if added else ', number 2'} {words}")
 
 
+def test_a_value_of_common_that_nothing_reads_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate", "--config", "recipes/curate.yaml", "--common.fpss", "3", "--dry-run"]) == 2
+    assert "--common.fpss: the recipe has no such value; did you mean 'fps'?" in capsys.readouterr().err
+
+
 def test_help_shows_the_settings_and_those_of_a_recipes_own_classes(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,9 +68,10 @@ def parse(args: Sequence[str]) -> Curation | None:
     """
     import idc.curate.ray  # noqa: F401  # so that its executor is among the choices that messages name
     from idc.curate.engine import Curation
-    from idc.curate.list_faults import blamed, check_no_inner
+    from idc.curate.list_faults import blamed, check_common, check_no_inner
 
     check_no_inner(args)
+    check_common(args)
     parser = _Parser(prog=f"idc {COMMAND}", parser_mode="omegaconf+", allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--common", type=dict[str, Any], default={}, help="values for ${common.NAME} in the recipe")

@@ -11,13 +11,14 @@ from omegaconf import OmegaConf
 
 from idc.curate.candidate import Source, Step
 from idc.curate.collection import CollectionStep
-from idc.errors import UserError
+from idc.errors import UserError, nearest
 from idc.explain import explain, finish
 from idc.recipes import merged
 
 LISTS: dict[str, type] = {"sources": Source, "steps": Step, "collection": CollectionStep}
 _INSIDE = re.compile(rf"--(?P<list>{'|'.join(LISTS)})\.(?P<name>[\w.-]+)")
 _COMMON = re.compile(r"\$\{(common\.[\w.]+)\}")
+_GIVEN = re.compile(r"--common\.(\w+)")
 _ITEM = "item"
 
 
@@ -38,6 +39,21 @@ def check_no_inner(args: Sequence[str]) -> None:
             f"{found[0]}: {found['list']} is a list, whose items have no settings on the command line; "
             f"write the whole list into an overlay (--config FILE)" + hint
         )
+
+
+def check_common(args: Sequence[str]) -> None:
+    """Refuse `--common.NAME` where the recipes have a `common` without that name: nothing would read it.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    given = [found[1] for arg in args if (found := _GIVEN.match(arg))]
+    known = _of_files(args).get("common") if given else None
+    if not isinstance(known, Mapping):
+        return
+    for name in given:
+        if name not in known:
+            raise UserError(f"--common.{name}: the recipe has no such value{nearest(name, known)}")
 
 
 def blamed(args: Sequence[str], tree: Mapping[str, Any], command: str) -> str | None:

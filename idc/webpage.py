@@ -34,11 +34,12 @@ def file_name(text: str) -> str:
 
 
 def write_base(out: Path, templates: Any) -> None:
-    """Write `page.css` and `page.js` into a page's folder: the base's, and the page's own of the folder `templates`."""
+    """Write into a page's folder what the base and the folder `templates` give: `page.css`, `page.js`, `theme.js`."""
     for suffix in ("css", "js"):
         base = (BASE / f"base.{suffix}").read_text(encoding="utf-8")
         own = (templates / f"page.{suffix}").read_text(encoding="utf-8")
         (out / f"page.{suffix}").write_text(f"{base}\n{own}", encoding="utf-8")
+    (out / "theme.js").write_text((BASE / "theme.js").read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def save_jpeg(picture: Any, target: Path, side: int) -> None:

@@ -1,8 +1,8 @@
 """A page to leaf through samples: clip, references, masks, caption, scores, where it comes from, and what was dropped.
 
-The page is a folder: index.html, page.css, page.js, data.js (what is filtered and sorted by), parts/ (all else that is
-known, in files of some samples each, read as one comes to them) and media/. No network is used, also from a file://
-address. All that shards say reaches the page as JSON whose strings are only ever set as text.
+The page is a folder: index.html, page.css, page.js, theme.js, data.js (what is filtered and sorted by), parts/ (all
+else that is known, in files of some samples each, read as one comes to them) and media/. No network is used, also from
+a file:// address. All that shards say reaches the page as JSON whose strings are only ever set as text.
 """
 
 from __future__ import annotations

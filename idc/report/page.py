@@ -1,7 +1,7 @@
 """A page to look at: tables, videos of all systems side by side, identity over time, what failed. No network is used.
 
-The page is a folder: index.html, page.css, page.js, data.js and media/. All that is read from runs reaches the page
-as escaped text or as JSON whose strings are only ever set as text.
+The page is a folder: index.html, page.css, page.js, theme.js, data.js and media/. All that is read from runs reaches
+the page as escaped text or as JSON whose strings are only ever set as text.
 """
 
 from __future__ import annotations

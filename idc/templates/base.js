@@ -21,9 +21,7 @@ const page = (() => {
     return node;
   }
 
-  // Theme -------------------------------------------------------------------------------------------------------
-  const stored = (() => { try { return localStorage.getItem("idc-theme"); } catch { return null; } })();
-  if (stored) document.documentElement.dataset.theme = stored;
+  // Theme: theme.js, in the head, sets the one that was chosen before ---------------------------------------------
   $("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;

@@ -55,3 +55,13 @@ def open_browser(width: int = 1280, height: int = 900, touch: bool = False, dark
         yield driver
     finally:
         driver.quit()
+
+
+def reload(driver: Any) -> None:
+    """Load the page again and wait for the new one: the driver may answer before it is there, from the old one even."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    driver.execute_script("window.stale = true")
+    driver.refresh()
+    loaded = "return !window.stale && document.readyState === 'complete'"
+    WebDriverWait(driver, 30, poll_frequency=0.05).until(lambda d: d.execute_script(loaded))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from _browser import open_browser
+from _browser import open_browser, reload
 from _report_page import EVIL, ODD_ID, clip, make_page
 from _runs import tracking, write_run
 
@@ -180,16 +180,15 @@ def test_colours_follow_the_system_and_the_button_remembers(opened):
     opened.find_element("id", "theme").click()
     dark = opened.execute_script(background)
     assert dark != light
-    # The driver may answer while the page is still loading. Already then it has to be dark: it must not flash.
+    # The page that comes again must be dark before anything of it is there: it must not flash.
     first = """new MutationObserver((_, watch) => {
       if (!document.body) return;
       window.first = document.documentElement.dataset.theme || "none";
       watch.disconnect();
     }).observe(document, {childList: true, subtree: true})"""
     early = opened.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": first})
-    opened.refresh()
+    reload(opened)
     opened.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", early)
-    wait(opened, "document.readyState === 'complete' && window.first")
     assert opened.execute_script("return window.first") == "dark"
     assert opened.execute_script(background) == dark
 

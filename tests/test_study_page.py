@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _browser import find_browser, open_browser
+from _browser import find_browser, open_browser, reload
 from _study import make_study
 
 from idc.study.serve import StudyServer
@@ -72,7 +72,7 @@ def test_a_whole_questionnaire_on_a_phone(server: StudyServer) -> None:
                 fieldset.find_elements("css selector", "label")[(number + place) % 3].click()
                 if number == 2 and place == 1:
                     # Reloaded in the middle: the question and what is filled in stay.
-                    driver.refresh()
+                    reload(driver)
                     shown(driver, 2)
                     assert len(driver.find_elements("css selector", "#criteria input:checked")) == 2
                     break
@@ -92,7 +92,7 @@ def test_a_whole_questionnaire_on_a_phone(server: StudyServer) -> None:
         assert given == [order[(1 + place) % 3] for place in range(len(given))]
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
         # Finished stays finished.
-        driver.refresh()
+        reload(driver)
         until(driver, "!document.getElementById('done').hidden")
     assert len(server.store.answers()) == before + sum(len(q["criteria"]) for q in session["questions"])
 

@@ -213,7 +213,7 @@ class Encoding(Recorder):
     """Fills the features cache first, as a stage does."""
 
     def setup(self, stage: str) -> None:
-        fill_cache(self.trainer, Encoders(CosineCodec(), ToyTextConditioner(dim=32)))
+        fill_cache(self.trainer, Encoders(CosineCodec(), ToyTextConditioner(dim=32)), lambda what: None)
 
 
 def meet_corrupt_samples(rank: int, shards: dict, root: Path, features: bool, port: int) -> None:

@@ -79,13 +79,16 @@ def make(**parts: Any) -> Encoders:
     return Encoders(parts.get("codec") or Codec(), parts.get("text") or Text(dim=32), parts.get("vlm", VLM(dim=32)))
 
 
-def filled(shards: str, root: Path, encoders: Encoders, **settings: Any) -> VideoDataModule:
+def filled(
+    shards: str, root: Path, encoders: Encoders, told: list[str] | None = None, **settings: Any
+) -> VideoDataModule:
     """A data module after `fill_cache`, as a stage's `setup` calls it."""
     settings = {"buckets": [[5, 32, 32]], "features": str(root), "random_window": False, **settings}
     module = VideoDataModule([ShardSource(shards, name="toy")], batch_size=4, **settings)
     module.setup("fit")
     strategy = SingleDeviceStrategy("cpu")
-    filling.fill_cache(SimpleNamespace(datamodule=module, strategy=strategy, is_global_zero=True), encoders)  # type: ignore[arg-type]
+    trainer = SimpleNamespace(datamodule=module, strategy=strategy, is_global_zero=True)
+    filling.fill_cache(trainer, encoders, told.append if told is not None else lambda what: None)  # type: ignore[arg-type]
     return module
 
 
@@ -130,6 +133,14 @@ def test_what_is_there_is_neither_encoded_nor_are_its_encoders_loaded(shards: st
     assert encoded(shards, tmp_path, make(vlm=None)) == {}
     assert encoded(shards, tmp_path, make(vlm=Unloadable(dim=32), text=Text(dim=64))) == {"captions": 30}
     assert encoded(shards, tmp_path, make(vlm=VLM(dim=64))) == {"vlm": 30}
+
+
+def test_every_batch_is_a_sign_of_life(shards: str, tmp_path: Path):
+    told: list[str] = []
+    filled(shards, tmp_path, make(), told)
+    assert len(told) >= 30 / 4
+    assert told[0].startswith("encoding ")
+    assert told[0].endswith(": batch 1")
 
 
 def test_the_parts_of_a_later_run_with_a_vlm_join_those_of_one_without(shards: str, tmp_path: Path):

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 from _server import join, launch
-from _survival_worker import SAVE_EVERY, STEPS, Run, Stage, Stream, end, finish, make_trainer, validation_batches
+from _survival_worker import (
+    SAVE_EVERY,
+    STEPS,
+    Run,
+    Stage,
+    Stream,
+    end,
+    finish,
+    make_trainer,
+    stop_answering,
+    validation_batches,
+)
 from lightning.pytorch import Callback, Trainer
 
 from idc.callbacks import watch as watch_module
@@ -110,6 +121,22 @@ def test_a_rank_that_stops_answering_ends_the_run_which_resumes(tmp_path: Path) 
     assert end(run)["step"] == STEPS
 
 
+class NeverBuilt(Stage):
+    def configure_model(self) -> None:
+        stop_answering()
+
+
+def _hang_before_training(folder: str) -> None:
+    make_trainer(Run(folder, ""), [HangWatchdog(0.2, 0.5)]).fit(NeverBuilt(), Stream(0, 1))
+
+
+def test_a_hang_while_the_model_is_built_ends_the_run_too(tmp_path: Path) -> None:
+    assert join(launch(_hang_before_training, [(str(tmp_path),)])) == [EXIT_STATUS]
+    stacks = (tmp_path / STACKS / "rank-0.txt").read_text()
+    assert "s since the start" in stacks
+    assert "stop_answering" in stacks
+
+
 # Runs that do not -----------------------------------------------------------------------------------------------------
 
 
@@ -136,19 +163,42 @@ def test_a_healthy_run_is_heard_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     trainer = make_trainer(Run(str(tmp_path), "", steps=6), [HangWatchdog(60.0, 60.0), beats])
     trainer.fit(Stage(), Stream(0, 1), validation_batches(0, 1))
     assert [what for what in beats.heard if what.startswith("step")] == [f"step {n}" for n in range(1, 7)]
-    assert beats.heard[0] in ("step 1", "1 of 2, sampling previews"), "the sanity check is not watched"
-    assert {"1 of 2, sampling previews", "held-out batch 0", "held-out batch 2", "an evaluation"} <= set(beats.heard)
+    assert beats.heard[:2] == ["the start of the sanity check", "held-out batch 0"]
+    assert {
+        "the start of training",
+        "1 of 2, sampling previews",
+        "held-out batch 0",
+        "held-out batch 2",
+        "an evaluation",
+    } <= set(beats.heard)
     assert not (tmp_path / STACKS).exists()
     assert threading.active_count() == before
 
 
-def test_a_run_that_fails_stops_its_watchdog(tmp_path: Path) -> None:
-    class Fails(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise RuntimeError("broken")
+def test_what_comes_before_the_first_step_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat = Watch.beat
+    allowed: dict[str, float] = {}
+    monkeypatch.setattr(Watch, "beat", lambda w, *of: (beat(w, *of), allowed.setdefault(of[0], w.allowed)))
+    watchdog = HangWatchdog(60.0, 600.0)
 
-    watchdog = HangWatchdog(60.0, 60.0)
-    trainer = make_trainer(Run(str(tmp_path), "", steps=6), [watchdog, Fails()])
+    class Encodes(Stage):
+        def setup(self, stage: str) -> None:
+            self.on_progress("encoding: batch 1")
+
+    make_trainer(Run(str(tmp_path), "", steps=1), [watchdog]).fit(Encodes(), Stream(0, 1), validation_batches(0, 1))
+    early = ["encoding: batch 1", "the start of the sanity check", "held-out batch 0", "the start of training"]
+    assert [allowed[what] for what in early] == [600.0] * 4
+    assert allowed["step 1"] == 60.0
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_train_batch_end"])
+def test_a_run_that_fails_stops_its_watchdog(hook: str, tmp_path: Path) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken")
+
+    fails = type("Fails", (Callback,), {hook: fail})
+    trainer = make_trainer(Run(str(tmp_path), "", steps=6), [HangWatchdog(60.0, 60.0), fails()])
     with pytest.raises(RuntimeError, match="broken"):
         trainer.fit(Stage(), Stream(0, 1))
+    assert not (tmp_path / STACKS).exists()
     assert not any(thread.name == "hang watchdog" for thread in threading.enumerate())

@@ -31,14 +31,16 @@ _RECORDER = {_BUFFER: "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 class HangWatchdog(Callback):
     """Ends all ranks when no step, held-out batch, rollout or preview has ended for `timeout` seconds.
 
-    It watches from the start of training (or of validate, test and predict) to its end, and not in the sanity check.
-    Where something has been seen to take longer than a fifth of `timeout`, it waits for five times that. A process that
-    torch's own timeout aborts leaves its stacks there, too.
+    It watches from `setup` on, when the data have been prepared and their indexes read, to the end. Until the first
+    step (or batch of validate, test and predict), `first_timeout` holds: weights are loaded and sharded, features are
+    encoded, held-out batches are tried. Where a step has been seen to take longer than a fifth of `timeout`, it waits
+    for five times that. A process that torch's own timeout aborts leaves its stacks there, too.
 
     Args:
         timeout: seconds; more than any step, held-out batch or preview takes, and less than the process group's own
             timeout (half an hour in Lightning), which ends each rank by itself.
-        first_timeout: seconds for what loads or compiles: the first step, the first held-out batch, the last save.
+        first_timeout: seconds for what loads or compiles: each part of the start, the first step, the first held-out
+            batch, the last save.
 
     Raises:
         UserError: for a time that is not positive, or a first one that is the shorter.
@@ -52,14 +54,13 @@ class HangWatchdog(Callback):
             )
         self.timeout, self.first_timeout = timeout, first_timeout
         self._watch: Watch | None = None
-        self._prepared: tuple[Path, str] | None = None
+        self._running = False  # steps are taken; before, all may take long
         for name, value in _RECORDER.items():
             os.environ.setdefault(name, value)
 
     def alive(self, what: str) -> None:
         """There is progress: `what` has ended. For long work within a hook or step."""
-        if self._watch is not None:
-            self._watch.beat(what)
+        self._beat(what)
 
     # Hooks ----------------------------------------------------------------------------------------------------------
 
@@ -67,16 +68,11 @@ class HangWatchdog(Callback):
         if is_dry_run(trainer):
             return
         folder = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir), STACKS)
-        self._prepared = folder, trainer.strategy.broadcast(secrets.token_hex(4))
+        run = trainer.strategy.broadcast(secrets.token_hex(4))
         os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_timeout_rank_"))
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_timeout_rank_"))
         stage_module: Any = pl_module
         stage_module.on_progress = self.alive
-
-    def _start(self, trainer: Trainer) -> None:
-        if self._prepared is None or trainer.sanity_checking or self._watch is not None:
-            return
-        folder, run = self._prepared
         with contextlib.suppress(OSError):  # without a folder, stacks go to the log alone
             folder.mkdir(parents=True, exist_ok=True)
         place = trainer.global_rank, trainer.world_size
@@ -86,6 +82,7 @@ class HangWatchdog(Callback):
             for checkpoint in saves:
                 checkpoint.wait_for_write(seconds)
 
+        self._running = False
         self._watch = Watch(folder, place, run, self.timeout, self.first_timeout, finish_saves).start()
 
     def _stop(self) -> None:
@@ -95,10 +92,14 @@ class HangWatchdog(Callback):
 
     def _beat(self, what: str, long: bool = False) -> None:
         if self._watch is not None:
-            self._watch.beat(what, long)
+            self._watch.beat(what, long or not self._running)
+
+    def _run(self, what: str) -> None:
+        self._running = True
+        self._beat(what, long=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer)
+        self._run("the start of training")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,8 +110,10 @@ class HangWatchdog(Callback):
         self._beat("the last step", long=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer)
-        self._beat("the start of an evaluation", long=True)
+        if trainer.sanity_checking:
+            self._beat("the start of the sanity check")
+        else:
+            self._run("the start of an evaluation")
 
     on_test_start = on_predict_start = on_validation_start
 

@@ -167,7 +167,7 @@ class Stage(LightningModule):
         if getattr(datamodule, "features", None) is not None:
             from idc.stages.features import fill_cache
 
-            fill_cache(self.trainer, self.encoders)
+            fill_cache(self.trainer, self.encoders, self.on_progress)
 
     def check_run(self, trainer: Any, datamodule: Any) -> None:
         """Name settings that training cannot work with, before any data is read; `datamodule` may be None.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +19,20 @@ from idc.types import Batch, Sample
 CHUNK = 256  # samples a file: what a kill can cost
 
 
-def fill_cache(trainer: Trainer, encoders: Encoders) -> None:
+def fill_cache(trainer: Trainer, encoders: Encoders, on_progress: Callable[[str], None]) -> None:
     """Encode what the data module's cache misses, each rank its share, and make the loaders read from it.
 
     Only the encoders of missing parts are loaded. Interrupted, it continues with the next chunk of 256 samples.
+
+    Args:
+        on_progress: told of every batch that is encoded.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     cache: FeatureCache = data.feature_cache(encoders.fingerprints)
     if trainer.strategy.reduce_boolean_decision(data.missing(cache) > 0, all=False):
         for parts, loader in data.encode_dataloaders(cache):
-            batches = track(loader, f"encoding {', '.join(parts)}", len(loader), trainer.is_global_zero)
+            what = f"encoding {', '.join(parts)}"
+            batches = track(_told(loader, what, on_progress), what, len(loader), trainer.is_global_zero)
             encode(batches, parts, encoders, cache, trainer.strategy.root_device)
         trainer.strategy.barrier("features")
         encoders.unload()
@@ -58,6 +62,12 @@ def encode(
                 chunk.setdefault(_key(sample), {})[part] = on_cpu
     if chunk:
         cache.write(bucket, chunk)
+
+
+def _told(batches: Iterable[Batch], what: str, on_progress: Callable[[str], None]) -> Iterator[Batch]:
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        on_progress(f"{what}: batch {done}")
 
 
 def _key(sample: Sample) -> str:

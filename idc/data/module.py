@@ -172,7 +172,7 @@ class VideoDataModule(LightningDataModule):
     def _read(self, name: str, sources: Sequence[Source]) -> None:
         if name not in self._splits:
             self._splits[name] = Split(sources, self.rule)
-            self._show(name)
+            self.show_buckets(name)
 
     @rank_zero_only
     def _warn_of_the_same_samples(self) -> None:
@@ -188,7 +188,8 @@ class VideoDataModule(LightningDataModule):
             )
 
     @rank_zero_only
-    def _show(self, name: str) -> None:
+    def show_buckets(self, name: str) -> None:
+        """Print what the buckets keep and drop of the samples "train" or "held out"; on rank 0."""
         from rich.console import Console
 
         size = self.batch_size if name == "train" else 1

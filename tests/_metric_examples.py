@@ -139,10 +139,10 @@ class LeftHalf:
 
     def unload(self) -> None: ...
 
-    def detect(self, pictures: Sequence[np.ndarray], label: str, reference: np.ndarray) -> list[list[Any]]:
+    def detect_each(self, queries: Sequence[Any]) -> list[list[Any]]:
         from idc.models.grounding import Detection
 
-        return [[Detection(0, 0, p.shape[1] / 2, p.shape[0], 0.9)] if p.any() else [] for p in pictures]
+        return [[Detection(0, 0, p.shape[1] / 2, p.shape[0], 0.9)] if p.any() else [] for p, _, _ in queries]
 
     def masks_each(self, prompts: Sequence[Any]) -> list[np.ndarray]:
         return [

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from idc.models.tiny import save_grounding_dino, save_sam
 
-__all__ = ["noise", "save_all", "save_grounding_dino", "save_owlv2", "save_sam"]
+__all__ = ["counted", "noise", "save_all", "save_grounding_dino", "save_owlv2", "save_sam"]
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -41,3 +44,20 @@ def save_owlv2(root: Path) -> str:
     model.save_pretrained(root)
     Owlv2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root)
     return str(root)
+
+
+@contextmanager
+def counted(module: torch.nn.Module) -> Iterator[list[int]]:
+    """How many pictures go through a module at each pass."""
+    rows: list[int] = []
+    hook = module.register_forward_hook(lambda _, inputs, output: rows.append(_first(output).shape[0]))
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def _first(output: Any) -> torch.Tensor:
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _tiny_grounding import noise, save_all
+from _tiny_grounding import counted, noise, save_all
 
 from idc.errors import UserError
 from idc.models.batches import each_picture_once, in_batches, same_pictures
@@ -38,23 +38,6 @@ def agree(some: Sequence[Sequence[Detection]], others: Sequence[Sequence[Detecti
     assert len(rows)
     assert np.abs(rows - wanted)[:, :4].max() < PIXELS
     assert np.abs(rows - wanted)[:, 4].max() < CONFIDENCE
-
-
-@contextmanager
-def counted(module: torch.nn.Module) -> Iterator[list[int]]:
-    """How many pictures go through a module at each pass."""
-    rows: list[int] = []
-    hook = module.register_forward_hook(lambda _, inputs, output: rows.append(_first(output).shape[0]))
-    try:
-        yield rows
-    finally:
-        hook.remove()
-
-
-def _first(output: Any) -> torch.Tensor:
-    while not isinstance(output, torch.Tensor):
-        output = output[0]
-    return output
 
 
 @contextmanager
@@ -196,15 +179,21 @@ def test_what_is_not_asked_loads_nothing(tmp_path: Path, pictures: list[np.ndarr
     assert [mask.shape for mask in sam.masks_each([Prompt(p, []) for p in pictures[:2]])] == [(0, 40, 64), (0, 48, 64)]
 
 
-def test_grounded_masks_are_those_of_each_picture(folder: Path, pictures: list[np.ndarray]) -> None:
-    grounded = GroundedMasks(dino(folder, threshold=0.25), Sam(str(folder / "sam")))
-    masks = grounded.masks(pictures, "ball", pictures[0])
-    for picture, mask in zip(pictures, masks, strict=True):
-        (own,) = grounded.masks([picture], "ball", pictures[0])
+def test_grounded_masks_are_those_of_each_query_and_each_encoder_sees_a_picture_once(
+    folder: Path, pictures: list[np.ndarray]
+) -> None:
+    grounded = GroundedMasks(dino(folder, threshold=0.25), Sam(str(folder / "sam")).load())
+    queries = [Query(picture, label, pictures[0]) for label in ("ball", "red cube", "...") for picture in pictures]
+    swin, sam = grounded.detector._model.model.backbone, grounded.segmenter._model.vision_encoder
+    with counted(swin.conv_encoder) as boxed, counted(sam) as encoded:
+        masks = grounded.masks_each(queries)
+    assert (sum(boxed), sum(encoded)) == (4, 4)
+    for query, mask in zip(queries, masks, strict=True):
+        (own,) = grounded.masks_each([query])
         assert (mask is None) == (own is None)
-        assert mask is None or (mask.shape == picture.shape[:2] and np.array_equal(mask, own))
-    assert any(mask is not None for mask in masks)
-    assert grounded.masks([], "ball", pictures[0]) == []
+        assert mask is None or (mask.shape == query.picture.shape[:2] and np.array_equal(mask, own))
+    assert [mask is not None for mask in masks] == [True] * 8 + [False] * 4
+    assert grounded.masks_each([]) == []
 
 
 # Memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from _tiny_embedders import save_clip, save_gme
-from _tiny_grounding import noise, save_all
+from _tiny_grounding import counted, noise, save_all
 
 from idc.errors import UserError
-from idc.metrics.base import Clip, Reference
+from idc.metrics.base import Clip, Reference, Score
 from idc.metrics.nexus import Look, NexusScore, benchmark_references, benchmark_score, cut_out
 from idc.metrics.total import normalise
 from idc.models.embedders import CLIPEmbedder, GMEEmbedder
@@ -292,6 +293,60 @@ def test_the_benchmarks_score_with_owlv2_and_gme_against_their_parts(folder: Pat
     assert kept
     assert (score.details["kept_boxes"], score.details["pairs_with_box"]) == (len(kept), with_box)
     assert score.value == pytest.approx(np.mean(kept) / with_box, abs=1e-6)
+
+
+@pytest.fixture
+def three() -> Clip:
+    """Three subjects in four frames."""
+    pictures = [noise(30 + k, 20 + 5 * k, 3, seed=10 + k) for k in range(3)]
+    references = tuple(map(Reference, pictures, ("ball", "red cube", "cat")))
+    return Clip("multiobject_1", noise(4, 40, 64, 3, seed=3), references=references)
+
+
+def each_alone(metric: NexusScore, clip: Clip) -> list[Score]:
+    return [metric.score(replace(clip, references=(reference,))) for reference in clip.references]
+
+
+def test_references_together_score_as_each_alone_and_the_networks_see_a_frame_once(folder: Path, three: Clip) -> None:
+    detector, sam = GroundingDino(str(folder / "dino")).load(), Sam(str(folder / "sam")).load()
+    clip = CLIPEmbedder(str(folder / "clip")).load()
+    metric = NexusScore("paper", clip, grounding=GroundedMasks(detector, sam))
+    metric.frames = 4
+    alone = each_alone(metric, three)
+    swin, encoder, vision = detector._model.model.backbone, sam._model.vision_encoder, clip._model.vision_model
+    with counted(swin.conv_encoder) as boxed, counted(encoder) as encoded, counted(vision) as embedded:
+        score = metric.score(three)
+    assert (sum(boxed), encoded, embedded) == (4, [4], [15])  # three references and their twelve cut-outs in one pass
+    for subject, one in zip(score.details["subjects"], alone, strict=True):
+        (own,) = one.details["subjects"]
+        assert subject["similarity"] == pytest.approx(own["similarity"], abs=1e-6)
+        assert None not in own["similarity"]
+    assert score.value == pytest.approx(np.mean([one.value for one in alone]), abs=1e-6)
+
+
+def test_the_benchmarks_references_together_score_as_each_alone_and_what_two_look_at_is_embedded_once(
+    folder: Path, three: Clip, tmp_path: Path
+) -> None:
+    owl = Owlv2ByPicture(str(folder / "owl"), threshold=0.2).load()
+    gme = GMEEmbedder(str(save_gme(tmp_path)), min_tokens=1, max_tokens=16, dtype="float32").load()
+    metric = NexusScore("opens2v-1.1", gme, detector=owl)
+    metric.frames = 4
+    with counted(gme._model) as embedded:
+        alone = each_alone(metric, three)
+        one_by_one = len(embedded)
+        with counted(owl._model.owlv2.vision_model) as seen:
+            score = metric.score(three)
+    assert seen == [3, 4]  # the references, the frames
+    boxes = sum(one.details["kept_boxes"] for one in alone)
+    assert one_by_one >= boxes + 6
+    assert len(embedded) - one_by_one < one_by_one / 2  # the noise's boxes are the best ones for each reference
+    for subject, one in zip(score.details["subjects"], alone, strict=True):
+        (own,) = one.details["subjects"]
+        assert subject == pytest.approx(own, abs=1e-6)
+    pairs = [one.details["pairs_with_box"] for one in alone]
+    total = sum(one.value * n * one.details["kept_boxes"] for one, n in zip(alone, pairs, strict=True))
+    assert score.details["kept_boxes"] == boxes > 0
+    assert score.value == pytest.approx(total / boxes / sum(pairs), abs=1e-6)
 
 
 def test_what_cannot_be_scored_is_a_failure_with_its_reason() -> None:

@@ -25,11 +25,13 @@ from idc.errors import UserError, nearest
 from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
 from idc.metrics.gme import INSTRUCTION
 from idc.metrics.total import PROTOCOLS
+from idc.models.batches import in_batches, same_pictures
 from idc.models.embedders import CLIPEmbedder, GMEEmbedder, ImageTextEmbedder
-from idc.models.grounding import Detector, GroundedMasks, Owlv2ByPicture, has_word
+from idc.models.grounding import Detector, GroundedMasks, Owlv2ByPicture, Query, has_word
 
 BOX = 0.5  # confidence from which a frame counts as one with a box
 CONFIDENCE, LABEL_MATCH = 0.6, 0.30  # what a box needs to be compared with the reference
+CUT_OUTS = 32  # in memory at a time
 
 
 class Look(NamedTuple):
@@ -179,15 +181,16 @@ class NexusScore(VideoMetric):
         return [(reference, reference.name) for reference in clip.references]
 
     def _paper(self, clip: Clip, indices: NDArray[np.int64], places: NDArray[np.int64]) -> Score:
-        frames = list(clip.frames_THWC[indices])
+        frames, looked_for = list(clip.frames_THWC[indices]), self._looked_for(clip)
+        if isinstance(self.grounding, GroundedMasks):
+            masks = self.grounding.masks_each(_queries(frames, looked_for))
+        else:
+            assert clip.masks_TNHW is not None
+            known_NTHW = clip.masks_TNHW[indices, : len(looked_for)].swapaxes(0, 1)
+            masks = [mask if mask.any() else None for known_THW in known_NTHW for mask in known_THW]
         subjects: list[dict[str, Any]] = []
-        for k, (reference, label) in enumerate(self._looked_for(clip)):
-            if isinstance(self.grounding, GroundedMasks):
-                masks = self.grounding.masks(frames, label, reference.image_HWC)
-            else:
-                assert clip.masks_TNHW is not None
-                masks = [mask if mask.any() else None for mask in clip.masks_TNHW[indices, k]]
-            once = self._similarity(frames, masks, reference)
+        similarities = self._similarities(frames, masks, [reference for reference, _ in looked_for])
+        for (_, label), once in zip(looked_for, similarities, strict=True):
             similarity = [once[place] for place in places]
             found = [value for value in similarity if value is not None]
             shares = {"mean": math.fsum(found) / len(places), "found_share": len(found) / len(places)}
@@ -195,48 +198,79 @@ class NexusScore(VideoMetric):
         value = math.fsum(subject["mean"] for subject in subjects) / len(subjects)
         return Score(value, details={"protocol": self.protocol, "subjects": subjects})
 
-    def _similarity(
-        self, frames: Sequence[NDArray[np.uint8]], masks: Sequence[NDArray[np.bool_] | None], reference: Reference
-    ) -> list[float | None]:
-        """Cosine of each frame's cut-out to the reference's, None where there is none."""
-        mask = reference.mask_HW if reference.mask_HW is not None and reference.mask_HW.any() else None
+    def _similarities(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        masks: Sequence[NDArray[np.bool_] | None],
+        references: Sequence[Reference],
+    ) -> list[list[float | None]]:
+        """For each reference the cosine of each frame's cut-out to its own, None where there is none. `masks` are in
+        the order of `_queries`."""
         seen = [k for k, found in enumerate(masks) if found is not None]
-        pictures = [cut_out(reference.image_HWC, mask, self.crop)]
-        pictures += [cut_out(frames[k], masks[k], self.crop) for k in seen]
-        vectors = _finite(self.embedder.embed_images(pictures))
-        cosines: list[float | None] = [None] * len(frames)
-        for k, cosine in zip(seen, (vectors[1:] @ vectors[0]).clamp(-1, 1).tolist(), strict=True):
-            cosines[k] = cosine
+        own = [known if (known := reference.mask_HW) is not None and known.any() else None for reference in references]
+        parts = [(reference.image_HWC, mask) for reference, mask in zip(references, own, strict=True)]
+        parts += [(frames[k % len(frames)], masks[k]) for k in seen]
+        vectors = in_batches(
+            parts, CUT_OUTS, lambda some: list(self._vectors([cut_out(*part, self.crop) for part in some]))
+        )
+        cosines: list[list[float | None]] = [[None] * len(frames) for _ in references]
+        for k, vector_D in zip(seen, vectors[len(references) :], strict=True):
+            subject, frame = divmod(k, len(frames))
+            cosines[subject][frame] = float((vector_D @ vectors[subject]).clamp(-1, 1))
         return cosines
 
     def _benchmark(self, clip: Clip, indices: NDArray[np.int64], places: NDArray[np.int64]) -> Score:
-        frames = list(clip.frames_THWC[indices])
-        looks: list[list[Look]] = []
-        subjects = []
-        for reference, label in self._looked_for(clip):
-            once = self._looks(frames, reference, label)
-            seen = [once[place] for place in places]
-            looks += seen
-            subjects.append({"name": label, **benchmark_score(seen)[1]})
-        value, counts = benchmark_score(looks)
+        looked_for = self._looked_for(clip)
+        once = self._looks(list(clip.frames_THWC[indices]), looked_for)
+        seen = [[frames[place] for place in places] for frames in once]
+        value, counts = benchmark_score([look for frames in seen for look in frames])
+        subjects = [
+            {"name": label, **benchmark_score(frames)[1]} for (_, label), frames in zip(looked_for, seen, strict=True)
+        ]
         details = {"protocol": self.protocol, **counts, "subjects": subjects}
         if value is None:
             return Score.failed("no subject is found in any frame", **details)
         return Score(value, details=details)
 
-    def _looks(self, frames: Sequence[NDArray[np.uint8]], reference: Reference, label: str) -> list[list[Look]]:
-        """What is found of one reference in each frame."""
-        found = self.detector.detect(frames, label, reference.image_HWC)
-        boxes = [[box for box in frame if box.score > BOX] for frame in found]
-        crops = [box.crop(picture) for picture, frame in zip(frames, boxes, strict=True) for box in frame]
-        if not crops:
-            return [[] for _ in frames]
-        subject = _finite(self.embedder.embed_images([reference.image_HWC]))[0]
-        words = _finite(self.embedder.embed_texts([label], INSTRUCTION))[0]
-        vectors = _finite(self.embedder.embed_images(crops))
-        labels, references = ((vectors @ other).clamp(-1, 1).tolist() for other in (words, subject))
-        matches = iter(zip(labels, references, strict=True))
-        return [[Look(box.score, *next(matches)) for box in frame] for frame in boxes]
+    def _looks(
+        self, frames: Sequence[NDArray[np.uint8]], looked_for: Sequence[tuple[Reference, str]]
+    ) -> list[list[list[Look]]]:
+        """What is found of each reference in each frame."""
+        queries = _queries(frames, looked_for)
+        boxes = [[box for box in found if box.score > BOX] for found in self.detector.detect_each(queries)]
+        crops = [[box.crop(query.picture) for box in few] for query, few in zip(queries, boxes, strict=True)]
+        looks: list[list[Look]] = [[] for _ in queries]
+        found = [k for k, few in enumerate(crops) if few]
+        if not found:
+            return _rows(looks, len(frames))
+        words = list(dict.fromkeys(queries[k].label for k in found))
+        labels_ND = _finite(self.embedder.embed_texts(words, INSTRUCTION))
+        subjects_ND = self._vectors([queries[k].reference for k in found])
+        vectors = iter(self._vectors([crop for few in crops for crop in few]))
+        for k, subject_D in zip(found, subjects_ND, strict=True):
+            label_D = labels_ND[words.index(queries[k].label)]
+            for box in boxes[k]:
+                vector_D = next(vectors)
+                label, reference = ((vector_D @ other_D).clamp(-1, 1).item() for other_D in (label_D, subject_D))
+                looks[k].append(Look(box.score, label, reference))
+        return _rows(looks, len(frames))
+
+    def _vectors(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Unit vectors, float64 `[N, D]`; what is there several times, as a box that is the best for two subjects, is
+        embedded once."""
+        groups = same_pictures(pictures)
+        vectors_ND = _finite(self.embedder.embed_images([pictures[group[0]] for group in groups]))
+        numbers = {place: number for number, group in enumerate(groups) for place in group}
+        return vectors_ND[[numbers[place] for place in range(len(pictures))]]
+
+
+def _queries(frames: Sequence[NDArray[np.uint8]], looked_for: Sequence[tuple[Reference, str]]) -> list[Query]:
+    """All frames for the first reference, then for the next one."""
+    return [Query(frame, label, reference.image_HWC) for reference, label in looked_for for frame in frames]
+
+
+def _rows(looks: list[list[Look]], frames: int) -> list[list[list[Look]]]:
+    return [looks[start : start + frames] for start in range(0, len(looks), frames)]
 
 
 def _finite(vectors_ND: Tensor) -> Tensor:

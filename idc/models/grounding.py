@@ -338,12 +338,12 @@ class GroundedMasks:
         self.detector.unload()
         self.segmenter.unload()
 
-    def masks(self, pictures: Sequence[Picture], label: str, reference: Picture) -> list[Mask | None]:
-        """The subject's mask in each picture, bool `[H, W]`; None where the detector finds nothing, or SAM cuts
-        out nothing."""
-        found = self.detector.detect(pictures, label, reference)
-        masks = self.segmenter.masks_each([Prompt(p, boxes[:1]) for p, boxes in zip(pictures, found, strict=True)])
-        return [mask[0] if mask.any() else None for mask in masks]
+    def masks_each(self, queries: Sequence[Query]) -> list[Mask | None]:
+        """The subject's mask for each query, bool `[H, W]`; None where the detector finds nothing, or SAM cuts out
+        nothing. A picture goes through each image encoder once, whatever is looked for in it."""
+        found = self.detector.detect_each(queries)
+        prompts = [Prompt(query.picture, boxes[:1]) for query, boxes in zip(queries, found, strict=True)]
+        return [mask[0] if mask.any() else None for mask in self.segmenter.masks_each(prompts)]
 
 
 def check_batch(batch: int) -> int:

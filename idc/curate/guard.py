@@ -21,6 +21,7 @@ from idc.data import storage
 from idc.errors import UserError
 
 SETTINGS, LOCK = "settings.json", "lock"
+IDENTITY = "identity"  # of a source: how its units are told apart
 NAMED = 5  # changed settings that a message names
 
 
@@ -71,7 +72,7 @@ class Settings:
             "chunk": chunk,
             "encoding": vars(encoding),
             "steps": [dict(step.describe()) for step in steps],
-            "sources": {source.name: dict(source.describe()) for source in sources},
+            "sources": {source.name: {**source.describe(), IDENTITY: source.identity} for source in sources},
         }
         self._now = json.loads(dumps(settings))
         self._before = _load(self._path)
@@ -99,14 +100,18 @@ class Settings:
 def _load(path: str) -> dict[str, Any]:
     try:
         with storage.open_read(path) as stream:
-            return json.loads(stream.read())
+            settings = json.loads(stream.read())
     except FileNotFoundError:
         return {}
     except ValueError:
         raise UserError(f"{path}: damaged; remove the folder to begin anew") from None
+    for source in settings["sources"].values():
+        source.setdefault(IDENTITY, 1)  # there was no other before it was written down
+    return settings
 
 
 def _compare(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    _check_identity(folder, before["sources"], now["sources"])
     was, classes = _classes(before["steps"]), _classes(now["steps"])
     if was != classes:
         changed = [f"steps are {', '.join(classes) or 'none'} (were {', '.join(was) or 'none'})"]
@@ -122,6 +127,16 @@ def _compare(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
             f"{folder}: begun with other settings: {'; '.join(changed[:NAMED])}{more}; "
             "take these back, or give another --out"
         )
+
+
+def _check_identity(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in before.keys() & now.keys():
+        same_kind = before[name].get("class") == now[name].get("class")
+        if same_kind and before[name][IDENTITY] != now[name][IDENTITY]:
+            raise UserError(
+                f"{folder}: begun by another version of idc, which told the files of source {name!r} apart in another "
+                "way, so that nobody can say which of them are done; finish it by that version, or give another --out"
+            )
 
 
 def _classes(steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 from idc.curate.candidate import Candidate, Dropped, Outcome, Source, key_of
 from idc.curate.plan import SEGMENT
 from idc.curate.segments import Segment
-from idc.curate.sources.listing import File, may_be_video, walk
-from idc.curate.sources.sidecars import Licences, SidecarError, unit_of, with_sidecars
+from idc.curate.sources.listing import File, may_be_video, walk, with_marks
+from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
 from idc.data import storage
 from idc.data.video import stated_seconds
 from idc.errors import UserError
@@ -40,8 +40,9 @@ class VideoFolder(Source):
         segment_from_mib: files of fewer MiB are taken whole, and not opened while the folder is listed.
 
     A run that goes on, or into the same folder again, reads anew what `idc.curate.sources.sidecars.unit_of` gives
-    another id: a video of another size, or whose side-cars say something else. A local video that was exchanged for
-    another of equal size is not noticed, nor one behind a URL whose file system's listing has no ETag or the like.
+    another id: a video of another content, or whose side-cars say something else. Of a local video the size counts
+    and what is read at its beginning, middle and end; of one behind a URL the size and what the file system's listing
+    has for free, an ETag or the like or else the time when it was written.
 
     A video behind a URL is fetched whole by each worker that takes a segment of it. A damaged frame costs the shots of
     its segment.
@@ -49,6 +50,8 @@ class VideoFolder(Source):
     Raises:
         UserError: for patterns of another form, or sizes that are none.
     """
+
+    identity = IDENTITY
 
     def __init__(
         self,
@@ -76,15 +79,15 @@ class VideoFolder(Source):
         self.segment_minutes, self.segment_from_mib = segment_minutes, segment_from_mib
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """A unit for each file that may be a video, several for a long one. Local side-cars are read for the ids, a
-        folder's at a time."""
+        """A unit for each file that may be a video, several for a long one. Of local ones a little is read for the ids,
+        and their side-cars."""
         found = False
         for files in walk(self._path, self._leave_out):
             listed = {file.path: file for file in files}
-            for file in files:
-                if may_be_video(PurePosixPath(file.path).name) and self._wanted(file.path):
-                    found = True
-                    yield from self._segments(file, *unit_of(file, listed, self._path))
+            videos = [f for f in files if may_be_video(PurePosixPath(f.path).name) and self._wanted(f.path)]
+            for file in with_marks(videos, self._path):
+                found = True
+                yield from self._segments(file, *unit_of(file, listed, self._path))
         if not found:
             wanted = f" that fit {', '.join(self.patterns)}" if self.patterns else ""
             raise UserError(f"path={self._path}: no video files{wanted} in it")

@@ -26,8 +26,8 @@ from idc.curate.candidate import (
     encode_png,
     key_of,
 )
-from idc.curate.sources.listing import File, is_image, is_text, walk
-from idc.curate.sources.sidecars import Licences, SidecarError, unit_of, with_sidecars
+from idc.curate.sources.listing import File, is_image, is_text, walk, with_marks
+from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
 from idc.data import storage
 from idc.data.scan import IMAGE_EXTS
 from idc.data.video import VideoError
@@ -62,6 +62,8 @@ class SubjectImages(Source):
         UserError: for an unknown kind, or a number out of its range.
     """
 
+    identity = IDENTITY
+
     def __init__(
         self,
         path: str,
@@ -90,12 +92,12 @@ class SubjectImages(Source):
         self.licences = Licences(licences, self._path)
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """A unit for each picture, with an id by `idc.curate.sources.sidecars.unit_of`: a local picture that was
-        exchanged for another of equal size is not noticed."""
+        """A unit for each picture, with an id by `idc.curate.sources.sidecars.unit_of`."""
         found = False
         for files in walk(self._path, self._leave_out):
             listed = {file.path: file for file in files}
             pictures = [file for file in files if is_image(PurePosixPath(file.path).name)]
+            pictures = list(with_marks(pictures, self._path))
             for number, file in enumerate(pictures):
                 found = True
                 id, payload = unit_of(file, listed, self._path)

@@ -25,13 +25,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Reference, decode_image, encode_png
-from idc.curate.sources.listing import File, is_image, is_text
+from idc.curate.sources.listing import File, content_mark, is_image, is_text
 from idc.data import storage
 from idc.data.video import VideoError
 from idc.errors import UserError
 
 SUFFIXES = (".json", ".txt")
 META = "folder"
+IDENTITY = 2  # of `unit_of`; the first went by the sizes of local files
 LARGEST = 1 << 24  # bytes of a side-car
 LARGEST_SIDE = 1 << 24  # pixels; no picture is larger
 
@@ -46,16 +47,18 @@ def unit_of(file: File, listed: Mapping[str, File], root: str) -> tuple[str, dic
     """(id, payload) of a file's unit. The id is path@size of a file alone, and path@size+digest where there is more to
     tell it by; what has another id is read again. The digest is of
 
-        local side-cars       their bytes, and names and sizes of the references that a .json one names
+        local files           a mark of the content (`idc.curate.sources.listing.content_mark`), as far as they can be
+                              read; of the references that a .json side-car names the same, with their names and sizes
+        local side-cars       their bytes
         those behind a URL    their sizes and, with the file's own, the marks of their content that the listing has
                               (`File.mark`), since reading each one would be dear
 
-    What is exchanged for something of equal size is thus not noticed of a local video, picture or reference, nor of
-    references behind a URL, nor of anything behind one whose listing has no marks. Times of modification do not
-    count: a copy of the folder gives the same ids.
+    What is exchanged for something of equal size is thus not noticed where it differs in none of the places that are
+    read of a local video, picture or reference, nor of references behind a URL, nor of anything behind one whose
+    listing has no marks. Times of modification do not count: a copy of a local folder gives the same ids.
 
     Args:
-        file: the video or picture.
+        file: the video or picture, with its mark.
         listed: all files of its folder, by path.
         root: the source's folder.
     """
@@ -75,7 +78,7 @@ def unit_of(file: File, listed: Mapping[str, File], root: str) -> tuple[str, dic
 
 def _content(file: File, root: str) -> list[Any]:
     """What tells a local side-car from another: a digest of its bytes (its size where it cannot be read, which drops
-    its file) and [path, size] of the references that it names."""
+    its file) and [path, size, mark] of the references that it names."""
     try:
         data = read_beside(root, file.path)
     except SidecarError:
@@ -90,14 +93,14 @@ def _content(file: File, root: str) -> list[Any]:
         paths = [_reference_path(name, folder) for names in named for name in names]
     except SidecarError:  # which drops its file
         return [digest]
-    return [digest, *([path, _size(os.path.join(root, path))] for path in paths)]
+    return [digest, *([path, *_told(os.path.join(root, path))] for path in paths)]
 
 
-def _size(path: str) -> int:
+def _told(path: str) -> tuple[int, str]:
     try:
-        return os.stat(path).st_size
+        return os.stat(path).st_size, content_mark(path)
     except (OSError, ValueError):
-        return -1
+        return -1, ""
 
 
 class Licences:

@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Aim:
-    """A figure that issue 6 wants of one 80 GB GPU at the paper's size.
+    """A figure that the project aims at on one 80 GB GPU at the paper's size.
 
     Attributes:
         what: is measured.

@@ -18,6 +18,7 @@ from torch import Tensor
 from idc.errors import UserError
 from idc.types import SPATIAL_MULTIPLE
 
+MOST_ASPECT = 200  # of a picture's sides that networks on pictures take: the limit of Qwen's image processor
 REFERENCE_AREA = 1024 * 256  # pixels: 1024 tokens a reference
 _SLACK = 0.01  # values beyond the range by less are rounding, and are clamped
 

@@ -301,6 +301,12 @@ def test_a_rating_that_is_no_number_is_a_drop(predictor, monkeypatch):
     assert only(AestheticFilter(predictor), cut(moving(frames=3))).reason == "no aesthetic score"
 
 
+def test_a_sliver_has_no_aesthetic_score_and_costs_no_other_candidate(predictor):
+    sliver, known = AestheticFilter(predictor)([cut(np.zeros((3, 2, 500, 3))), cut(moving(frames=3))])
+    assert (sliver[0].reason, sliver[0].detail[:24]) == ("no aesthetic score", "picture of 500 x 2 pixel")
+    assert "aesthetic" in known[0].scores
+
+
 def test_settings_of_the_aesthetic_filter_do_not_change_by_loading(predictor):
     step = AestheticFilter(predictor)
     before = step.describe()

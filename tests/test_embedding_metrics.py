@@ -16,7 +16,7 @@ from idc.metrics.aesthetics import Aesthetics
 from idc.metrics.base import Clip, sample_frames
 from idc.metrics.gme import INSTRUCTION, GmeScore
 from idc.models.aesthetic import AestheticPredictor
-from idc.models.embedders import CLIPEmbedder, GMEEmbedder
+from idc.models.embedders import CLIPEmbedder, GMEEmbedder, ImageTextEmbedder
 
 TEXTS = ["a red ball", "a cat meets another cat on the green floor and the blue cube meets a red ball"]
 
@@ -344,6 +344,62 @@ def test_a_sliver_has_no_vector_by_gme_and_says_so_before(saved, height, width, 
         assert f"{width} x {height} pixels" in embedder.unfit(picture)
         with pytest.raises(UserError, match=f"{width} x {height} pixels: .*aspect ratio"):
             embedder.embed_images([picture])
+
+
+THIN = [(1, 1), (1, 90), (90, 1), (3, 60), (4, 100), (2, 400)]  # heights of 1, 3 and 4 look like channels
+SLIVERS = [(1, 500), (500, 1), (2000, 1), (2, 401)]
+
+
+def made(saved: Path, model: str) -> ImageTextEmbedder:
+    return gme(saved) if model == "gme" else CLIPEmbedder(str(saved / model))
+
+
+@pytest.mark.parametrize("model", ["clip", "siglip"])
+def test_thin_pictures_are_seen_the_right_way_round(saved, model):
+    from PIL import Image
+    from transformers import CLIPModel, SiglipModel
+
+    def squashed(picture: np.ndarray) -> torch.Tensor:
+        pixels = np.asarray(Image.fromarray(picture).resize((32, 32), Image.Resampling.BICUBIC), np.float32)
+        return torch.tensor(pixels / 127.5 - 1).permute(2, 0, 1)
+
+    prepare, cls = {"clip": (by_hand, CLIPModel), "siglip": (squashed, SiglipModel)}[model]
+    pictures = [frames(1, *size, seed=size[1])[0] for size in THIN]
+    with torch.no_grad():
+        network = cls.from_pretrained(saved / model).eval()
+        wanted = network.get_image_features(torch.stack([prepare(picture) for picture in pictures])).pooler_output
+    torch.testing.assert_close(made(saved, model).embed_images(pictures), unit(wanted), rtol=0, atol=2e-5)
+
+
+def test_gme_sees_thin_pictures_as_the_enlarged_ones_that_it_makes_of_them(saved):
+    """A picture of one colour has the vector of a larger one that takes as many tokens."""
+    colour = np.array([200, 40, 90], np.uint8)
+    for thin, full in (((1, 1), (56, 56)), ((1, 4), (28, 112)), ((3, 12), (28, 112)), ((4, 1), (112, 28))):
+        pictures = [np.broadcast_to(colour, (*size, 3)).copy() for size in (thin, full)]
+        first, second = gme(saved).embed_images(pictures)
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["clip", "siglip", "gme"])
+def test_slivers_have_no_vector_nor_have_grey_pictures_and_those_with_alpha(saved, model):
+    embedder = made(saved, model)
+    for size in SLIVERS:
+        picture = frames(1, *size)[0]
+        assert f"{size[1]} x {size[0]} pixels: its aspect ratio is more than 200" in embedder.unfit(picture)
+        with pytest.raises(UserError, match="aspect ratio"):
+            embedder.embed_images([frames(1)[0], picture])
+    for odd in (frames(1)[0, ..., 0], frames(1)[0, ..., :1], np.concatenate([frames(1)[0]] * 2, -1)[..., :4]):
+        assert embedder.unfit(odd) == f"picture: uint8 of shape {odd.shape}; must be uint8 [H, W, 3]"
+        with pytest.raises(UserError, match=r"must be uint8 \[H, W, 3\]"):
+            embedder.embed_images([odd])
+    assert embedder.embed_images([frames(1, *size)[0] for size in THIN[:5]]).isfinite().all()
+
+
+def test_a_clip_of_slivers_fails_with_the_reason(saved):
+    sliver = Clip("a", frames(2, 2, 500), "a red ball")
+    predictor = AestheticPredictor(str(saved / "head.pth"), CLIPEmbedder(str(saved / "clip")))
+    for metric in (Aesthetics(predictor), GmeScore(gme(saved))):
+        assert metric.score(sliver).reason == "picture of 500 x 2 pixels: its aspect ratio is more than 200"
 
 
 def test_a_model_that_does_not_embed_both_and_wrong_settings_are_named(saved, tmp_path):

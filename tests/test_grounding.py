@@ -11,7 +11,8 @@ import torch
 from _tiny_grounding import noise, save_all, save_grounding_dino, save_owlv2, save_sam
 
 from idc.errors import UserError
-from idc.models.grounding import Detection, GroundingDino, Owlv2ByPicture, Query, Sam, best_boxes
+from idc.models.boxes import best_boxes
+from idc.models.grounding import Detection, GroundingDino, Owlv2ByPicture, Prompt, Query, Sam
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_grounding_dino_is_transformers_own(folder: Path) -> None:
+    from PIL import Image
     from transformers import AutoTokenizer, GroundingDinoForObjectDetection, GroundingDinoProcessor
     from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
@@ -27,21 +29,22 @@ def test_grounding_dino_is_transformers_own(folder: Path) -> None:
     images = GroundingDinoImageProcessorPil.from_pretrained(path)
     processor = GroundingDinoProcessor(images, AutoTokenizer.from_pretrained(path))
     model = GroundingDinoForObjectDetection.from_pretrained(path).eval()
-    pictures = [noise(40, 64, 3, seed=k) for k in range(2)]
+    pictures = [noise(40, 64, 3, seed=k) for k in range(2)] + [noise(4, 64, 3)]
     found = GroundingDino(str(path), threshold=0.3, nms=1).detect(pictures, " Red  ball.", noise(8, 8, 3))
     counts = set()
     for picture, boxes in zip(pictures, found, strict=True):
-        inputs = processor(images=picture, text="red ball.", return_tensors="pt")
+        inputs = processor(images=Image.fromarray(picture), text="red ball.", return_tensors="pt")
         with torch.no_grad():
             outputs = model(**inputs)
         (expected,) = processor.post_process_grounded_object_detection(
-            outputs, inputs.input_ids, threshold=0.3, text_threshold=0.25, target_sizes=[(40, 64)]
+            outputs, inputs.input_ids, threshold=0.3, text_threshold=0.25, target_sizes=[picture.shape[:2]]
         )
         order = expected["scores"].argsort(descending=True)
-        limits = torch.tensor([64, 40, 64, 40])
+        limits = torch.tensor([64, picture.shape[0]] * 2)
         wanted = expected["boxes"][order].clamp(torch.zeros(4), limits)
-        assert torch.allclose(torch.tensor([box[:4] for box in boxes]), wanted, atol=1e-3)
-        assert [box.score for box in boxes] == pytest.approx(expected["scores"][order].tolist(), abs=1e-5)
+        large = (wanted[:, 2:] - wanted[:, :2]).prod(-1) >= 1
+        assert torch.allclose(torch.tensor([box[:4] for box in boxes]), wanted[large], atol=1e-3)
+        assert [box.score for box in boxes] == pytest.approx(expected["scores"][order][large].tolist(), abs=1e-5)
         counts.add(len(boxes))
     assert max(counts) > 1
 
@@ -86,6 +89,43 @@ def test_owlv2_by_picture_is_transformers_image_guided_detection(folder: Path) -
         rows = rows[(scores > 0.2) & (area >= 1)]
         assert len(rows) > 1
         assert torch.allclose(torch.tensor(boxes), rows[rows[:, 4].argsort(descending=True)], atol=1e-4)
+
+
+SLIVERS = [(1, 500), (500, 1), (2000, 1)]
+
+
+def test_thin_pictures_are_looked_at_the_right_way_round(folder: Path) -> None:
+    """Heights of 1, 3 and 4 look like channels; what stands upright is found where its mirrored pixels lie."""
+    dino, owl = GroundingDino(str(folder / "dino"), threshold=0.05), Owlv2ByPicture(str(folder / "owl"), threshold=0.2)
+    sam, whole = Sam(str(folder / "sam")), noise(40, 64, 3)
+    for height, width in ((1, 1), (1, 60), (3, 60), (4, 100), (60, 1)):
+        picture = noise(height, width, 3, seed=width)
+        for detector in (dino, owl):
+            ((found,), alone) = detector.detect([picture], "ball", whole), detector.detect([whole], "ball", picture)
+            assert alone[0]
+            assert all(0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height for box in found)
+        assert sam.masks(picture, [Detection(0, 0, width, height, 0.9)]).shape == (1, height, width)
+
+
+def test_in_a_sliver_and_by_one_nothing_is_found_and_the_others_are_as_alone(folder: Path) -> None:
+    dino, owl = GroundingDino(str(folder / "dino"), threshold=0.05), Owlv2ByPicture(str(folder / "owl"), threshold=0.2)
+    sam, whole = Sam(str(folder / "sam")), noise(40, 64, 3)
+    for size in SLIVERS:
+        sliver, box = noise(*size, 3), Detection(0, 0, 1, 1, 0.9)
+        for detector in (dino, owl):
+            lost, found = detector.detect([sliver, whole], "ball", whole)
+            assert lost == []
+            assert found == detector.detect([whole], "ball", whole)[0] != []
+        assert owl.detect([whole], "ball", sliver) == [[]]
+        lost, found = sam.masks_each([Prompt(sliver, [box, box]), Prompt(whole, [box])])
+        assert lost.shape == (2, *size)
+        assert not lost.any()
+        assert np.array_equal(found, sam.masks(whole, [box]))
+    for odd in (noise(40, 64), noise(40, 64, 1), noise(40, 64, 4), noise(40, 64, 3) / 255):
+        for use in (lambda odd=odd: dino.detect([odd], "ball", whole), lambda odd=odd: owl.detect([whole], "", odd),
+                    lambda odd=odd: sam.masks(odd, [Detection(0, 0, 9, 9, 0.9)])):  # fmt: skip
+            with pytest.raises(UserError, match=r"must be uint8 \[H, W, 3\]"):
+                use()
 
 
 def test_sams_masks_against_a_computation_by_hand(folder: Path) -> None:

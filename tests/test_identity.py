@@ -236,6 +236,16 @@ def test_masked_subjects_are_told_apart_by_any_embedder():
     assert doubled.details["subjects"][1]["missing"] == 1
 
 
+def test_a_region_that_is_a_sliver_is_no_sighting_and_such_a_reference_fails_with_the_reason():
+    video, masks = np.full((2, 4, 900, 3), 90, np.uint8), np.zeros((2, 1, 4, 900), bool)
+    masks[0, 0, :, :40] = masks[1, 0, 1] = True
+    clip = Clip("a", video, references=(Reference(video[0, :, :40], "rope"),), masks_TNHW=masks)
+    metric = IdentityTracking(FACES, MeanColour(), frames=2)
+    assert metric.score(clip).details["subjects"][0]["missing"] == 0.5
+    thin = replace(clip, references=(Reference(video[0, :1], "rope"),))
+    assert metric.score(thin).reason == "reference 1: picture of 900 x 1 pixels: its aspect ratio is more than 200"
+
+
 def test_people_and_things_are_judged_together_each_in_its_own_way():
     clip, masks = toy_clip()
     things = np.repeat(np.repeat(clip.frames_THWC, 3, 1), 3, 2)

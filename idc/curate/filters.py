@@ -21,6 +21,7 @@ from idc.errors import UserError, nearest
 from idc.metrics.base import Clip
 from idc.metrics.motion import MotionAmplitude
 from idc.models.aesthetic import AestheticPredictor
+from idc.models.pretrained import sliver
 from idc.rewards.watch import Sharpness
 
 BLACK, WHITE = 20, 240  # luma up to and from which a pixel is black or white: broadcast's are 16 and 235
@@ -287,6 +288,9 @@ class AestheticFilter(Step):
                 numbers, frames = clip_frames(candidate, self.frames)
             except VideoError as error:
                 outcomes.append(candidate.dropped(self.name, "unreadable video", str(error)))
+                continue
+            if reason := sliver(frames[0]):
+                outcomes.append(candidate.dropped(self.name, "no aesthetic score", reason))
                 continue
             distinct = np.unique(numbers, return_index=True)[1]  # a short clip's frames are given more than once
             pictures += list(frames[distinct])

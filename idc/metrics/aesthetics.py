@@ -8,6 +8,7 @@ import numpy as np
 
 from idc.metrics.base import Clip, Score, VideoMetric, sample_frames
 from idc.models.aesthetic import AestheticPredictor
+from idc.models.pretrained import sliver
 
 
 class Aesthetics(VideoMetric):
@@ -36,6 +37,8 @@ class Aesthetics(VideoMetric):
     def score(self, clip: Clip) -> Score:
         # A short video's frames are taken more than once, but rated once.
         frames, places = np.unique(sample_frames(len(clip.frames_THWC), self.frames), return_inverse=True)
+        if reason := sliver(clip.frames_THWC[0]):
+            return Score.failed(reason)
         ratings = self.predictor.predict(list(clip.frames_THWC[frames])).double()[places]
         if not ratings.isfinite().all():
             return Score.failed("the predictor gave a rating that is not finite")

@@ -16,6 +16,7 @@ from idc.metrics.base import Clip, Reference, Score, VideoMetric, sample_frames
 from idc.metrics.facesim import GREY, face_embedding, find_faces, for_each
 from idc.metrics.tracking import STATES, Seen, Sighting, Tracking, follow, track
 from idc.models.faces import Embedding, FaceBackend, YuNetSFace
+from idc.models.pretrained import sliver
 
 PEOPLE = ("face", "human")
 SMALLEST = 0.001  # of the frame: a smaller mask is no sighting
@@ -132,6 +133,9 @@ class IdentityTracking(VideoMetric):
             assert clip.masks_TNHW is not None
             assert self.embedder is not None
             pictures = [clip.references[n] for n in objects]
+            for n, reference in zip(objects, pictures, strict=True):
+                if reason := sliver(masked_crop(reference.image_HWC, reference.mask_HW)):
+                    return Score.failed(f"reference {n + 1}: {reason}")
             masks_TNHW = clip.masks_TNHW[chosen][:, objects]
             parts.append((objects, track_regions(frames, masks_TNHW, pictures, self.embedder)))
         return _summary(clip.references, parts)
@@ -171,10 +175,12 @@ def track_regions(
     """What each of N masked subjects looks like in each frame, against the N references.
 
     Crops and references are laid on grey outside their masks. Likeness among such pictures has no common zero, so
-    that there is no threshold: a region looks like the reference that it is most like.
+    that there is no threshold: a region looks like the reference that it is most like. A sliver is no sighting.
     """
-    places = [(t, n) for t, n in np.argwhere(masks_TNHW.mean((2, 3), dtype=np.float64) >= SMALLEST).tolist()]
-    crops = [masked_crop(frames_THWC[t], masks_TNHW[t, n]) for t, n in places]
+    large = np.argwhere(masks_TNHW.mean((2, 3), dtype=np.float64) >= SMALLEST).tolist()
+    regions = [(t, n, masked_crop(frames_THWC[t], masks_TNHW[t, n])) for t, n in large]
+    places = [(t, n) for t, n, crop in regions if not sliver(crop)]
+    crops = [crop for _, _, crop in regions if not sliver(crop)]
     pictures = [masked_crop(reference.image_HWC, reference.mask_HW) for reference in references]
     vectors = np.asarray(embedder.embed_images([*pictures, *crops]), np.float64)
     likeness = vectors[len(pictures) :] @ vectors[: len(pictures)].T

@@ -26,6 +26,18 @@ def same_pictures(pictures: Iterable[NDArray[np.uint8]]) -> list[list[int]]:
     return list(places.values())
 
 
+def for_the_fit(
+    items: Sequence[_In],
+    fit: Callable[[_In], bool],
+    compute: Callable[[Sequence[_In]], list[_Out]],
+    otherwise: Callable[[_In], _Out],
+) -> list[_Out]:
+    """What `compute` gives for the items that are `fit`, which it gets together, and `otherwise` for each other one."""
+    which = [fit(item) for item in items]
+    found = iter(compute([item for item, fits in zip(items, which, strict=True) if fits]) if any(which) else ())
+    return [next(found) if fits else otherwise(item) for item, fits in zip(items, which, strict=True)]
+
+
 def in_batches(items: Sequence[_In], size: int, compute: Callable[[Sequence[_In]], list[_Out]]) -> list[_Out]:
     """What `compute` gives for each item, `size` of them at a time; where the device's memory does not suffice, by
     halves. Nothing is remembered of that: numbers depend on the items, and not on earlier calls.

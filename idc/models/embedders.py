@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
 from idc.models.frozen import load_model, torch_dtype
-from idc.models.pretrained import Pretrained
-
-Picture = NDArray[np.uint8]
+from idc.models.pretrained import Picture, Pretrained, not_rgb, sliver
 
 
 class ImageTextEmbedder(Pretrained):
@@ -27,10 +24,8 @@ class ImageTextEmbedder(Pretrained):
         return (self.name,)
 
     def unfit(self, picture: Picture) -> str:
-        """Why there is no vector of a picture; "" where there is one."""
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            return f"picture: {picture.dtype} of shape {picture.shape}; must be uint8 [H, W, 3]"
-        return ""
+        """Why there is no vector of a picture, as of a sliver; "" where there is one."""
+        return not_rgb(picture) or sliver(picture)
 
     def embed_images(self, pictures: Sequence[Picture]) -> Tensor:
         """Unit vectors, float32 `[N, D]` on the CPU, of RGB uint8 pictures `[H, W, 3]` of any sizes.
@@ -112,7 +107,7 @@ class CLIPEmbedder(ImageTextEmbedder):
     def _embed_images(self, pictures: Sequence[Picture]) -> Tensor:
         vectors = []
         for start in range(0, len(pictures), self.batch):
-            inputs = self._images(images=list(pictures[start : start + self.batch]), return_tensors="pt")
+            inputs = self._pixels(pictures[start : start + self.batch])
             inputs = inputs.to(self.device, self.dtype)
             vectors.append(_pooled(self._model.get_image_features(**inputs)))
         return torch.cat(vectors)
@@ -205,7 +200,7 @@ class GMEEmbedder(ImageTextEmbedder):
         return torch.cat([self._last_hidden(self._ids(prompt)[: self.max_length]) for prompt in prompts])
 
     def unfit(self, picture: Picture) -> str:
-        """As of any embedder; a picture is also unfit where one side is more than 200 times the other."""
+        """As of any embedder; a picture is also unfit where rounding to whole tokens makes a sliver of it."""
         if reason := super().unfit(picture):
             return reason
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -213,7 +208,7 @@ class GMEEmbedder(ImageTextEmbedder):
         height, width = picture.shape[:2]
         try:
             with self.inference():
-                smart_resize(*self._size(height, width))  # rounded, it may be past the limit, and is resized again
+                smart_resize(*self._size(height, width))  # what is rounded is resized again
         except ValueError as error:
             return f"picture of {width} x {height} pixels: {error}"
         return ""

@@ -3,6 +3,8 @@
 YOLO-World, whose image-prompt adapter OpenS2V-Eval uses, has no class in transformers. Any other detector is a
 `Detector` of one method. Confidences of different detectors are not on one scale.
 
+In a sliver (`idc.models.pretrained`) nothing is found, nor by one.
+
 Networks take several pictures at once, `batch` of them at most; what does not fit into the device's memory goes by
 halves. Company changes how sums are rounded: the same pictures in the same order give the same bits each time; alone,
 boxes are the same to 1e-3 pixels in float32, unless a near tie tips (of GroundingDINO's proposals, for one).
@@ -20,30 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
-from idc.models.batches import each_picture_once, in_batches, same_pictures
+from idc.models.batches import each_picture_once, for_the_fit, in_batches, same_pictures
+from idc.models.boxes import Detection, best_boxes, corners
 from idc.models.frozen import load_model, torch_dtype
-from idc.models.pretrained import Pretrained
+from idc.models.pretrained import Picture, Pretrained, sliver
 
-Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
-
-MOST_BOXES = 100  # of one picture
-
-
-class Detection(NamedTuple):
-    """A box in pixels of the picture, within it and with an area, and the detector's confidence in [0, 1]."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    score: float
-
-    def crop(self, picture_HWC: Picture) -> Picture:
-        """The pixels of the box, its sides rounded outwards where rounding would leave nothing."""
-        height, width = picture_HWC.shape[:2]
-        left, top = min(round(self.left), width - 1), min(round(self.top), height - 1)
-        return picture_HWC[top : max(top + 1, round(self.bottom)), left : max(left + 1, round(self.right))]
 
 
 class Query(NamedTuple):
@@ -135,22 +119,24 @@ class GroundingDino(Detector):
         self._model = load_model(GroundingDinoForObjectDetection, self.path, self.weights, self.dtype)
 
     def detect_each(self, queries: Sequence[Query]) -> list[list[Detection]]:
-        asked = [place for place, query in enumerate(queries) if has_word(query.label)]
-        worded = [queries[place] for place in asked]
-        found: list[list[Detection]] = [[] for _ in queries]
+        return for_the_fit(
+            queries, lambda query: has_word(query.label) and not sliver(query.picture), self._each, _none
+        )
+
+    def _each(self, queries: Sequence[Query]) -> list[list[Detection]]:
+        found: dict[int, list[Detection]] = {}
         with self.inference():
-            for rows in self._batches(worded):
-                boxes = in_batches(rows, self.batch, lambda rows: self._detect(rows, worded))
-                for (number, _), few in zip(rows, boxes, strict=True):
-                    found[asked[number]] = few
-        return found
+            for rows in self._batches(queries):
+                boxes = in_batches(rows, self.batch, lambda rows: self._detect(rows, queries))
+                found.update(zip((place for place, _ in rows), boxes, strict=True))
+        return [found[place] for place in range(len(queries))]
 
     def _batches(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Any]]]:
         """(place of a query, inputs of its picture) of those that go through the network at once: of one size, those of
         a picture together."""
         waiting: dict[Any, list[tuple[int, Any]]] = {}
         for places in same_pictures(query.picture for query in queries):
-            inputs = self._images(images=[queries[places[0]].picture], return_tensors="pt")
+            inputs = self._pixels([queries[places[0]].picture])
             size = inputs["pixel_values"].shape
             for start in range(0, len(places), self.batch):
                 rows = [(place, inputs) for place in places[start : start + self.batch]]
@@ -210,6 +196,9 @@ class Owlv2ByPicture(Detector):
         self._model = load_model(Owlv2ForObjectDetection, self.path, self.weights, self.dtype)
 
     def detect_each(self, queries: Sequence[Query]) -> list[list[Detection]]:
+        return for_the_fit(queries, lambda q: not (sliver(q.picture) or sliver(q.reference)), self._each, _none)
+
+    def _each(self, queries: Sequence[Query]) -> list[list[Detection]]:
         wanted: dict[int, Tensor] = {}  # the reference's vector, by the query's place
         found: dict[int, list[Detection]] = {}
 
@@ -233,7 +222,7 @@ class Owlv2ByPicture(Detector):
 
     def _features(self, pictures: Sequence[Picture]) -> list[Tensor]:
         """`[1, H, W, D]` of each picture."""
-        pixels = torch.cat([self._images(images=[p], return_tensors="pt")["pixel_values"] for p in pictures])
+        pixels = torch.cat([self._pixels([picture])["pixel_values"] for picture in pictures])
         return list(self._model.image_embedder(pixel_values=pixels.to(self.device, self.dtype))[0].split(1))
 
     def _detect(self, picture_HWC: Picture, map_BHWD: Tensor, queries: Sequence[Tensor]) -> list[list[Detection]]:
@@ -279,23 +268,30 @@ class Sam(Pretrained):
     def masks_each(self, prompts: Sequence[Prompt]) -> list[Mask]:
         """For each prompt bool `[N, H, W]`, one mask per box. A picture goes through the image encoder once, whatever
         the number of prompts that are of it, and not at all without a box; the small decoder takes one at a time."""
+        return for_the_fit(
+            prompts,
+            lambda prompt: bool(prompt.boxes) and not sliver(prompt.picture),
+            self._each,
+            lambda prompt: np.zeros((len(prompt.boxes), *prompt.picture.shape[:2]), np.bool_),
+        )
+
+    def _each(self, prompts: Sequence[Prompt]) -> list[Mask]:
         groups = same_pictures(prompt.picture for prompt in prompts)
-        boxes = [[box for place in places for box in prompts[place].boxes] for places in groups]
-        asked = [Prompt(prompts[places[0]].picture, few) for places, few in zip(groups, boxes, strict=True) if few]
-        found: Iterator[Mask] = iter(())
-        if asked:
-            with self.inference():
-                found = iter(in_batches(asked, self.batch, self._masks))
+        asked = [
+            Prompt(prompts[places[0]].picture, [box for place in places for box in prompts[place].boxes])
+            for places in groups
+        ]
+        with self.inference():
+            found = in_batches(asked, self.batch, self._masks)
         masks: dict[int, Mask] = {}
-        for places, few in zip(groups, boxes, strict=True):
-            whole = next(found) if few else np.zeros((0, *prompts[places[0]].picture.shape[:2]), np.bool_)
+        for places, whole in zip(groups, found, strict=True):
             ends = np.cumsum([len(prompts[place].boxes) for place in places])
             masks.update(zip(places, np.split(whole, ends[:-1]), strict=True))
         return [masks[place] for place in range(len(prompts))]
 
     def _masks(self, prompts: Sequence[Prompt]) -> list[Mask]:
         inputs = [
-            self._images(images=[picture], input_boxes=[[[*map(float, box[:4])] for box in boxes]], return_tensors="pt")
+            self._pixels([picture], input_boxes=[[[*map(float, box[:4])] for box in boxes]])
             for picture, boxes in prompts
         ]
         pixels = torch.cat([each["pixel_values"] for each in inputs]).to(self.device, self.dtype)
@@ -353,44 +349,10 @@ def check_batch(batch: int) -> int:
     return batch
 
 
+def _none(query: Query) -> list[Detection]:
+    return []
+
+
 def has_word(label: str) -> bool:
     """Whether there is a letter or a digit in a label, of any script: something that can be looked for."""
     return any(character.isalnum() for character in label)
-
-
-def corners(boxes_N4: Tensor) -> Tensor:
-    """(centre x, centre y, width, height) -> (left, top, right, bottom), float32."""
-    x, y, width, height = boxes_N4.float().unbind(-1)
-    return torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], -1)
-
-
-def best_boxes(
-    boxes_N4: Tensor, scores_N: Tensor, size: tuple[int, ...], threshold: float, nms: float
-) -> list[Detection]:
-    """Boxes of a confidence above `threshold`, cut to the picture, without lesser ones that overlap a better one by
-    more than `nms` (intersection over union); best first, at most 100. Those of less than a pixel are dropped.
-
-    Args:
-        boxes_N4: left, top, right, bottom in pixels.
-        size: the picture's (height, width).
-    """
-    height, width = size
-    kept_N = scores_N > threshold
-    limits = boxes_N4.new_tensor([width, height, width, height])
-    boxes_N4 = boxes_N4[kept_N].clamp(boxes_N4.new_zeros(4), limits).cpu()
-    order = scores_N[kept_N].cpu().argsort(descending=True, stable=True)
-    boxes_N4, scores = boxes_N4[order], scores_N[kept_N].cpu()[order]
-    area_N = (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(-1)
-    best: list[int] = []
-    alive_N = area_N >= 1
-    while alive_N.any() and len(best) < MOST_BOXES:
-        first = int(alive_N.int().argmax())
-        best.append(first)
-        overlap_N = (
-            torch.minimum(boxes_N4[:, 2:], boxes_N4[first, 2:]) - torch.maximum(boxes_N4[:, :2], boxes_N4[first, :2])
-        ).clamp(min=0)
-        shared_N = overlap_N.prod(-1)
-        alive_N = alive_N & (shared_N / (area_N + area_N[first] - shared_N) <= nms)
-        alive_N[first] = False
-    rows = torch.cat([boxes_N4, scores[:, None]], 1)[best].tolist()
-    return [Detection(left, top, right, bottom, score) for left, top, right, bottom, score in rows]

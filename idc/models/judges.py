@@ -11,17 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from idc.errors import UserError
 from idc.models.batches import in_batches
 from idc.models.frozen import load_model, load_weights, torch_dtype
-from idc.models.pretrained import Pretrained
+from idc.models.pretrained import Picture, Pretrained, for_processor
 
-Picture = NDArray[np.uint8]
 # Of what a processor makes of a text: one number a token, `[1, L]`.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -212,7 +209,7 @@ class ImageTextJudge(Pretrained, Judge):
         )
 
     def _inputs(self, images: Sequence[Picture], text: str) -> dict[str, Tensor]:
-        pictures = {"images": [np.ascontiguousarray(image) for image in images]} if images else {}
+        pictures = {"images": for_processor(images)} if images else {}
         special = _special_tokens(self._processor, text)
         inputs = self._processor(text=[text], **pictures, return_tensors="pt", **special)
         moved = {key: tensor.to(self.device) for key, tensor in inputs.items()}

@@ -1,13 +1,54 @@
-"""What the judging models that transformers saves share: a folder or hub id, late loading, light copies."""
+"""What the judging models that transformers saves share: a folder or hub id, late loading, light copies, and how
+pictures enter.
+
+A picture of which one side is more than 200 times the other is a sliver: image processors would make a side of 0 of
+it, or gigabytes, and what is left of it tells nothing.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from idc.errors import UserError
 from idc.models.frozen import Frozen, load_weights, model_name, resolve, weights_identity
+from idc.pictures import MOST_ASPECT
+
+Picture = NDArray[np.uint8]
+
+
+def sliver(picture: Picture) -> str:
+    """That a picture is one, in words with its size; "" where it is none.
+
+    Raises:
+        UserError: for what is no RGB picture uint8 `[H, W, 3]`, such as a grey one or one with alpha.
+    """
+    if wrong := not_rgb(picture):
+        raise UserError(wrong)
+    height, width = picture.shape[:2]
+    if max(height, width) <= MOST_ASPECT * min(height, width):
+        return ""
+    return f"picture of {width} x {height} pixels: its aspect ratio is more than {MOST_ASPECT}"
+
+
+def not_rgb(picture: Picture) -> str:
+    """Why something is no RGB picture uint8 `[H, W, 3]`; "" where it is one."""
+    if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and 0 not in picture.shape:
+        return ""
+    return f"picture: {picture.dtype} of shape {picture.shape}; must be uint8 [H, W, 3]"
+
+
+def for_processor(pictures: Sequence[Picture]) -> list[Any]:
+    """PIL's images of RGB pictures uint8 `[H, W, 3]`: of arrays, transformers guesses the axis of the channels, and
+    takes a height of 1, 3 or 4 for it."""
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in pictures]
 
 
 class Pretrained(Frozen):
@@ -51,6 +92,10 @@ class Pretrained(Frozen):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in self._heavy}
+
+    def _pixels(self, pictures: Sequence[Picture], **settings: Any) -> Any:
+        """What the image processor makes of pictures that are no slivers."""
+        return self._images(images=for_processor(pictures), return_tensors="pt", **settings)
 
     def _needs(self, what: str, marker: str) -> None:
         """Raise `UserError` where a local `path` lacks the file `marker`, which comes with `what`."""

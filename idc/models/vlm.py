@@ -31,7 +31,7 @@ from idc.models.frozen import (
     torch_dtype,
     weights_identity,
 )
-from idc.pictures import resize
+from idc.pictures import MOST_ASPECT, resize
 
 
 class VLMConditioner(Frozen):
@@ -74,7 +74,6 @@ class VLMConditioner(Frozen):
 
 
 SYSTEM = "Describe each reference subject, and how the text asks it to look, act and meet the others in the video."
-MOST_ASPECT = 200  # of a picture's sides, by Qwen's image processor
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from idc.curate.candidate import UNANSWERED, Candidate, Dropped, EncodedClip, Outcome, Source, Step, Unit
+from idc.curate.films import FilmSharing, sharing
 from idc.curate.parts import Count, Outcomes
 from idc.curate.plan import Task, read_units
 from idc.curate.records import settle
@@ -74,6 +75,7 @@ class Work:
         sources, steps, encoding: the way from units to parts.
         settings: digest of the steps' and the encoding's settings.
         threads: of torch within one operation, the same everywhere, since sums depend on it.
+        films: how films behind URLs are shared by the workers of a machine; None where each fetches its own.
     """
 
     sources: tuple[Source, ...]
@@ -81,6 +83,13 @@ class Work:
     encoding: Encoding
     settings: str
     threads: int = 1
+    films: FilmSharing | None = None
+
+    @contextmanager
+    def here(self, folder: str) -> Iterator[None]:
+        """What this process needs while it works on a chunk; `folder` is that of the parts."""
+        with torch_threads(self.threads), sharing(folder, self.films):
+            yield
 
     def load(self, steps: Iterable[Step], device: str) -> None:
         """Load the networks of some of the steps.

@@ -8,6 +8,7 @@ the shards themselves are made anew each time; that reads no video and runs no n
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from idc.curate.candidate import Source, Step
 from idc.curate.chunks import OPEN, Encoding, Work
 from idc.curate.collection import CollectionStep
 from idc.curate.decisions import decide
 from idc.curate.executors import Done, Executor
+from idc.curate.films import FilmSharing
 from idc.curate.guard import Settings, clean, locked
 from idc.curate.local import LocalExecutor
 from idc.curate.parts import Count, Part, add_counts
@@ -91,6 +94,8 @@ class Curation:
         max_failure_rate: share of faults among all that is read, above which a run stops (from 10 faults on).
         retry_failed: do chunks with faults again that earlier runs finished.
         threads: of torch within one operation, in every worker.
+        films_gib: GiB that films behind URLs which are taken in segments may need on each machine, where its workers
+            share them: in `work`, or in the temporary folder where that is a URL, until the run ends.
         progress: show progress.
     """
 
@@ -109,11 +114,14 @@ class Curation:
         max_failure_rate: float = 0.05,
         retry_failed: bool = False,
         threads: int = 1,
+        films_gib: float = 64.0,
         progress: bool = True,
     ) -> None:
         for name, value in (("chunk", chunk), ("threads", threads), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
+        if not 0 < films_gib < math.inf:
+            raise UserError(f"films_gib={films_gib:g}: must be a number of GiB, more than 0")
         if not 0 <= max_failure_rate <= 1:
             raise UserError(f"max_failure_rate={max_failure_rate}: must be in [0, 1]")
         if not sources:
@@ -128,6 +136,7 @@ class Curation:
         self.executor = executor or LocalExecutor()
         self.encoding = encoding or Encoding()
         self.chunk, self.limit, self.threads = chunk, limit, threads
+        self.films = int(films_gib * 2**30)
         self.folder = str(work) if work else storage.join(self.out, WORK)
         self.max_failure_rate, self.retry_failed, self.progress = max_failure_rate, retry_failed, progress
 
@@ -153,7 +162,7 @@ class Curation:
             report = CurationReport(plan.units, plan.units - plan.left)
             clock.append(time.monotonic())
             try:
-                this_run = self._work(plan, Work(self.sources, self.steps, self.encoding, settings, self.threads))
+                this_run = self._work(plan, self._what(settings))
             finally:
                 clean(self.folder)  # of what workers left that died or were ended
             clock.append(time.monotonic())
@@ -178,6 +187,10 @@ class Curation:
 
     def _settings(self) -> Settings:
         return Settings(self.folder, self.sources, self.steps, self.encoding, self.chunk)
+
+    def _what(self, settings: str) -> Work:
+        films = FilmSharing(uuid4().hex[:12], self.films)
+        return Work(self.sources, self.steps, self.encoding, settings, self.threads, films)
 
     def _done(self) -> set[str]:
         done = {name for name in storage.list_tars(self.folder) if name.startswith("part-")}

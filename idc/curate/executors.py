@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from idc.curate.chunks import FAULTS, Work, torch_threads
+from idc.curate.chunks import FAULTS, Work
 from idc.curate.parts import Count, Outcomes, write_part
 from idc.curate.plan import Task
 from idc.data import storage
@@ -67,5 +67,5 @@ def first_fault(outcomes: Outcomes) -> str:
 
 def work_on(work: Work, task: Task, folder: str) -> Done:
     """A whole chunk in this process, whose networks are loaded."""
-    with torch_threads(work.threads):
+    with work.here(folder):
         return finish(task, work.encoded(work.through(work.steps, work.opened(task, folder))), folder)

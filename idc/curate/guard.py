@@ -15,6 +15,7 @@ from typing import Any
 from idc.curate.candidate import Source, Step
 from idc.curate.chunks import Encoding
 from idc.curate.executors import BEGUN
+from idc.curate.films import remove_films
 from idc.curate.parts import VERSION
 from idc.curate.records import dumps
 from idc.data import storage
@@ -51,7 +52,8 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def clean(folder: str) -> None:
-    """Remove what a killed run left in a folder, which is locked: temporary files, and notes of what it was at."""
+    """Remove what a run left in a folder, which is locked: temporary files, notes of what it was at, films."""
+    remove_films(folder)
     for name in storage.list_names(folder):
         if name.endswith((BEGUN, ".tmp")):
             storage.remove(storage.join(folder, name))

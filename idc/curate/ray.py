@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from idc.curate.candidate import Step
-from idc.curate.chunks import Work, died, one_line, torch_threads
+from idc.curate.chunks import Work, died, one_line
 from idc.curate.executors import BEGUN, Done, Executor, finish
 from idc.curate.parts import Count, Outcomes, Part, write_part
 from idc.curate.plan import Task
@@ -214,7 +214,7 @@ def _run(table: Any, stage: Mapping[str, Any]) -> Any:
     if row["done"]:
         return table
     try:
-        with _begun(row, stage) as before, torch_threads(stage["work"].threads):
+        with _begun(row, stage) as before, stage["work"].here(stage["folder"]):
             if before >= stage["attempts"]:
                 return _table({**row, **_died(row, stage)})
             return _table({**row, **_through(row, stage)})

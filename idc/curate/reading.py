@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from idc.curate.candidate import Box, Candidate, Pixels, decode_image
+from idc.curate.films import is_taken_in_segments, not_fetched, shared_film
 from idc.data import storage
 from idc.data.video import VideoError, VideoInfo, iterate_video, pick_frames, probe
 from idc.errors import UserError
@@ -50,7 +51,8 @@ def open_source(candidate: Candidate) -> str:
     """A local path of the candidate's file: its own, or that of a copy fetched from its URL or out of a shard.
 
     Copies live in a temporary folder of this process, the least recently used ones go first (limit: 16 GiB, or
-    IDC_SOURCE_CACHE_GB in the environment).
+    IDC_SOURCE_CACHE_GB in the environment); those of films that are taken in segments where all workers of a machine
+    share them (`idc.curate.films`).
 
     Raises:
         VideoError: if there is no such file, or it cannot be fetched.
@@ -60,6 +62,8 @@ def open_source(candidate: Candidate) -> str:
         if not os.path.isfile(candidate.path):
             raise VideoError("no such file")
         return candidate.path
+    if is_taken_in_segments(candidate) and (film := shared_film(candidate.path)):
+        return film
     return _fetched.path(candidate.path)
 
 
@@ -245,8 +249,7 @@ class _Fetched:
         except (VideoError, UserError):
             raise
         except Exception as error:  # every file system behind fsspec has its own
-            text = " ".join(str(error).split())
-            raise VideoError(f"cannot be fetched: {type(error).__name__}: {text[:200]}") from error
+            raise not_fetched(error) from error
         self._sizes[url] = target.stat().st_size
         return str(target)
 

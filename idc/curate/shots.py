@@ -122,13 +122,15 @@ class Shots(Step):
 
     def _shot(self, shot: Candidate, note: dict[str, Any]) -> Outcome:
         assert shot.span is not None
+        # Windows narrow the candidate's own span. The note is there before the file is asked for: it says whose it is.
+        shot = shot.changed(meta={self.name: {**note, "span": list(shot.span)}})
         info, (start, end) = inspect(shot).video, shot.span
         times = frame_times(info)[start:end]
         seconds = times[-1] - times[0] + 1 / (info.fps or 25) if len(times) else 0.0
         if not len(times) or seconds < self.min_seconds - 1e-6:
             detail = f"{len(times)} frames, {seconds:.2f} s, min_seconds={self.min_seconds:g}"
             return Dropped(shot.source, shot.video, shot.key, self.name, "shot too short", detail)
-        return shot.changed(meta={self.name: {**note, "span": list(shot.span)}})  # windows narrow the candidate's own
+        return shot
 
     def _edges(self, candidate: Candidate, first: int, end: int) -> list[Transition]:
         """Edges of the shots by rank in the source, the first one's beginning and the last one's end among them."""

@@ -44,8 +44,8 @@ class VideoFolder(Source):
     and what is read at its beginning, middle and end; of one behind a URL the size and what the file system's listing
     has for free, an ETag or the like or else the time when it was written.
 
-    A video behind a URL is fetched whole by each worker that takes a segment of it. A damaged frame costs the shots of
-    its segment.
+    A video behind a URL that is taken in segments is fetched whole, once a machine (`idc.curate.films`). A damaged
+    frame costs the shots of its segment.
 
     Raises:
         UserError: for patterns of another form, or sizes that are none.

@@ -27,11 +27,13 @@ import torch
 from idc.curate.candidate import Step
 from idc.curate.chunks import Work, died, one_line
 from idc.curate.executors import BEGUN, Done, Executor, finish
+from idc.curate.films import remove_films
 from idc.curate.parts import Count, Outcomes, Part, write_part
 from idc.curate.plan import Task
 from idc.data import storage
 from idc.errors import UserError
 
+LEAVING = 60.0  # seconds that the other machines have to remove films
 GONE = "ray: the worker process died, or its machine was lost"
 
 
@@ -94,14 +96,13 @@ class RayExecutor(Executor):
             }
             data = self._heavy(data, stage) if heavy else self._light(data, stage)
         batch: Any
-        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                if row["error"]:
-                    kind = UserError if row["done"] == REFUSED else RuntimeError
-                    raise kind(row["error"])
-                counts = [Count(**count) for count in json.loads(row["counts"])]
-                task = Task(*json.loads(row["task"]))
-                yield Done(task.part, task.units, counts, row["kept"], row["fault"])
+        try:
+            for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in batch.to_pylist():
+                    yield _done(row)
+        finally:
+            if storage.is_url(folder):
+                _remove_elsewhere(folder)
 
     def _light(self, data: Any, stage: Mapping[str, Any]) -> Any:
         return data.map_batches(
@@ -146,6 +147,31 @@ def no_cluster(address: str | None, error: Exception) -> str:
         f"address={address}: no Ray cluster answers there ({one_line(error)}); ray start --head prints the address "
         f"of the one that it starts; for this machine alone write {here}"
     )
+
+
+def _done(row: Mapping[str, Any]) -> Done:
+    if row["error"]:
+        kind = UserError if row["done"] == REFUSED else RuntimeError
+        raise kind(row["error"])
+    counts = [Count(**count) for count in json.loads(row["counts"])]
+    task = Task(*json.loads(row["task"]))
+    return Done(task.part, task.units, counts, row["kept"], row["fault"])
+
+
+def _remove_elsewhere(folder: str) -> None:
+    """Remove the films from the temporary folders of the other machines; from this one's the run does."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    remove = ray.remote(num_cpus=0, max_retries=0)(remove_films)
+    removing = [
+        remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(folder)
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != here
+    ]
+    if removing:
+        ray.wait(removing, num_returns=len(removing), timeout=LEAVING)
 
 
 DONE, REFUSED, BROKEN = 1, 2, 3  # how a chunk ended: its part is written; the user is at fault; the kit is

@@ -122,9 +122,10 @@ class Shots(Step):
 
     def _shot(self, shot: Candidate, note: dict[str, Any]) -> Outcome:
         assert shot.span is not None
+        start, end = shot.span
         # Windows narrow the candidate's own span. The note is there before the file is asked for: it says whose it is.
-        shot = shot.changed(meta={self.name: {**note, "span": list(shot.span)}})
-        info, (start, end) = inspect(shot).video, shot.span
+        shot = shot.changed(meta={self.name: {**note, "span": [start, end]}})
+        info = inspect(shot).video
         times = frame_times(info)[start:end]
         seconds = times[-1] - times[0] + 1 / (info.fps or 25) if len(times) else 0.0
         if not len(times) or seconds < self.min_seconds - 1e-6:

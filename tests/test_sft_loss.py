@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
+from _grpo_worker import QUIET
 from _sft_worker import TRANSFORMER
 from _tiny_wan import randomise
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from idc.flow.times import LogitNormal
 from idc.flow.weights import CosMap
@@ -168,3 +174,30 @@ def test_separate_scales_sample_as_three_forwards_a_step_by_hand(text: float) ->
         torch.testing.assert_close(video, codec.decode(z)[0], rtol=0, atol=2e-4)
     one_scale = stage.sample_videos(batch.samples, batch.bucket, batch.seeds_B, replace(sampling, image_scale=None))
     assert (one_scale - videos).abs().max() > 0.05
+
+
+class Logged(Callback):
+    """Of every micro-batch: the optimiser's steps so far, its own loss, and what is logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, float, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        loss = outputs["loss"] * trainer.accumulate_grad_batches
+        self.rows.append((trainer.global_step, loss.item(), trainer.callback_metrics["train/loss"].item()))
+
+
+def test_what_is_logged_at_a_step_is_the_mean_of_all_its_micro_batches(tmp_path: Path):
+    logged = Logged()
+    batches = [replace(make_batch(2), index=i, seeds_B=torch.tensor([2 * i, 2 * i + 1])) for i in range(7)]
+    trainer = Trainer(
+        **{**QUIET, "max_steps": -1, "max_epochs": 1, "accumulate_grad_batches": 3, "default_root_dir": tmp_path},
+        callbacks=[logged],
+    )
+    trainer.fit(make_stage(), DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))
+    steps, losses, seen = zip(*logged.rows, strict=True)
+    assert steps == (0, 0, 1, 1, 1, 2, 3)
+    assert len(set(losses)) == 7
+    parts = [(0, 1), (0, 2), (0, 3), (3, 4), (3, 5), (3, 6), (6, 7)]
+    means = [fmean(losses[first:end]) for first, end in parts]
+    assert seen == pytest.approx(means, rel=1e-6)

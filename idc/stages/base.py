@@ -121,6 +121,7 @@ class Stage(LightningModule):
         self.took_step: bool | None = None  # in this batch; None before its optimiser has been asked to
         self._changed = False  # by a step that is judged when it has been taken
         self._training_on: tuple[int, list[str]] = 0, []
+        self._logged: list[Tensor] = []  # of the micro-batches of this step
 
     # Building -------------------------------------------------------------------------------------------------
 
@@ -263,9 +264,15 @@ class Stage(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.took_step = None
-        step, known = self._training_on
-        ids = known if step == self.trainer.global_step + 1 else []  # micro-batches of one step
+        step, ids = self._training_on
+        if step != self.trainer.global_step + 1:  # else another micro-batch of the same step
+            ids, self._logged = [], []
         self._training_on = self.trainer.global_step + 1, list(dict.fromkeys([*ids, *getattr(batch, "ids", ())]))
+
+    def mean_of_step(self, values: Tensor) -> Tensor:
+        """Mean of `values` (any shape), which a micro-batch logs, and of what those before it in its step logged."""
+        self._logged.append(values.detach())
+        return torch.stack(self._logged).mean(0)
 
     def samples_of_step(self) -> list[list[str]]:
         """Ids of the samples that this optimiser step is on, by rank. All ranks call it together."""

@@ -87,7 +87,6 @@ class DPO(Aligned):
         self.validation_times = chosen
         self.runner = reward
         self.held_out_rewards = None if reward is None else HeldOutRewards(reward, once=True)
-        self._micro: list[Tensor] = []  # what is logged, of the micro-batches since the last optimiser step
         self._validated = 0  # held-out batches of the running validation
         self.held_out = torch.nn.ModuleDict({name: MeanMetric() for name in LOGGED})
 
@@ -157,18 +156,14 @@ class DPO(Aligned):
         features = self.encoders.features(batch.samples, drops)
         losses = self.losses(features, batch.seeds_B, self.times(batch.seeds_B).to(self.device), drops)
         loss = losses.dpo_B.mean() + self.sft_weight * losses.error_winner_B.mean()
-        self._micro.append(torch.stack([loss, *(values_B.mean() for values_B in losses[: len(LOGGED)])]).detach())
-        self._log_training(len(batch))
+        self._log_training(torch.stack([loss, *(values_B.mean() for values_B in losses[: len(LOGGED)])]), len(batch))
         return loss
 
-    def _log_training(self, size: int) -> None:
+    def _log_training(self, values: Tensor, size: int) -> None:
         # One exchange between the ranks for all of them.
-        means = cast(Tensor, self.trainer.strategy.reduce(torch.stack(self._micro).mean(0), reduce_op="mean"))
+        means = cast(Tensor, self.trainer.strategy.reduce(self.mean_of_step(values), reduce_op="mean"))
         for name, value in zip(("loss", *LOGGED), means, strict=True):
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=size)
-
-    def on_before_zero_grad(self, optimizer: Any) -> None:
-        self._micro = []
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -46,7 +46,6 @@ class SFT(Stage):
         self.weight = weight or Uniform()
         self.dropout = dropout or ConditionDropout()
         self.validation_times = held_out_times(validation_times)
-        self._micro_losses: list[Tensor] = []  # of the micro-batches since the last optimiser step
         self._validated = 0  # held-out batches of the running validation
         self.held_out = torch.nn.ModuleDict({self._name(t): MeanMetric() for t in self.validation_times})
 
@@ -78,13 +77,8 @@ class SFT(Stage):
         t_B = self.times(batch.seeds_B).to(self.device)
         loss_B = self.losses(features, batch.seeds_B, t_B, drops)
         loss = (self.weight(t_B) * loss_B).mean()
-        self._micro_losses.append(loss.detach())
-        mean = torch.stack(self._micro_losses).mean()
-        self.log("train/loss", mean, prog_bar=True, sync_dist=True, batch_size=len(batch))
+        self.log("train/loss", self.mean_of_step(loss), prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
-
-    def on_before_zero_grad(self, optimizer: Any) -> None:
-        self._micro_losses = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         features = self.encoders.features(batch.samples, [Drop.NOTHING] * len(batch))

@@ -139,6 +139,25 @@ class Heavy(Step):
 
 
 @dataclass
+class HeavyCut(Cut):
+    """`Cut` where the networks are."""
+
+    heavy = True
+
+
+class Pid(Step):
+    """Notes the process that it works in."""
+
+    def __init__(self, log: Path | str) -> None:
+        self._log = str(log)
+
+    def apply(self, candidate: Candidate) -> Outcome:
+        with open(self._log, "a") as log:
+            log.write(f"{os.getpid()}\n")
+        return candidate
+
+
+@dataclass
 class Fails(Step):
     """Raises for some numbers."""
 

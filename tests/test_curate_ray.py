@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _curate import Cut, Dies, Fails, Heavy, Numbers, Split, Unready, Weigh, curation, files
+from _curate import Cut, Dies, Fails, Heavy, HeavyCut, Numbers, Pid, Split, Unready, Weigh, curation, files
 
 from idc.curate.command import parse
 from idc.curate.plan import chunks
@@ -63,6 +63,21 @@ def test_ray_gives_the_bytes_of_one_process_and_goes_on_where_another_stopped(tm
     report = curation(tmp_path / "ray", 40, steps=steps()).run()  # by one process, where Ray began
     assert 0 < report.units - report.done_before < 40
     assert files(tmp_path / "ray") == files(tmp_path / "local")
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_stages_that_look_alike_are_each_their_own_and_light_steps_stay_out_of_the_actors(tmp_path: Path) -> None:
+    """Both ends of the first steps have the same names; so have two collections, but for their folders."""
+    light, network = Pid(tmp_path / "light"), Pid(tmp_path / "heavy")
+    network.heavy = True  # type: ignore[misc]
+    for name, steps in (("ends", (light, network, HeavyCut(), light)), ("one", (Cut(),)), ("two", (Cut(),))):
+        report = curation(tmp_path / name, 12, steps=steps, executor=HERE).run()
+        assert (report.kept, report.done_before) == (12, 0)
+    seen = {log: Counter((tmp_path / log).read_text().split()) for log in ("light", "heavy")}
+    assert {log: pids.total() for log, pids in seen.items()} == {"light": 24, "heavy": 12}
+    assert not seen["light"].keys() & seen["heavy"].keys()
+    curation(tmp_path / "local", 12, steps=(Cut(),)).run()
+    assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "local")
 
 
 @pytest.mark.usefixtures("_cluster")

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -85,8 +86,10 @@ class RayExecutor(Executor):
             for task in tasks
         ]
         data = ray.data.from_arrow([_table(row) for row in rows])
+        run = uuid4().hex
         for number, (steps, heavy) in enumerate(groups := grouped(work.steps)):
             stage = {
+                "run": run,
                 "work": work,
                 "folder": folder,
                 "steps": steps,
@@ -112,6 +115,7 @@ class RayExecutor(Executor):
             zero_copy_batch=True,
             fn_kwargs={"stage": stage},
             num_cpus=self.cpus_per_task,
+            max_calls=0,  # as by default; where it is said, Ray does not make these part of the actors behind them
         )
 
     def _heavy(self, data: Any, stage: Mapping[str, Any]) -> Any:
@@ -316,18 +320,23 @@ def _counts(counts: Sequence[Count]) -> str:
     return json.dumps([asdict(count) for count in counts])
 
 
-_loaded: dict[str, Mapping[str, Any]] = {}  # of this worker process: stages whose steps are loaded
+_loaded: dict[tuple[str, int], Sequence[Step]] = {}  # of this worker process: (run, stage) -> steps that are loaded
 
 
 def _light_stage(table: Any, stage: Mapping[str, Any]) -> Any:
-    name = f"{stage['work'].settings} {[step.name for step in stage['steps']]}"
+    """A task: nothing but the loaded steps is kept from one to the next."""
+    name = stage["run"], stage["number"]
     if name not in _loaded:
+        for run, number in list(_loaded):  # a process outlives the run that began it
+            if run != stage["run"]:
+                for step in _loaded.pop((run, number)):
+                    step.unload()
         try:
             stage["work"].load(stage["steps"], "cpu")
         except UserError as error:
             return _refused(table, error)
-        _loaded[name] = stage
-    return _run(table, _loaded[name])
+        _loaded[name] = stage["steps"]
+    return _run(table, {**stage, "steps": _loaded[name]})
 
 
 class _HeavyStage:

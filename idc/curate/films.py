@@ -4,7 +4,7 @@ A run has a folder for them on each machine:
 
     lock               held for moments, while anything here is counted, linked or removed
     <film>.mp4         a film, under this name once all of it is there
-    <film>.lock        held while it is fetched, so that others wait for it
+    lock-<film>.mp4    held while it is fetched, so that others wait for it
     reader-*/          of a process while it works on a chunk:
         lock               held as long as that takes, by a living process
         <film>.mp4         a link to the film that it reads
@@ -17,6 +17,7 @@ one another. Locks are the kernel's and end with their process: what a killed on
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -39,7 +40,7 @@ from idc.errors import UserError
 
 FOLDER = "films"  # in that of the parts
 SETTING = "films_gib"
-LOCK, LOCKED, READER, PART = "lock", ".lock", "reader-", "part"
+LOCK, READER, PART = "lock", "reader-", "part"
 COPY_BYTES = 1 << 22
 POLL = 0.2  # seconds between two looks for room
 
@@ -138,7 +139,7 @@ class Films:
             try:
                 self._begin()
                 self._let_go()
-                with _locked(self._folder / f"{name}{LOCKED}"):
+                with _locked(self._folder / f"{LOCK}-{name}"):
                     if not self._take(name):
                         self._fetch(url, name)
             except OSError:  # a disk that is full, or knows no links or locks: this chunk does without
@@ -190,6 +191,8 @@ class Films:
         size = _size(url)
         if size > self._limit:
             raise VideoError(f"{size} bytes, more than {SETTING} allows ({self._limit} bytes)")
+        if size > shutil.disk_usage(self._own).free:  # told now, as above
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         part = self._own / PART
         while not self._reserve(part, size):
             time.sleep(POLL)
@@ -250,7 +253,7 @@ def _films(place: Path) -> dict[Path, os.stat_result]:
     found = {}
     with suppress(FileNotFoundError):
         for file in place.iterdir():
-            if file.name != LOCK and not file.name.endswith(LOCKED) and not file.name.startswith(READER):
+            if not file.name.startswith((LOCK, READER)):
                 with suppress(FileNotFoundError):
                     found[file] = file.stat()
     return found

@@ -18,12 +18,14 @@ from _sft_worker import scalars
 from _survival_worker import SAVE_EVERY, Run, Stage, Stream, end, finish, make_trainer, records
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.distributed.checkpoint import load
 
 from idc.callbacks import writing
 from idc.callbacks.background import Background
 from idc.callbacks.checkpoint import Checkpoint, CheckpointError
 from idc.callbacks.resume import find_resume
 from idc.callbacks.snapshot import Snapshot
+from idc.callbacks.writing import write_shards
 from idc.models.manifest import MANIFEST, list_files, read_valid
 
 LIMIT = 60  # seconds after which a wait has failed
@@ -313,3 +315,21 @@ def test_a_write_that_fails_ends_the_run_and_leaves_nothing_half_done(
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert left[0] == "step-00000004"
     assert all((tmp_path / "run/checkpoints" / name / MANIFEST).exists() for name in left)
+
+
+def test_shards_of_what_is_on_the_cpu_are_written_without_a_word_to_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's loader that copies ahead would wait for the training's stream from the thread that writes."""
+
+    def waits(*_: Any, **__: Any) -> None:
+        raise AssertionError("asks for the current stream")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._OverlappingCpuLoader", waits)
+    state = {"state_dict": {f"w{i}": torch.full((7,), float(i)) for i in range(3)}, "epoch": 1}
+    write_shards(state, tmp_path / "step", 0)
+    found = {name: torch.zeros(7) for name in state["state_dict"]}
+    monkeypatch.undo()
+    load({"state_dict": found}, checkpoint_id=tmp_path / "step")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state["state_dict"].items())

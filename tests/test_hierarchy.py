@@ -359,7 +359,9 @@ def test_one_cached_condition_serves_a_group_without_a_copy():
 
 def test_expanding_several_conditions_repeats_each_for_consecutive_videos():
     model = tiny_model()
-    cache = model.build_subject_cache(padded_batch()[0]).expand(6)
+    built = model.build_subject_cache(padded_batch()[0])
+    assert built.expand(built.batch) is built, "in every step of batched guidance"
+    cache = built.expand(6)
     assert torch.equal(cache.layers[0][0][0], cache.layers[0][0][1])
     assert torch.equal(cache.mask_BM[2], cache.mask_BM[3])
     with pytest.raises(UserError, match=r"batch=7.*nearest valid choice is 6"):

@@ -320,6 +320,24 @@ def test_the_window_is_stochastic_and_the_rest_is_euler(window):
             assert torch.equal(after, before + (t_next - t) * velocity(before, t))
 
 
+@pytest.mark.parametrize("kernel", STOCHASTIC)
+def test_a_rollout_never_looks_at_what_the_device_computes(kernel):
+    """On `meta` there is nothing to look at: whoever asks for a value there, as a wait for a GPU does, is refused."""
+    x = torch.empty(2, 4, 2, 3, 3, device="meta")
+    last, records = sample_sde(
+        lambda x, t: x * t, x, shifted_times(7, 3.0), kernel=kernel, noise_level=0.7, noise=lambda i, x: x
+    )
+    assert last.is_meta
+    assert len(records) == (5 if kernel == "flow" else 6)
+    for record in records:
+        replayed = sde_step(x, record.x, record.t, record.t_next, kernel=kernel, noise_level=0.7, x_next=record.x_next)
+        assert replayed.log_prob_B.is_meta
+    with pytest.raises(UserError, match=r"within \[0, 1\]"):
+        sample_sde(
+            lambda x, t: x, x, torch.tensor([0.5, 1.0, 0.0]), kernel=kernel, noise_level=0.7, noise=lambda i, x: x
+        )
+
+
 def test_seeded_noise_depends_on_the_seed_and_the_step_alone():
     x = torch.zeros(3, 4, 2)
     noise = seeded_noise(torch.tensor([7, 8, 9]))

@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 
 class Background:
     """Runs `work` in a thread, from the start on. The interpreter does not exit before it has ended (`sys.exit` and
@@ -20,6 +22,7 @@ class Background:
         self.error: BaseException | None = None
         self.seconds = 0.0
         self._work: Callable[[], None] | None = work
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
         self._thread.start()
 
@@ -36,6 +39,8 @@ class Background:
         began = time.monotonic()
         try:
             assert self._work is not None
+            if self._device is not None:  # a new thread's is the first one, on which it would take memory
+                torch.cuda.set_device(self._device)
             self._work()
         except BaseException as error:  # told by whoever waits for it
             self.error = error

@@ -37,6 +37,7 @@ from idc.callbacks.plain import plain
 from idc.callbacks.resume import CHECKPOINTS
 from idc.callbacks.snapshot import Snapshot
 from idc.callbacks.writing import CheckpointError, Save, describe
+from idc.data.ranks import any_rank, every_rank
 from idc.errors import StoppedError, UserError
 
 __all__ = ["Checkpoint", "CheckpointError", "is_dry_run"]
@@ -155,7 +156,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
             self._loops = step, copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
         if self.every_n_minutes is not None:
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-            due |= trainer.strategy.reduce_boolean_decision(late, all=False)
+            due |= any_rank(late)
         if self._requested or due or (self.save_on_end and _is_ending(trainer)):
             self.save(trainer)
 
@@ -270,7 +271,7 @@ class Checkpoint(lightning_callbacks.Checkpoint):
         """Take note of a finished save, on all ranks in the same step: what failed on one must end all of them."""
         if self._under_way is not None:
             began = time.monotonic()
-            done = trainer.strategy.reduce_boolean_decision(self._under_way[1].done, all=True)
+            done = every_rank(self._under_way[1].done)
             self._stalled += time.monotonic() - began
             if done:
                 self._wait(trainer)

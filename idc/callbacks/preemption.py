@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from idc.callbacks.checkpoint import Checkpoint, is_dry_run
+from idc.data.ranks import any_rank
 from idc.errors import UserError, nearest
 
 MARKER = "preempted.json"
@@ -54,7 +55,7 @@ class Preemption(Callback):
     def agree(self, trainer: Trainer) -> bool:
         """Whether any rank has been told to stop. Collective: all ranks call it equally often."""
         if not self.agreed:
-            self.agreed = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+            self.agreed = any_rank(self.received is not None)
         return self.agreed
 
     # Hooks

@@ -127,13 +127,14 @@ class Save:
 def write_shards(state: dict[str, Any], path: Path, rank: int, group: Any = None) -> None:
     """A sharded checkpoint as Lightning's `ModelParallelStrategy` writes and loads it, over a group of one's own."""
     from lightning.fabric.utilities.load import _METADATA_FILENAME
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint import FileSystemWriter, save
 
     path.mkdir(parents=True, exist_ok=True)
     state = dict(state)
     tensors = {"state_dict": state.pop("state_dict")}
     tensors.update({f"optimizer_{i}": s for i, s in enumerate(state.pop("optimizer_states", []))})
-    save(tensors, checkpoint_id=path, process_group=group)
+    # Nothing is copied ahead: the loader that does so waits for the training's stream, even where all is on the CPU.
+    save(tensors, storage_writer=FileSystemWriter(path, per_thread_copy_ahead=0), process_group=group)
     if rank == 0:
         torch.save(state, path / _METADATA_FILENAME)
 

@@ -18,7 +18,7 @@ from idc.data.index import Entry
 from idc.data.loader import PlanLoader, check_divisible
 from idc.data.plan import HeldOutPlan, MixSource, Plan, groups_of
 from idc.data.quarantine import CorruptRate, Quarantine
-from idc.data.ranks import DataPlace, data_place, of_all_ranks, several_ranks
+from idc.data.ranks import DataPlace, any_rank, data_place, of_all_ranks
 from idc.data.reader import ReadSettings
 from idc.data.sources import Catalogue, Source, source_name
 from idc.errors import UserError
@@ -341,12 +341,7 @@ class VideoDataModule(LightningDataModule):
 
     def _agree(self, error: UserError | None) -> None:
         """Raise an error on all ranks where one of them has met it. All must call this together."""
-        if not several_ranks():
-            if error is not None:
-                raise error
-            return
-        strategy = self.trainer.strategy  # type: ignore[union-attr]
-        if strategy.reduce_boolean_decision(error is not None, all=False):
+        if any_rank(error is not None):
             texts = of_all_ranks(error and str(error))
             raise error or UserError(next(text for text in texts if text))
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
+
+_CPU_GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by the group of all ranks
 
 
 class DataPlace(NamedTuple):
@@ -57,3 +61,27 @@ def of_all_ranks(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_rank(told: bool) -> bool:
+    """Whether any rank says so. All must call this together.
+
+    Asked in every batch, and so over the CPU: through NCCL, the answer would wait for all that the device has to do.
+    """
+    if not several_ranks():
+        return told
+    said = torch.tensor(int(told), device="cpu")
+    dist.all_reduce(said, dist.ReduceOp.MAX, group=_cpu_group())
+    return bool(said)
+
+
+def every_rank(told: bool) -> bool:
+    """Whether all ranks say so; as `any_rank`."""
+    return not any_rank(not told)
+
+
+def _cpu_group() -> Any:
+    everybody = dist.group.WORLD
+    if everybody not in _CPU_GROUPS:
+        _CPU_GROUPS[everybody] = dist.new_group(backend="gloo")
+    return _CPU_GROUPS[everybody]

@@ -97,7 +97,8 @@ def sde_step(
 
     Args:
         velocity, x: `[B, ...]`; the predicted velocity at x and t.
-        t, t_next: 0-d or `(B,)`, with 1 >= t > t_next >= 0.
+        t, t_next: 0-d or `(B,)`, with 1 >= t > t_next >= 0, which is checked where x is on the CPU; `sample_sde`
+            checks its schedule wherever that is.
         noise_level: the kernel's a, 0 or more.
         generator: draws the noise, on its own device; without it the global one of x's device does.
         noise: standard normal `[B, ...]`, in place of drawing it.
@@ -239,9 +240,11 @@ def sample_sde(
             as `sde_step`.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    times = torch.as_tensor(times, device=x.device)
+    schedule = torch.as_tensor(times).cpu()
+    possible = sde_steps(schedule, kernel)
     deterministic = is_deterministic(kernel, noise_level)
-    stochastic = set() if deterministic else _window(window, sde_steps(times, kernel), len(times) - 1, kernel)
+    stochastic = set() if deterministic else _window(window, possible, len(schedule) - 1, kernel)
+    times = schedule.to(x.device)
     records = []
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, t)
@@ -277,6 +280,8 @@ def _times(t: Tensor | float, t_next: Tensor | float, x: Tensor) -> tuple[Tensor
 
 
 def _check_times(t: Tensor, t_next: Tensor, kernel: str, deterministic: bool) -> None:
+    if not t.is_cpu:  # to look at them would make each step of a rollout wait for the device
+        return
     if not bool(((t <= 1) & (t > t_next) & (t_next >= 0)).all()):
         raise UserError(f"t={t.tolist()}, t_next={t_next.tolist()}: a step falls within [0, 1], 1 >= t > t_next >= 0")
     if deterministic:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from idc.errors import UserError
+from idc.types import to_device
 
 
 def generator(seed: int, stream: str) -> torch.Generator:
@@ -38,8 +39,8 @@ def noise_like(
         shape: of one sample, without the batch.
         dtype: drawn in float32 and then cast, so that two dtypes hold the same noise.
     """
-    noise = [torch.randn(tuple(shape), generator=generator(seed, stream)) for seed in _integers(seeds_B)]
-    return torch.stack(noise).to(device, dtype)
+    noise = [torch.randn(tuple(shape), generator=generator(seed, stream), device="cpu") for seed in _integers(seeds_B)]
+    return to_device(torch.stack(noise).to(dtype), device)
 
 
 def uniform_like(seeds_B: Tensor | Iterable[int], stream: str) -> Tensor:

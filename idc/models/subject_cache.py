@@ -32,7 +32,7 @@ class SubjectCache:
     def expand(self, batch: int) -> SubjectCache:
         """The cache for `batch` videos: each condition serves batch / B consecutive ones.
 
-        A single condition, as a GRPO group shares it, is expanded without a copy.
+        A single condition, as a GRPO group shares it, is expanded without a copy; for B videos it is itself.
 
         Raises:
             UserError: unless `batch` is a positive multiple of B.
@@ -42,6 +42,9 @@ class SubjectCache:
                 f"batch={batch}: must be a multiple of the cache's {self.batch} conditions; the nearest valid choice "
                 f"is {max(1, round(batch / self.batch)) * self.batch}"
             )
+
+        if batch == self.batch:
+            return self
 
         def grow(tensor: Tensor) -> Tensor:
             if self.batch == 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from idc.data.cache import FeatureCache
 from idc.data.features import feature_key
+from idc.data.ranks import any_rank
 from idc.models.conditioning import Encoders
 from idc.progress import track
 from idc.types import Batch, Sample
@@ -29,7 +30,7 @@ def fill_cache(trainer: Trainer, encoders: Encoders, on_progress: Callable[[str]
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     cache: FeatureCache = data.feature_cache(encoders.fingerprints)
-    if trainer.strategy.reduce_boolean_decision(data.missing(cache) > 0, all=False):
+    if any_rank(data.missing(cache) > 0):
         for parts, loader in data.encode_dataloaders(cache):
             what = f"encoding {', '.join(parts)}"
             batches = track(_told(loader, what, on_progress), what, len(loader), trainer.is_global_zero)

@@ -1,9 +1,12 @@
-"""Strategies and a fault of the tests of DeepSpeed, as recipes name them."""
+"""Strategies, a fault and a witness of the tests of DeepSpeed, as recipes name them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -37,3 +40,15 @@ class OneNaN(Callback):
         if trainer.global_rank == trainer.world_size - 1:
             stage: Any = pl_module
             [weight for weight in stage.transformer.parameters() if weight.requires_grad][-1].register_hook(spoil)
+
+
+class Traced(Callback):
+    """Layers are compiled without inductor, whose C++ takes minutes; how many graphs there are is logged by step."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")).start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pl_module.log("graphs", float(torch._dynamo.utils.counters["stats"]["unique_graphs"]))

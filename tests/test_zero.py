@@ -133,6 +133,24 @@ def test_zero3_that_gathers_every_weight_is_ddp(ddp: Fit, zero3: Fit) -> None:
 
 
 @needs_deepspeed
+def test_zero3_with_compiled_layers_is_ddp_and_compiles_nothing_again(ddp: Fit, tmp_path: Path) -> None:
+    """Hooks gather and drop a block's weights around its graphs: no guard meets weights that are not there, and what a
+    graph keeps for its backward pass is gathered again.
+
+    Wan's block is one graph. The one after it is another for each kind of what it reads, and the data has five: those
+    of one, two and three subjects, texts of another length, and none at all.
+    """
+    run = fit_of(tmp_path, ddp.folder, SCATTERED, ema=False, checkpointing="attention")
+    run.overlay["model"]["init_args"]["speed"]["compile"] = True
+    run.overlay["trainer"] |= {"limit_val_batches": 0, "callbacks": [{"class_path": "_zero_worker.Traced"}]}
+    assert run.finish(timeout=180) == [0, 0], run.errors()
+    assert micro_losses(run) == pytest.approx(micro_losses(ddp), abs=1e-5)
+    graphs = [count for _, count in scalars(run.run)["graphs"]]
+    assert len(graphs) == STEPS
+    assert graphs[2:] == [1 + 5] * (STEPS - 2)
+
+
+@needs_deepspeed
 def test_weights_of_either_stage_are_read_as_ddps(ddp: Fit, zero2: Fit, whole: Path) -> None:
     for which in ("ema", "raw"):
         expected = read_weights(find_checkpoint(ddp.run), which)

@@ -222,6 +222,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
 
         Gathered linear layer by linear layer, weights would come and go in the midst of what a backward pass computes
         again, other than in the forward pass: selective checkpointing refuses that, which counts each operation.
+        And a compiled block is one graph within those hooks, which meets its weights only while they are whole.
         """
         import deepspeed
 

@@ -10,11 +10,12 @@ import errno
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,16 @@ def mean_validation(run: Run) -> list[float]:
 
 def end(run: Run, rank: int = 0) -> dict[str, Any]:
     return json.loads(Path(f"{run.log}-{rank}.end").read_text())
+
+
+def command(run: Run, port: int, errors: str) -> None:
+    """What `python _survival_worker.py` does in a process that has its imports: rank 0, which launches the others as
+    commands. Its stderr, and theirs, go to the file `errors`."""
+    with Path(errors).open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    sys.argv = [__file__, json.dumps(asdict(run))]
+    runpy.run_path(__file__, run_name="__main__")
 
 
 if __name__ == "__main__":  # for Lightning's launcher, which starts this script once more for each further rank

@@ -3,15 +3,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import _survival_worker
 import pytest
-from _survival_worker import STEPS, Run, end, finish, mean_losses, mean_validation, records
+from _server import free_port, join, launch
+from _survival_worker import STEPS, Run, command, end, finish, mean_losses, mean_validation, records
 
 from idc.callbacks.preemption import MARKER, Preemption
 from idc.callbacks.resume import find_resume
@@ -102,13 +99,9 @@ def test_minimum_of_steps_does_not_delay_a_preemption(tmp_path: Path) -> None:
 
 def test_under_lightnings_launcher_the_whole_command_ends_with_status_0(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"), str(tmp_path / "log"), ranks=2, sharded=True, signal_step=3)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment = {**os.environ, "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, _survival_worker.__file__, json.dumps(asdict(run))]
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Preempted at step 3" in done.stderr
+    errors = tmp_path / "stderr"
+    assert join(launch(command, [(run, free_port(), str(errors))]), 120) == [0], errors.read_text()[-2000:]
+    assert "Preempted at step 3" in errors.read_text()
     check_preempted_at(run, 3)
 
 

@@ -84,8 +84,8 @@ class ParserOnly(CLI):
 
 
 @pytest.fixture(scope="module")
-def parser() -> LightningArgumentParser:
-    """The parser of `idc`, made once: making it takes longer than parsing."""
+def command_line() -> ParserOnly:
+    """That of `idc`, made once: making it takes longer than parsing."""
     before = Path.cwd()
     os.chdir(ROOT)
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -101,13 +101,23 @@ def parser() -> LightningArgumentParser:
         args=["fit", "--config", str(SFT)],
     )
     os.chdir(before)
-    return cli.used
+    return cli
+
+
+@pytest.fixture(scope="module")
+def parser(command_line: ParserOnly) -> LightningArgumentParser:
+    """Of `idc fit`. The whole command line hands its files to it, and then checks again what it gives."""
+    return command_line._parser("fit")
 
 
 def parse(parser: LightningArgumentParser, *paths: Path, args: tuple[str, ...] = ()) -> dict[str, Any]:
     """The merged configuration of `idc fit` as plain values."""
     files = [argument for path in paths for argument in ("--config", str(path))]
-    config = parser.parse_args(["fit", *files, *args])["fit"].as_dict()
+    return plain_values(parser.parse_args([*files, *args]))
+
+
+def plain_values(parsed: Any) -> dict[str, Any]:
+    config = parsed.as_dict()
     config.pop("config", None)  # the files' names
     return json.loads(json.dumps(config, default=str))
 
@@ -137,6 +147,14 @@ def bases(parser: LightningArgumentParser) -> dict[Path, dict[str, Any]]:
 
 
 # What the files say -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", sorted(set(OVER.values())), ids=lambda path: path.stem)
+def test_the_whole_command_line_gives_what_its_fit_gives(
+    command_line: ParserOnly, bases: dict[Path, dict[str, Any]], stage: Path
+) -> None:
+    whole = command_line.used.parse_args(["fit", "--config", str(stage)])
+    assert plain_values(whole["fit"]) == bases[stage]
 
 
 def test_each_overlay_changes_exactly_what_it_claims(
@@ -411,7 +429,8 @@ def test_the_scale_recipes_build_the_published_sizes(scale: str, backbone: int) 
 # Imports ------------------------------------------------------------------------------------------------------------
 
 WALK = """
-import importlib, pkgutil, sys
+import gc, importlib, pkgutil, sys
+gc.disable()  # or it walks again and again through what modules leave, to find nothing
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from idc.errors import UserError
 from idc.models import attention, checkpointing
-from idc.models.attention import CANDIDATES, Choice, attend, check_compiles, choose_backend, set_backend
+from idc.models.attention import CANDIDATES, UNPLANNED, Choice, attend, check_compiles, choose_backend, set_backend
 from idc.models.checkpointing import is_attention
 from idc.models.speed import BACKENDS, Speed
 from idc.models.subject_cache import JoinedCaches
@@ -320,8 +320,8 @@ def test_the_cpu_is_always_native_and_asks_nothing() -> None:
 
 
 def test_names_of_backends_are_diffusers_own_and_a_wrong_one_is_told_all_of_them() -> None:
-    assert {*BACKENDS, *CANDIDATES} <= {backend.value for backend in AttentionBackendName}
-    assert set(CANDIDATES) <= set(BACKENDS)
+    assert {*BACKENDS, *CANDIDATES, *UNPLANNED} <= {backend.value for backend in AttentionBackendName}
+    assert {*CANDIDATES, *UNPLANNED} <= set(BACKENDS)
     with pytest.raises(UserError, match=r"'_flash3': must be one of auto, native.*did you mean '_flash_3'"):
         Speed(attention="_flash3")
 
@@ -337,6 +337,14 @@ def test_a_named_backend_is_checked_and_its_error_measured(dtype: torch.dtype, t
     assert (choice.error > 1e-4) == (dtype is torch.bfloat16)
 
 
+def test_a_probe_finds_the_same_whatever_the_default_device_is() -> None:
+    """Lightning has the GPU for one while it builds a stage; a CPU's generator draws nothing there."""
+    given = "cpu", torch.float32, 8, "_native_math", True
+    found = choose_backend(*given)
+    with torch.device("meta"):
+        assert choose_backend(*given) == found
+
+
 def test_a_backend_that_is_not_here_is_refused_by_name_and_reason() -> None:
     for name, reason in (("sage", "sageattention"), ("_native_cudnn", "")):
         with pytest.raises(UserError, match=rf"speed.attention='{name}': .*{reason}.*auto and native run everywhere"):
@@ -345,8 +353,13 @@ def test_a_backend_that_is_not_here_is_refused_by_name_and_reason() -> None:
 
 def test_a_probe_on_a_gpu_takes_the_fastest_of_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it decides, from what it would measure there."""
-    errors = dict.fromkeys(CANDIDATES, 0.003) | {"flash": 0.5, "native": float("nan")}
-    times = dict.fromkeys(CANDIDATES, 3.0) | {"flash": 0.1, "native": 0.1, "_flash_3": 1.0, "_native_cudnn": 1.02}
+    errors = dict.fromkeys((*CANDIDATES, *UNPLANNED), 0.003) | {"flash": 0.5, "native": float("nan")}
+    times = dict.fromkeys((*CANDIDATES, *UNPLANNED), 3.0) | {
+        "flash": 0.1,
+        "native": 0.1,
+        "_flash_3": 1.0,
+        "_native_cudnn": 1.02,
+    }
 
     def error(name: str, *_: Any) -> float:
         if name == "_native_flash":
@@ -362,18 +375,25 @@ def test_a_probe_on_a_gpu_takes_the_fastest_of_the_right_ones(monkeypatch: pytes
     monkeypatch.setattr(attention, "check_compiles", compiles)
     choice = choose_backend("cuda", torch.bfloat16, 128)
     assert choice.name == "_native_cudnn"  # as fast, and no package of its own
+    assert choice.varying == "_flash_3"  # cuDNN would plan anew for each of their sizes
+    assert str(choice).startswith("attention backend: _native_cudnn, of subjects _flash_3 (_native_cudnn 1.02 ms")
+    assert choice.everywhere().name == choice.everywhere().varying == "_flash_3"
     assert choice.skipped.keys() == {"flash", "native", "_native_flash"}
     assert choice.skipped["_native_flash"] == "no kernels"
     assert "0.5" in choice.skipped["flash"]
     choice = choose_backend("cuda", torch.bfloat16, 128, compiled=True)
-    assert choice.name == "_flash_3"
+    assert choice.name == choice.varying == "_flash_3"
     assert choice.skipped["_native_cudnn"] == "breaks the graph"
     with pytest.raises(UserError, match=r"speed.attention='_native_cudnn': breaks the graph"):
         choose_backend("cuda", torch.bfloat16, 128, "_native_cudnn", compiled=True)
+    choice = choose_backend("cuda", torch.bfloat16, 128, "_native_cudnn")
+    assert (choice.name, choice.varying) == ("_native_cudnn", "_native_efficient")  # of PyTorch's, the one that runs
     times["_native_cudnn"] = 1.2
     assert choose_backend("cuda", torch.bfloat16, 128).name == "_flash_3"
     monkeypatch.setattr(attention, "_error", lambda name, *_: 1.0)
-    assert choose_backend("cuda", torch.bfloat16, 128).name == "native"
+    choice = choose_backend("cuda", torch.bfloat16, 128)
+    assert choice.name == choice.varying == "native"
+    assert "_flash_3: off by 1" in str(choice)  # that nothing could be taken, and why
 
 
 def test_auto_runs_nothing_that_a_hub_would_send() -> None:
@@ -436,6 +456,38 @@ def test_under_a_mask_attention_is_native_and_without_one_as_set(monkeypatch: py
         plain = run(other, replace(condition(), reference_sizes_BN2=PADDED))
     assert ("default", False) in used
     assert torch.allclose(masked, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_attentions_whose_lengths_vary_with_the_sample_have_a_backend_of_their_own(
+    joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The subjects'; with their tokens in the video's self-attention all of them. Set again, all are alike."""
+    model = tiny_model(id_joint_references=joint)
+    used: set[tuple[str, int, int]] = set()
+    real = attention.dispatch_attention_fn
+
+    def watched(query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Tensor:
+        used.add((named["backend"].value, query.shape[1], key.shape[1]))
+        return real(query, key, *rest, **named)
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", watched)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: Choice("_native_math", "_native_flash"))
+    chosen = apply_speed(model, Speed(), None, torch.float32, training=False)
+    with torch.no_grad():
+        run(model, condition())
+    names = {(queries, keys): name for name, queries, keys in used}
+    subjects = {(4, 4), (3, 3), (4, 3), (3, 4), (18, 14)}  # two of 4 and 3 tokens; 18 of the video, 7 of the VLM
+    video = {(25, 25), (25, 5)} if joint else {(18, 18), (18, 5)}  # and 5 of the text
+    assert names.keys() == subjects | video
+    assert {names[sizes] for sizes in subjects} == {"_native_flash"} == {chosen["attention_of_subjects"]}
+    assert {names[sizes] for sizes in video} == {chosen["attention"]}
+    assert chosen["attention"] == ("_native_flash" if joint else "_native_math")
+    set_backend(model, "native")
+    used.clear()
+    with torch.no_grad():
+        run(model, condition())
+    assert {name for name, _, _ in used} == {"native"}
 
 
 def test_all_values_of_an_attention_have_the_type_that_it_computes_in() -> None:

@@ -3,12 +3,16 @@
 A backend is taken where it runs here, agrees with PyTorch's mathematical attention, has a gradient where one is needed
 and is one graph where layers are compiled, and is the fastest of those. Flash and sage backends refuse masks: attention
 under a mask is always PyTorch's own.
+
+cuDNN plans anew for every size of queries and keys that it has not met, for tenths of a second (PyTorch keys its plans
+by them, in ATen/native/cudnn/MHA.cpp). The video's attentions have the sizes of its bucket, the subjects' those of the
+sample's references and of what the VLM says of them: these get a backend of their own that plans nothing.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +32,8 @@ from idc.models.speed import BACKENDS, RECOMPILES
 NATIVE = AttentionBackendName.NATIVE
 # Of `auto`, in the order in which ties are decided. None of a hub's: those fetch a binary and run it, where named only.
 CANDIDATES = ("_native_cudnn", "_flash_3", "flash", "_native_flash", "native")
+PLANNED = ("_native_cudnn", "native")  # PyTorch's own choice is cuDNN on an H100, from 2.11 on
+UNPLANNED = ("_flash_3", "flash", "_native_flash", "_native_efficient")  # of `auto` for lengths that vary
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # float32's admits TF32
 ROUGH = 0.2  # of a backend that is named: those of 8 bits are inexact by design, and nobody gets one unasked
 _PROBE = (2, 160, 96)  # samples, queries, keys: neither equal nor round
@@ -40,22 +46,34 @@ class Choice:
     """What a probe found.
 
     Attributes:
-        name: of the backend. error: root mean square of its difference to float32 mathematics, over that of the result
+        name: of the backend. varying: of that for attentions whose lengths differ from sample to sample; "" is `name`,
+            and never stays. error: root mean square of its difference to float32 mathematics, over that of the result
             (the worst of output and gradients); None where it was not measured.
         milliseconds: by backend, forward (and backward, in training) of one attention over 8192 tokens; on CUDA only.
         skipped: why each of the others cannot be taken.
     """
 
     name: str
+    varying: str = ""
     error: float | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "varying", self.varying or self.name)
+
+    def everywhere(self) -> Choice:
+        """For a model in which the lengths of all attentions vary."""
+        return self if self.varying == self.name else Choice(self.varying, milliseconds=self.milliseconds)
 
     def __str__(self) -> str:
         notes = [f"{name} {value:.2f} ms" for name, value in self.milliseconds.items()]
         if self.error is not None:
             notes.append(f"off by {self.error:.1e} of its size from float32")
-        return f"attention backend: {self.name}" + (f" ({', '.join(notes)})" if notes else "")
+        elif self.skipped:  # nothing of what was tried can be taken: a run should not hide why
+            notes += [f"{name}: {reason}" for name, reason in self.skipped.items()]
+        own = f", of subjects {self.varying}" if self.varying != self.name else ""
+        return f"attention backend: {self.name}{own}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def attend(query_BLAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask: Tensor | None, backend: Any) -> Tensor:
@@ -96,31 +114,81 @@ def choose_backend(
         UserError: where the named backend cannot run here, or is wrong.
     """
     device = torch.device(device)
-    compiled = compiled and device.type == "cuda"
-    if setting != "auto":
-        return _named(setting, device, dtype, head_dim, training, compiled)
-    if device.type != "cuda":
-        return Choice("native")
-    milliseconds, errors, skipped = {}, {}, {}
-    for name in CANDIDATES:
+    probe = _Probe(device, dtype, head_dim, training, compiled and device.type == "cuda")
+    error, auto = None, setting == "auto"
+    if not auto:
+        name, error = setting, probe.check(setting)
+    elif device.type == "cuda" and (found := probe.fastest(CANDIDATES)):
+        name, error = found, probe.errors[found]
+    else:
+        name = NATIVE.value  # needs no probe to be right
+    varying = name
+    if device.type == "cuda" and name in PLANNED:  # what is PyTorch's by name is not exchanged for a package's
+        unplanned = UNPLANNED if auto else [each for each in UNPLANNED if each.startswith("_native")]
+        varying = probe.fastest(unplanned) or NATIVE.value
+    return Choice(name, varying, error, probe.milliseconds, probe.skipped)
+
+
+@dataclass
+class _Probe:
+    """Backends on one device, each tried once.
+
+    Attributes:
+        the others: as of `choose_backend` and `Choice`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    training: bool
+    compiled: bool
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def fastest(self, names: Sequence[str]) -> str | None:
+        """Of those that are right and compile where that is needed; the first of equals, None where there is none."""
+        for name in names:
+            if name not in self.milliseconds and name not in self.skipped:
+                self._try(name)
+        while left := {name: self.milliseconds[name] for name in names if name in self.milliseconds}:
+            limit = _WITHIN * min(left.values())
+            name = next(name for name, value in left.items() if value <= limit)
+            try:
+                if self.compiled:  # takes seconds: asked of what would be taken only
+                    check_compiles(name, self.device, self.dtype, self.head_dim, self.training)
+                return name
+            except Exception as error:  # a compiler fails in its own ways, too
+                self.skipped[name] = _reason(error)
+                del self.milliseconds[name]
+        return None
+
+    def _try(self, name: str) -> None:
+        given = name, self.device, self.dtype, self.head_dim, self.training
         try:
-            errors[name] = _error(name, device, dtype, head_dim, training)
-            if not errors[name] <= TOLERANCE[dtype]:  # also where it is NaN
-                raise RuntimeError(f"off by {errors[name]:.2g}, more than {TOLERANCE[dtype]}")
-            milliseconds[name] = _time(name, device, dtype, head_dim, training)
+            error = self.errors[name] = _error(*given)
+            if not error <= TOLERANCE[self.dtype]:  # also where it is NaN
+                raise RuntimeError(f"off by {error:.2g}, more than {TOLERANCE[self.dtype]}")
+            self.milliseconds[name] = _time(*given)
         except Exception as error:  # a package's own, of any kind: what cannot run is not taken
-            skipped[name] = _reason(error)
-    while milliseconds:
-        fastest = min(milliseconds.values())
-        name = next(name for name in milliseconds if milliseconds[name] <= _WITHIN * fastest)
+            self.skipped[name] = _reason(error)
+
+    def check(self, name: str) -> float:
+        """The error of a backend that was asked for.
+
+        Raises:
+            UserError: where it cannot run here, or is wrong.
+        """
+        given = name, self.device, self.dtype, self.head_dim, self.training
         try:
-            if compiled:  # takes seconds: asked of what would be taken only
-                check_compiles(name, device, dtype, head_dim, training)
-            return Choice(name, errors[name], milliseconds, skipped)
-        except Exception as error:  # a compiler fails in its own ways, too
-            skipped[name] = _reason(error)
-            del milliseconds[name]
-    return Choice("native", skipped=skipped)  # PyTorch's own needs no probe to be right
+            error = _error(*given)
+            if self.compiled:
+                check_compiles(*given)
+        except Exception as problem:  # as in `_try`
+            raise _refused(name, _reason(problem)) from None
+        if not error <= ROUGH:
+            raise _refused(name, f"its results are off by {error:.2g} of their size")
+        return error
 
 
 def check_compiles(
@@ -157,34 +225,26 @@ def check_compiles(
         raise RuntimeError(f"does not compile, and speed.compile is on: {_reason(error)}") from error
 
 
-def set_backend(model: nn.Module, name: str) -> None:
+def set_backend(model: nn.Module, name: str, varying: str | None = None) -> None:
     """Make every attention of `model` run on this backend; no other model is touched, unlike in diffusers.
+
+    Args:
+        varying: of those that say of themselves that their `lengths_vary`; None is `name`.
 
     Raises:
         UserError: where it is not installed here.
     """
-    try:
-        backend = _prepared(name)
-    except Exception as error:  # as in `choose_backend`
-        raise _refused(name, _reason(error)) from None
+    backends = {}
+    for each in (name, varying or name):
+        try:
+            backends[each] = _prepared(each)
+        except Exception as error:  # as in `choose_backend`
+            raise _refused(each, _reason(error)) from None
     for module in model.modules():
         processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_attention_backend"):
-            processor._attention_backend = backend
-
-
-def _named(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool, compiled: bool
-) -> Choice:
-    try:
-        error = _error(name, device, dtype, head_dim, training)
-        if compiled:
-            check_compiles(name, device, dtype, head_dim, training)
-    except Exception as problem:  # as in `choose_backend`
-        raise _refused(name, _reason(problem)) from None
-    if not error <= ROUGH:
-        raise _refused(name, f"its results are off by {error:.2g} of their size")
-    return Choice(name, error)
+            own = varying if getattr(module, "lengths_vary", False) else None
+            processor._attention_backend = backends[own or name]
 
 
 def _refused(name: str, reason: str) -> UserError:
@@ -208,7 +268,9 @@ def _probe_inputs(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
     """Queries, keys and values of two heads, and weights of the output."""
     batch, queries, keys = _PROBE
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(batch, n, 2, head_dim, generator=generator) for n in (queries, keys, keys, queries)]
+    # Not on a default device: Lightning has the GPU for one while it builds models, and the generator's is the CPU.
+    shape: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    parts = [torch.randn(batch, n, 2, head_dim, **shape) for n in (queries, keys, keys, queries)]
     return [part.to(device, dtype) for part in parts]
 
 

@@ -68,6 +68,7 @@ class SubjectAttention(WanAttention):
     """
 
     _supports_qkv_fusion = False  # the steps below read the separate projections
+    lengths_vary = True  # from sample to sample: `idc.models.attention` then wants a backend that plans nothing
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__(dim=dim, heads=heads, dim_head=dim // heads, eps=eps, processor=WanAttnProcessor())

@@ -28,6 +28,8 @@ class Speed:
         attention: `auto` takes the fastest of diffusers' backends that agrees with PyTorch's own (a start-up probe;
             always `native`, PyTorch's SDPA, on the CPU), of those whose package is installed; a name takes that one,
             and `..._hub` fetches a binary from the model hub and runs it. Attention under a padding mask is `native`.
+            `_native_cudnn` and `native` serve the video's attentions alone on CUDA: cuDNN would plan anew for the
+            subjects of nearly every sample, so that theirs take one that does not (`idc.models.attention`).
         checkpointing: what the backward pass recomputes of each layer: `none` of it (3 forwards a step), all but the
             outputs of its attentions (`attention`), or all (`full`, 4 forwards and the least memory).
         compile: compile the repeated layers with `torch.compile`, each kind once. The first step of every size of video

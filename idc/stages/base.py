@@ -26,7 +26,7 @@ from idc.models.sampling import Sampler, Sampling
 from idc.models.spec import Lora, Trainable, TransformerSpec
 from idc.models.speed import Speed
 from idc.models.vlm import VLMConditioner
-from idc.stages.speed import apply_speed, keep_fused, optimizer_settings
+from idc.stages.speed import apply_speed, computes_in, keep_fused, optimizer_settings
 from idc.types import Batch, Bucket, Condition, Sample
 
 PRECISIONS = ("32-true", "bf16-mixed")  # of the trainer; batches and float32 islands survive these alone
@@ -138,10 +138,13 @@ class Stage(LightningModule):
             return model
 
         strategy = self._trainer.strategy if self._trainer is not None else None
-        self.transformer = build_sharded(build, strategy, self.compute_dtype) if is_sharding(strategy) else build("cpu")
-        mixed = self._trainer is not None and "bf16" in str(self._trainer.precision)
-        dtype = torch.bfloat16 if mixed else self.compute_dtype
-        self.speed_chosen = apply_speed(self.transformer, self.speed, strategy, dtype, training=True)
+        dtype = computes_in(self._trainer, self.compute_dtype)
+        with torch.device("cpu"):  # not Lightning's default device, which only some strategies set to the GPU
+            if is_sharding(strategy):
+                self.transformer = build_sharded(build, strategy, self.compute_dtype)
+            else:
+                self.transformer = build("cpu")
+            self.speed_chosen = apply_speed(self.transformer, self.speed, strategy, dtype, training=True)
 
     def on_train_start(self) -> None:
         """What `auto` came to stands beside the other hyperparameters."""

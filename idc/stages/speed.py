@@ -21,54 +21,67 @@ def apply_speed(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, tra
         training: whether a backward pass comes.
 
     Returns:
-        what was chosen, for a logger: the attention backend that `auto` stands for, and the rest as it was set.
+        what was chosen, for a logger: the attention backends that `auto` stands for, and the rest as it was set.
 
     Raises:
         UserError: on all ranks, for an attention backend that rank 0 cannot run, or that another one lacks.
     """
     torch.set_float32_matmul_precision(speed.matmul_precision)
-    chosen = _chosen_by_rank_0(model, speed, strategy, dtype, training)
-    _set_on_all_ranks(model, chosen, strategy)
+    attention, of_subjects = _chosen_by_rank_0(model, speed, strategy, dtype, training)
+    _set_on_all_ranks(model, attention, of_subjects, strategy)
     checkpointing = speed.checkpointing if training else "none"
     model.run_layers(checkpointing, speed.compile)
     return {
-        "attention": chosen,
+        "attention": attention,
+        "attention_of_subjects": of_subjects,
         "checkpointing": checkpointing,
         "compile": str(speed.compile).lower(),
         "matmul_precision": speed.matmul_precision,
     }
 
 
-def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, training: bool) -> str:
+def computes_in(trainer: Any, dtype: torch.dtype) -> torch.dtype:
+    """In what a stage's transformer computes: its own `dtype`, or bfloat16 under the trainer's autocast.
+
+    Args:
+        trainer: None outside of one.
+    """
+    return torch.bfloat16 if trainer is not None and "bf16" in str(trainer.precision) else dtype
+
+
+def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, training: bool) -> tuple[str, str]:
+    """The backends of the video's attentions and of the subjects'."""
     from idc.models.attention import choose_backend
 
     device = torch.device("cpu") if strategy is None else strategy.root_device
     rank_0 = strategy is None or strategy.is_global_zero
-    name, problem = "native", None
+    names, problem = ("native", "native"), None
     if rank_0:
         try:
             head_dim = model.config["attention_head_dim"]
             choice = choose_backend(device, dtype, head_dim, speed.attention, training, speed.compile)
-            name = choice.name
+            if model.config["id_joint_references"]:  # the video's attentions have the subjects' tokens in them, too
+                choice = choice.everywhere()
+            names = choice.name, choice.varying
             if device.type == "cuda" or speed.attention != "auto":  # else there was no choice
                 rank_zero_info(str(choice))
         except UserError as error:
             problem = str(error)
     if strategy is not None:
-        name, problem = strategy.broadcast((name, problem))
+        names, problem = strategy.broadcast((names, problem))
     if problem is not None:
         raise UserError(problem)
-    return name
+    return names
 
 
-def _set_on_all_ranks(model: Any, name: str, strategy: Any) -> None:
+def _set_on_all_ranks(model: Any, name: str, varying: str, strategy: Any) -> None:
     """`set_backend`; where it fails on some ranks, all of them raise the same and none waits for another. Without a
     strategy this process works by itself, which others may be waiting for, as where rank 0 mines pairs."""
     from idc.models.attention import set_backend
 
     problem = None
     try:
-        set_backend(model, name)
+        set_backend(model, name, varying)
     except UserError as error:
         problem = str(error)
     told = [problem] if strategy is None else of_all_ranks(problem)

@@ -61,7 +61,8 @@ def export(
         run: as in `idc.models.checkpoints.find_checkpoint`.
         out: a folder that is empty or does not exist, unless `replace`.
         weights: "ema" or "raw".
-        dtype: of the stored transformer; "bfloat16" halves the file and is rounded once.
+        dtype: of the stored transformer; "bfloat16" halves the file and is rounded once, to what sampling in bfloat16
+            would round in any case (`idc.models.rounding`).
         replace: write over what an earlier export left at `out`.
         note: kept in the record.
 
@@ -73,6 +74,7 @@ def export(
     """
     from idc.models.checkpoints import find_checkpoint
     from idc.models.pipeline import IDCrafterPipeline
+    from idc.models.rounding import round_matrices
 
     if out.is_dir() and any(out.iterdir()) and not (replace and (out / RECORD).is_file()):
         rule = "is not a pipeline that idc export wrote" if replace else "is there; --replace writes over it"
@@ -81,22 +83,12 @@ def export(
     make_folder(out)
     pipeline = IDCrafterPipeline.from_run(run, weights)
     if dtype == "bfloat16":
-        _round(pipeline.transformer)
+        round_matrices(pipeline.transformer)
     pipeline.save_pretrained(out)
     record = {**training_record(checkpoint), "weights": weights, "dtype": dtype, "note": note}
     record["bytes"] = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
-
-
-def _round(transformer: Any) -> None:
-    """To bfloat16, save for what Wan keeps in float32 (norms, time embedding, modulation tables)."""
-    import torch
-
-    kept = transformer._keep_in_fp32_modules
-    for name, parameter in transformer.named_parameters():
-        if not any(part in name for part in kept):
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def training_record(checkpoint: Checkpoint) -> dict[str, Any]:

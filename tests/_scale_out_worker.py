@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from idc.callbacks.ema import EMAWeights
+from idc.models.rounding import islands
 from idc.models.sequence_parallel import spread_over
 from idc.models.transformer import IDCrafterTransformer
 from idc.models.weight_copy import local
-from idc.stages.sharding import islands, shard
+from idc.stages.sharding import shard
 from idc.types import Condition
 
 HEADS = 4

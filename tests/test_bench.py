@@ -24,12 +24,20 @@ from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason,
 from idc.bench.cli import main
 from idc.bench.context import Bench, default_speed
 from idc.bench.device import larger_ceiling, matrix_ceiling
-from idc.bench.models import RandomSpec, fill_randomly, plain_wan, random_encoders, random_sample
+from idc.bench.models import (
+    RandomSpec,
+    cast_as_diffusers,
+    fill_randomly,
+    plain_wan,
+    random_encoders,
+    random_sample,
+)
 from idc.bench.profiling import profile_groups, top_kernels
 from idc.bench.results import Report, Spread, at_least, at_most, below, ratios, rows_of
 from idc.bench.setup import from_recipes, named
 from idc.bench.tables import print_report
 from idc.errors import UserError
+from idc.models.rounding import round_matrices
 from idc.models.speed import Speed
 from idc.stages.rollouts import Rollouts
 
@@ -136,6 +144,24 @@ def test_both_peers_compute_what_ours_does_with_the_blocks_off(bench):
     assert max(bench.checks.values()) == 0.0  # bit for bit in float32 on the CPU
 
 
+def test_in_bfloat16_each_has_the_weights_that_it_would_be_run_with(bench):
+    """Ours as `idc generate`, the pipeline as diffusers loads it: its norms are rounded, and so are their outputs."""
+    half = replace(bench, dtype=torch.bfloat16, checks={})
+    with generate.groups(half)[0].open():
+        (difference,) = half.checks.values()
+    assert 0 < difference < 0.02
+    model = generate.build(half, blocks=True)
+    wan = plain_wan(model)
+    cast_as_diffusers(wan, torch.bfloat16)
+    ours, theirs = dict(model.named_parameters()), dict(wan.named_parameters())
+    assert ours["blocks.0.attn1.to_q.weight"].data_ptr() == theirs["blocks.0.attn1.to_q.weight"].data_ptr()
+    assert {name: (ours[name].dtype, p.dtype) for name, p in theirs.items() if ours[name].dtype is not p.dtype} == {
+        name: (torch.float32, torch.bfloat16)
+        for name in theirs
+        if "norm_" in name or name.split(".")[0] in ("patch_embedding", "proj_out")
+    }
+
+
 def test_the_check_sees_a_peer_of_other_weights(bench):
     with generate.groups(bench)[0].open():
         same = dict(bench.checks)
@@ -166,6 +192,9 @@ def test_weights_are_the_same_for_a_seed_nowhere_zero_and_islands_stay_float32(b
     dtypes = {name: parameter.dtype for name, parameter in a.named_parameters()}
     assert dtypes["blocks.0.attn1.to_q.weight"] is torch.bfloat16
     assert dtypes["scale_shift_table"] is dtypes["blocks.0.norm2.weight"] is torch.float32
+    whole = RandomSpec.like(bench.setup.spec, CPU, torch.float32, 0).build(64, 64)
+    round_matrices(whole)  # as generation does
+    assert all(map(torch.equal, whole.state_dict().values(), a.state_dict().values()))
     linear = torch.nn.Linear(400, 300)
     fill_randomly(linear, 3)
     assert linear.weight.std().item() == pytest.approx(1 / math.sqrt(400), rel=0.02)

@@ -48,7 +48,8 @@ def test_bfloat16_rounds_the_matrices_once_and_keeps_wans_float32_islands(run: P
     own = dict(IDCrafterPipeline.from_pretrained(tmp_path / "whole").transformer.named_parameters())
     for name, value in IDCrafterPipeline.from_pretrained(tmp_path / "half").transformer.named_parameters():
         assert value.dtype is torch.float32
-        island = any(part in name for part in ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"))
+        island = "blocks." not in name and "condition_embedder." not in name  # a norm there is no matrix either
+        island |= "norm" in name or "scale_shift_table" in name or "time_embedder" in name
         assert torch.equal(value, own[name] if island else own[name].bfloat16().float())
 
 

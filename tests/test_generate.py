@@ -33,10 +33,11 @@ from idc.errors import UserError
 from idc.models import weight_hashes
 from idc.models.baselines import VACE
 from idc.models.pipeline import IDCrafterPipeline
+from idc.models.rounding import islands, round_matrices, units_of
 from idc.models.sampling import to_uint8
 from idc.models.spec import IDBlocks, TransformerSpec
 from idc.models.toy_codec import CosineCodec
-from idc.stages.generate import Encoding, SamplingChanges
+from idc.stages.generate import Encoding, Generate, SamplingChanges
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,25 @@ def test_videos_differ_and_the_seed_and_every_setting_change_them(
         found[name] = videos(tmp_path / name)[first]
     assert found["nothing"] == videos(made)[first]
     assert len(set(found.values())) == len(changes)
+
+
+@pytest.mark.parametrize("from_run", [False, True], ids=["pipeline", "checkpoint"])
+def test_generation_rounds_its_weights_where_it_computes_in_bfloat16_alone(
+    from_run: bool, run: Path, tmp_path: Path
+) -> None:
+    """And so far as autocast would round them in every pass (test_speed_stages has videos of both)."""
+    source = str(run) if from_run else "toy"
+    stages = [Generate(str(tmp_path), source, compute_dtype=dtype) for dtype in ("float32", "bfloat16")]
+    for stage in stages:
+        with torch.device("meta"):  # Lightning's default device, which must not be where weights are made
+            stage.configure_model()
+    whole, half = (stage.transformer for stage in stages)
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+    assert {p.dtype for unit in units_of(half) for p in islands(unit)} == {torch.float32}
+    assert half.blocks[0].ffn.net[2].weight.dtype is torch.bfloat16
+    assert half.id_blocks[0].cross_attn.to_q.weight.dtype is torch.bfloat16
+    round_matrices(whole)
+    assert all(map(torch.equal, whole.state_dict().values(), half.state_dict().values()))
 
 
 def test_a_video_depends_neither_on_the_other_items_nor_on_the_ranks(

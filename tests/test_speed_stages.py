@@ -16,7 +16,9 @@ from test_sft_loss import make_batch, make_stage
 from idc.errors import UserError
 from idc.models.attention import NATIVE
 from idc.models.conditioning import Drop
+from idc.models.rounding import round_matrices
 from idc.models.sampling import FEW_TOKENS, Sampling
+from idc.models.spec import Lora
 from idc.models.speed import Speed
 from idc.models.system import _parsed
 from idc.models.toy_codec import CosineCodec
@@ -101,18 +103,37 @@ def test_a_stage_trains_alike_whatever_it_recomputes(mode: Any) -> None:
     assert norms[0] == norms[1]
 
 
+def test_a_stage_starts_alike_whatever_the_default_device_is() -> None:
+    """Lightning has the GPU for one under some strategies and not under others: what adapters draw must not differ."""
+    starts = []
+    for device in ("cpu", "meta"):
+        stage = make_stage()
+        stage.transformer, stage.trainable_set, stage.lora = None, "lora", Lora(rank=2, alpha=4)
+        torch.manual_seed(0)
+        with torch.device(device):
+            stage.configure_model()
+        assert stage.transformer is not None
+        starts.append(stage.transformer.state_dict())
+    assert starts[0].keys() == starts[1].keys()
+    assert any("lora_A" in name for name in starts[0])
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
 def test_all_ranks_take_the_choice_of_rank_0_and_its_refusal() -> None:
     model = make_sampler(CosineCodec()).transformer
     assert apply_speed(model, Speed(), None, torch.float32, training=True)["attention"] == "native"
     assert model.blocks[0].attn1.processor._attention_backend is NATIVE
     speed = Speed(checkpointing="full")
-    told = apply_speed(model, speed, strategy(False, ("_native_math", None)), torch.float32, training=True)
-    assert told["attention"] == "_native_math" == model.id_blocks[0].cross_attn.processor._attention_backend.value
+    both = "_native_math", "_native_flash"
+    told = apply_speed(model, speed, strategy(False, (both, None)), torch.float32, training=True)
+    assert told["attention"] == "_native_math" == model.blocks[0].attn1.processor._attention_backend.value
+    assert told["attention_of_subjects"] == "_native_flash"
+    assert model.id_blocks[0].cross_attn.processor._attention_backend.value == "_native_flash"
     assert model.gradient_checkpointing
     assert apply_speed(model, speed, strategy(), torch.float32, training=False)["checkpointing"] == "none"
     assert not model.gradient_checkpointing
     with pytest.raises(UserError, match="rank 0 said so"):
-        apply_speed(model, Speed(), strategy(False, ("native", "rank 0 said so")), torch.float32, training=True)
+        apply_speed(model, Speed(), strategy(False, (both, "rank 0 said so")), torch.float32, training=True)
     with pytest.raises(UserError, match="auto and native run everywhere"):
         apply_speed(model, Speed(attention="sage"), strategy(), torch.bfloat16, training=True)
 
@@ -147,3 +168,26 @@ def test_recipes_write_these_settings() -> None:
                 found[path.stem] = Speed(**written)
     assert found.keys() == {"wan1.3b", "wan14b", "one_gpu", "fsdp", "hsdp", "sequence_parallel"}
     assert [name for name, speed in found.items() if not speed.compile] == ["wan1.3b", "wan14b"]
+
+
+# Weights that are rounded once ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_video_of_weights_that_are_rounded_once_is_that_of_autocast_to_the_bit(batched: bool) -> None:
+    """References of two sizes, VLM tokens and guidance; what stays in float32 is no linear layer's."""
+    sampler = replace(make_sampler(CosineCodec()), dtype=torch.bfloat16, batch_guidance=batched)
+    model, (sample, _) = sampler.transformer, make_sample()
+    samples = [sample, replace(sample, id="t", subjects=sample.subjects[:1])]
+    given = samples, Bucket(5, 32, 32, 2), torch.tensor([3, 4]), SAMPLING
+    before, bytes_before = sampler.videos(*given), weight_bytes(model)
+    assert not torch.equal(replace(sampler, dtype=torch.float32).videos(*given), before)
+    round_matrices(model, torch.float32)
+    assert weight_bytes(model) == bytes_before
+    round_matrices(model)
+    assert weight_bytes(model) < 0.65 * bytes_before  # the embeddings are a large part of so small a model
+    assert torch.equal(sampler.videos(*given), before)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from idc.bench.cases import Case, Clock, Group, Step, stepwise
 from idc.bench.context import Bench, apply_speed, relative_difference
-from idc.bench.models import RandomSpec, plain_wan, random_encoders, random_sample, without_blocks
+from idc.bench.models import (
+    RandomSpec,
+    cast_as_diffusers,
+    plain_wan,
+    random_encoders,
+    random_sample,
+    without_blocks,
+)
 from idc.bench.results import Aim, Report, at_least, below
 from idc.flow.samplers import sample_euler, shifted_times
 from idc.flow.times import noise_like
@@ -76,7 +83,7 @@ def _extra(report: Report, subjects: int) -> float | None:
 
 
 def build(bench: Bench, blocks: bool) -> Any:
-    """An `IDCrafterTransformer` in eval mode, in the dtype that it computes in."""
+    """An `IDCrafterTransformer` in eval mode, its weights as `idc generate` has them."""
     setup = bench.setup
     changes = {} if blocks else {"id_blocks": replace(setup.spec.id_blocks, layers=0)}
     spec = RandomSpec.like(setup.spec, bench.device, bench.dtype, setup.seed, **changes)
@@ -87,7 +94,9 @@ def build(bench: Bench, blocks: bool) -> Any:
 def _against_pipeline(bench: Bench) -> Iterator[Sequence[Case]]:
     model = build(bench, blocks=False)
     encoders = random_encoders(bench.setup, bench.device)
-    pipeline = wan_pipeline(bench, plain_wan(model), vae=None)
+    wan = plain_wan(model)
+    cast_as_diffusers(wan, bench.dtype)
+    pipeline = wan_pipeline(bench, wan, vae=None)
     sample = random_sample(bench.setup, subjects=0)
     text = _texts(bench, encoders, sample)
     bench.checks["latents of WanPipeline after 2 steps, relative difference"] = _difference(

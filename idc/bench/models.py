@@ -19,6 +19,7 @@ from idc.models.codecs import WanVAECodec
 from idc.models.conditioners import TextConditioner
 from idc.models.conditioning import Encoders
 from idc.models.initialisation import OURS
+from idc.models.rounding import round_matrices
 from idc.models.spec import TransformerSpec
 from idc.models.vlm import VLMConditioner
 from idc.types import Sample, Subject
@@ -45,8 +46,8 @@ class RandomSpec(TransformerSpec):
     """A spec whose model is random on the device at once, without a detour over host memory.
 
     Attributes:
-        device: where it is built, whatever `build` is told (but "meta"). dtype: of its weights; Wan's float32 islands
-            stay. seed: of the weights.
+        device: where it is built, whatever `build` is told (but "meta"). dtype: in which it computes; bfloat16 rounds
+            its weights as generation does. seed: of the weights.
     """
 
     device: str = "cpu"
@@ -69,15 +70,16 @@ class RandomSpec(TransformerSpec):
         model = TransformerSpec(**sizes).build(text_dim, vlm_dim, "meta")
         if torch.device(device).type == "meta":
             return model
-        cast_but_islands(model, getattr(torch, self.dtype))
+        round_matrices(model, getattr(torch, self.dtype))
         model.to_empty(device=self.device)
         model.refresh_rotary_tables()
         fill_randomly(model, self.seed)
         return model
 
 
-def cast_but_islands(model: Any, dtype: torch.dtype) -> None:
-    """As diffusers' `from_pretrained(torch_dtype=...)`: what `_keep_in_fp32_modules` names stays float32."""
+def cast_as_diffusers(model: Any, dtype: torch.dtype) -> None:
+    """As its `from_pretrained(torch_dtype=...)`: what `_keep_in_fp32_modules` names stays float32. What has the dtype
+    already is shared with whatever else holds it."""
     islands = set(model._keep_in_fp32_modules or ())
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):

@@ -35,7 +35,7 @@ from idc.models.speed import Speed
 from idc.models.step_reuse import Reuse, Tally, error_of
 from idc.models.system import Parts, System, open_system
 from idc.models.vlm import VLMConditioner
-from idc.stages.speed import apply_speed
+from idc.stages.speed import apply_speed, computes_in
 
 T = TypeVar("T")
 
@@ -146,11 +146,16 @@ class Generate(LightningModule):
 
         build = self.system.build_transformer
         strategy = self._trainer.strategy if self._trainer is not None else None
+        dtype = computes_in(self._trainer, self.compute_dtype)
         if is_sharding(strategy) and self.sampling.reuse:
             raise UserError(REUSE_SHARDED.format(self.sampling.reuse.threshold))
-        self.transformer = build_sharded(build, strategy, self.compute_dtype) if is_sharding(strategy) else build("cpu")
-        self.transformer.requires_grad_(False)
-        apply_speed(self.transformer, self.system.speed, strategy, self.compute_dtype, training=False)
+        with torch.device("cpu"):  # not Lightning's default device, which only some strategies set to the GPU
+            if is_sharding(strategy):  # ranks hold their shards in float32 and gather in bfloat16
+                self.transformer = build_sharded(build, strategy, self.compute_dtype)
+            else:
+                self.transformer = build("cpu", dtype)
+            self.transformer.requires_grad_(False)
+            apply_speed(self.transformer, self.system.speed, strategy, dtype, training=False)
 
     def setup(self, stage: str) -> None:
         from idc.stages.sharding import is_sharding

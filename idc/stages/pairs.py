@@ -348,8 +348,9 @@ class Regenerate(Corruption):
         if self._sampler is None:
             system, place = self._open(), torch.device(device)
             system.encoders.place(place)
-            transformer = system.build_transformer("cpu").requires_grad_(False).to(place)
-            self._sampler = Sampler(transformer, system.encoders, place, getattr(torch, system.compute_dtype))
+            dtype = getattr(torch, system.compute_dtype)
+            transformer = system.build_transformer("cpu", dtype).requires_grad_(False).to(place)
+            self._sampler = Sampler(transformer, system.encoders, place, dtype)
 
     def corrupt(self, sample: Sample, seed: int) -> NDArray[np.uint8]:
         self.load()

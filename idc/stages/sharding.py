@@ -10,7 +10,7 @@ Lightning's tensor-parallel dimension carries the sequence; its weights are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from idc.errors import UserError, counted
+from idc.models.rounding import islands, units_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -185,31 +186,6 @@ def shard(model: IDCrafterTransformer, mesh: DeviceMesh, gathered: torch.dtype =
     # reads or swaps parameters then would see stale ones.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     del model.islands
-
-
-def units_of(model: IDCrafterTransformer) -> list[nn.Module]:
-    """What is gathered by itself."""
-    return [model.condition_embedder, *model.blocks, *model.id_blocks]
-
-
-def islands(unit: nn.Module) -> list[nn.Parameter]:
-    """Parameters that bfloat16 autocast leaves in float32: all but those of linear layers, and the time embedder's."""
-    cast = {
-        parameter
-        for module in _under_autocast(unit)
-        if isinstance(module, nn.Linear)
-        for parameter in module.parameters(recurse=False)
-    }
-    return [parameter for parameter in unit.parameters() if parameter not in cast]
-
-
-def _under_autocast(module: nn.Module) -> Iterator[nn.Module]:
-    from idc.models.transformer import TimeEmbedding
-
-    if not isinstance(module, TimeEmbedding):
-        yield module
-        for child in module.children():
-            yield from _under_autocast(child)
 
 
 def build_sharded(

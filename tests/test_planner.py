@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from _tiny_wan import VLM_DIM, WAN, inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from idc.cli import main
@@ -26,6 +28,7 @@ from idc.models.toy_codec import CosineCodec
 from idc.models.trainable import set_trainable
 from idc.models.transformer import IDCrafterTransformer
 from idc.models.vlm import ToyVLM
+from idc.plan import cuda
 from idc.plan import trace as tracing
 from idc.plan.devices import DEVICES, device
 from idc.plan.encoders import PUBLISHED, cached_bytes
@@ -33,7 +36,7 @@ from idc.plan.memory import memory, optimiser_of
 from idc.plan.model import Parameters
 from idc.plan.recipe import Layout, _layout, read
 from idc.plan.start import is_there, stand_in
-from idc.plan.trace import Passed, trace
+from idc.plan.trace import Passed, Storages, trace
 from idc.plan.work import seconds
 from idc.types import Bucket, Condition
 
@@ -133,6 +136,83 @@ def test_a_few_layers_tell_all(checkpointing, bf16, layers, ids, monkeypatch):
     whole = trace(build, layers, ids, loss)
     assert (short.kept, short.kept_copies, short.backward) == (whole.kept, whole.kept_copies, whole.backward)
     assert short.forward == pytest.approx(whole.forward, rel=0.01)
+
+
+class Met(TorchFunctionMode):
+    """Functions that CUDA's autocast and the CPU's treat otherwise, called with other than one float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, set[torch.dtype]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        floats = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()}
+        if torch.is_autocast_enabled("cpu") and floats != {torch.float32} and _is_told_apart(name):
+            self.found.setdefault(name, set()).update(floats)
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _autocast(key: str) -> frozenset[str]:
+    every = torch._C._dispatch_get_all_op_names()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(name[6:].partition(".")[0] for name in every if name.startswith("aten::") and has(name, key))
+
+
+def _is_told_apart(name: str) -> bool:
+    return (name in _autocast("AutocastCUDA")) != (name in _autocast("AutocastCPU"))
+
+
+def test_of_what_the_two_autocasts_treat_otherwise_the_model_meets_rms_norm_alone():
+    assert _is_told_apart("layer_norm")  # which is given float32
+    with Met() as met:
+        loss_of(*SIZES[1], bf16=True)(make(3, 2))
+    met.found.pop("cat")  # on CUDA it takes two types without making them one first: a moment's bytes, of references
+    rms_norm = {"rms_norm": {torch.bfloat16, torch.float32}}  # tokens and weights
+    assert met.found == (rms_norm if cuda.IN_FLOAT32 else {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_on_cuda_keeps_its_input_in_float32_and_a_number_a_row(dtype, monkeypatch):
+    rows, width = 5, 16
+
+    def held() -> int:
+        with tracing._without_content(), Storages() as storages:
+            norm, x = nn.RMSNorm(width), torch.empty(rows, width, dtype=dtype, requires_grad=True)
+            before = storages.live
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                out = norm(x)
+            result = storages.live - before - out.nbytes
+            out.sum().backward()
+            assert x.grad.dtype == dtype
+            assert norm.weight.grad.shape == (width,)
+            return result
+
+    composed = held()
+    with cuda.as_on_cuda():
+        monkeypatch.setattr(cuda, "IN_FLOAT32", True)
+        fused = held()
+        monkeypatch.setattr(cuda, "IN_FLOAT32", False)
+        before_2_12 = held()
+    # The input itself where it is float32, else a copy.
+    assert fused == rows * 4 + (0 if dtype is torch.float32 else rows * width * 4)
+    assert before_2_12 == (fused if dtype is torch.float32 else composed)
+    assert fused < composed == held()  # as before
+
+
+@pytest.mark.parametrize("checkpointing", MODES)
+def test_a_gpu_keeps_less_of_norms_than_this_cpu(checkpointing, monkeypatch):
+    monkeypatch.setattr(cuda, "IN_FLOAT32", True)
+
+    def passed(on_gpu: bool) -> Passed:
+        build = partial(make, checkpointing=checkpointing, on="meta")
+        return trace(build, 3, 2, loss_of(*SIZES[1], bf16=True), on_gpu)
+
+    cpu, gpu = passed(False), passed(True)
+    assert 0.7 * cpu.peak < gpu.peak < cpu.peak
+    assert (gpu.kept < cpu.kept) == (checkpointing == "none")
+    assert gpu.kept_copies == cpu.kept_copies
 
 
 def test_checkpointing_keeps_less_and_attention_outputs_are_what_it_may_keep():
@@ -320,13 +400,13 @@ def test_14b_fits_eight_h100_as_its_recipe_stands(tmp_path, capsys):
     assert found["layout"]["gathered"] == "bfloat16"
     assert found["pass"]["bucket"] == [81, 480, 832, 4]
     (h100,) = found["devices"].values()
-    assert found["memory"]["peak"] == pytest.approx(74.1 * 2**30, rel=0.02)
+    assert found["memory"]["peak"] == pytest.approx(72.1 * 2**30, rel=0.03)  # 74.1 before torch 2.12
     assert found["memory"]["peak"] < 0.95 * h100["memory"]
     assert (status, warned, h100["fits"]) == (0, "", True)
 
 
 def test_what_does_not_fit_is_told_what_makes_it_fit(tmp_path, capsys, monkeypatch):
-    small = replace(DEVICES["h100"], memory=0.667)  # a few MiB less than the recipe takes
+    small = replace(DEVICES["h100"], memory=0.661)  # a few MiB less than the recipe takes
     monkeypatch.setitem(DEVICES, "h100", small)
     args = ("--config", "recipes/sft.yaml", *SHALLOW, "--data.init_args.max_subjects", "1", "--strict")
     status, found, warned = plan(tmp_path, capsys, *args)

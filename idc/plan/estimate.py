@@ -170,9 +170,14 @@ class Plan:
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the command
     def passed(
-        self, structure: Structure, clips: int, gathered: torch.dtype = torch.float32, apart: bool = False
+        self,
+        structure: Structure,
+        clips: int,
+        gathered: torch.dtype = torch.float32,
+        apart: bool = False,
+        on_gpu: bool = True,
     ) -> Passed:
-        return structure.passed(replace(self.work, clips=clips), gathered, apart)
+        return structure.passed(replace(self.work, clips=clips), gathered, apart, on_gpu)
 
     def memory(
         self,
@@ -189,7 +194,7 @@ class Plan:
         apart = layout.strategy == "zero3" or (sharded and self.stage.speed.compile)
         return memory(
             structure.parameters,
-            self.passed(structure, self.work.clips if clips is None else clips, gathered, apart),
+            self.passed(structure, self.work.clips if clips is None else clips, gathered, apart, on_gpu),
             self.optimiser(on_gpu),
             layout,
             average=averages or self.averages,

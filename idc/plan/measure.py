@@ -30,15 +30,16 @@ def measure(plan: Plan) -> Table:
         UserError: for a recipe that does not fit one device, or this machine's memory.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
     alone = Layout(accumulate=plan.layout.accumulate)
     predicted = memory(
         plan.structure.parameters,
-        plan.passed(plan.structure, plan.work.clips),
-        plan.optimiser(device.type == "cuda"),
+        plan.passed(plan.structure, plan.work.clips, on_gpu=on_gpu),
+        plan.optimiser(on_gpu),
         alone,
-        on_gpu=device.type == "cuda",
+        on_gpu=on_gpu,
     )
-    room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free()
+    room = torch.cuda.mem_get_info()[0] if on_gpu else _free()
     if predicted.total > room:
         raise UserError(
             f"--measure: a rank without sharding takes {predicted.total / GIB:.1f} GiB, and {room / GIB:.1f} are free; "

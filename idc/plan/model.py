@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from idc.models.conditioning import Drop
 from idc.models.frozen import resolve
+from idc.models.rounding import islands, round_matrices, units_of
 from idc.models.spec import TransformerSpec
 from idc.models.trainable import set_trainable
 from idc.plan.encoders import text_tokens, vlm_tokens
@@ -19,7 +20,6 @@ from idc.plan.trace import Passed, trace
 from idc.stages.base import Stage
 from idc.stages.dpo import DPO
 from idc.stages.grpo import GRPO
-from idc.stages.sharding import islands, units_of
 from idc.types import Bucket
 
 
@@ -109,11 +109,7 @@ class Structure:
         with torch.device("meta"):
             model: Any = type(self._whole).from_config({**self.config, "num_layers": layers, "id_layers": id_layers})
         self._trained(model).run_layers(self.checkpointing, apart=apart)
-        for unit in units_of(model):
-            kept = {*islands(unit)}
-            for parameter in unit.parameters():
-                if parameter not in kept:
-                    parameter.data = parameter.data.to(gathered)
+        round_matrices(model, gathered)
         return model.train()
 
     @cached_property
@@ -130,11 +126,13 @@ class Structure:
         total = sum(count for count, _ in parts.values())
         return Parameters({name: (a, b) for name, (a, b) in parts.items()}, max(units), total - sum(units))
 
-    def passed(self, work: Work, gathered: torch.dtype = torch.float32, apart: bool = False) -> Passed:
+    def passed(
+        self, work: Work, gathered: torch.dtype = torch.float32, apart: bool = False, on_gpu: bool = True
+    ) -> Passed:
         """Memory of a pass with these settings, besides weights and their gradients; `gathered` as in
-        `idc.stages.sharding.shard`, `apart` as in `idc.models.checkpointing.LayerRunner`."""
+        `idc.stages.sharding.shard`, `apart` as in `idc.models.checkpointing.LayerRunner`, `on_gpu` as in `trace`."""
         build = partial(self._build, gathered=gathered, apart=apart)
-        return trace(build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work))
+        return trace(build, len(self._whole.blocks), len(self._whole.id_blocks), self.loss(work), on_gpu)
 
     def with_weights(self, device: torch.device) -> nn.Module:
         """The whole model with random weights, ready to be trained."""

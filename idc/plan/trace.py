@@ -5,9 +5,9 @@ of each storage. Whatever the model's code does is counted as it does it: autoca
 keeps, what checkpointing recomputes. A deep model is traced at the depth of a few layers, since what a layer keeps is
 the same for all of a kind; a test holds that equal to tracing all layers.
 
-Weights and their gradients are there before and not counted. What is run are the operators of the CPU. Attention is
-PyTorch's fused one, which keeps what FlashAttention keeps (queries, keys, values, outputs, and one number a query and
-head).
+Weights and their gradients are there before and not counted. What is run are the operators of the CPU under the CPU's
+autocast; where CUDA keeps something else, a trace for a GPU counts that (`idc.plan.cuda`). Attention is PyTorch's fused
+one, which keeps what FlashAttention keeps (queries, keys, values, outputs, and one number a query and head).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from idc.plan.cuda import as_on_cuda
 
 _DEPTH = 3  # layers that are traced: the second is like all that follow
 
@@ -101,17 +103,22 @@ class Storages(TorchDispatchMode):
 
 
 def trace(
-    build: Callable[[int, int], nn.Module], layers: int, id_layers: int, loss: Callable[[nn.Module], Tensor]
+    build: Callable[[int, int], nn.Module],
+    layers: int,
+    id_layers: int,
+    loss: Callable[[nn.Module], Tensor],
+    on_gpu: bool = False,
 ) -> Passed:
     """What a pass through a model of `layers` layers takes, of which the first `id_layers` have an id block.
 
     Args:
         build: makes the model on "meta" with that many layers and id blocks, ready to be trained.
         loss: runs the forward pass on tensors it makes itself, and returns the loss without a backward pass.
+        on_gpu: what it takes on CUDA; else on the CPU.
     """
     depth, ids = min(layers, _DEPTH), min(id_layers, _DEPTH if id_layers == layers else _DEPTH - 1)
     model: Any = build(depth, ids)
-    with _without_content():
+    with _without_content(), as_on_cuda() if on_gpu else nullcontext():
         _take_content(model)
         storages = Storages(model)
         with storages, _watched(model, storages) as (seconds, turn):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import random
+import re
+import shutil
 import signal
 import tarfile
 import time
@@ -16,7 +19,7 @@ from typing import Any
 import _curate
 import numpy as np
 import pytest
-from _curate import Cut, Dies, Fails, Heavy, Numbers, Split, Weigh, curation, files
+from _curate import STEPS, Cut, Dies, Fails, Heavy, Numbers, Split, Weigh, curation, files
 from _server import join, launch
 
 from idc.cli import main
@@ -26,6 +29,7 @@ from idc.curate.local import LocalExecutor
 from idc.curate.parts import Count, Outcomes, Part, write_part
 from idc.curate.plan import chunks
 from idc.curate.records import settle, take_apart
+from idc.curate.writing import ShardWriting
 from idc.data.video import decode_video
 from idc.errors import UserError
 
@@ -476,6 +480,62 @@ def test_two_runs_into_one_folder_do_not_meet(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"another run is at work there \(process 77 on node3\)"):
             curation(tmp_path).run()
     assert curation(tmp_path, 6).run().kept
+
+
+def test_shards_of_another_recipe_or_of_other_material_are_never_replaced(tmp_path: Path) -> None:
+    """Wherever the parts lie, and also where they are gone; the same recipe over the same material goes on."""
+    out, elsewhere = tmp_path / "out", str(tmp_path / "elsewhere")
+    weighed = (*STEPS[:3], Heavy(limit=3))
+    curation(out, 20).run()
+    before = files(out)
+    for work in (elsewhere, None):
+        for again in (curation(out, 20, steps=weighed, work=work), curation(out, 19, work=work)):
+            named = "recipe: steps.3.Heavy.limit is 3 \\(was -60.0\\)|of other material"
+            if work is None and again.steps == weighed:
+                shutil.rmtree(out / "work")
+                before = files(out)
+            with pytest.raises(UserError, match=rf"^{re.escape(str(out))}: holds .*({named}); .*delete that folder"):
+                again.run()
+            with pytest.raises(UserError, match=named):
+                again.plan()
+        assert {name: data for name, data in files(out).items() if not name.startswith("work")} == {
+            name: data for name, data in before.items() if not name.startswith("work")
+        }
+    assert curation(out, 20, work=elsewhere).run().done_before == 0
+    curation(tmp_path / "new", 20, work=str(tmp_path / "third")).run()
+    assert files(out) == files(tmp_path / "new")
+    finer = ShardWriting(samples_per_shard=4)  # the parts are this folder's own: what is written of them may change
+    assert curation(out, 20, work=elsewhere, writing=finer).run().done_before == 20
+
+
+def test_two_runs_into_one_folder_with_parts_in_two_do_not_meet(tmp_path: Path) -> None:
+    second = curation(tmp_path / "out", 6, work=str(tmp_path / "b"))
+
+    class Meets(Split):
+        def apply(self, candidate: Candidate) -> Any:
+            with pytest.raises(UserError, match=rf"out/work: another run is at work there \(process {os.getpid()} on"):
+                second.run()
+            return candidate
+
+    assert curation(tmp_path / "out", 6, steps=(Cut(), Meets()), work=str(tmp_path / "a")).run().kept == 6
+    assert not (tmp_path / "b" / "settings.json").exists()
+
+
+def test_of_two_runs_into_one_url_the_second_replaces_nothing(tmp_path: Path) -> None:
+    """Nothing can be locked there; what a run finds at its end, and was not there at its beginning, is another's."""
+    out = f"memory://meeting{tmp_path}"
+    first = curation(out, 6, steps=(Cut(),), work=str(tmp_path / "a"))
+
+    class Meets(LocalExecutor):
+        def run(self, *args: Any) -> Any:
+            yield from super().run(*args)
+            assert first.run().kept == 6
+
+    with pytest.raises(UserError, match="holds shards that the same recipe has made of other material"):
+        curation(out, 5, steps=(Cut(),), work=str(tmp_path / "b"), executor=Meets()).run()
+    written = first.run().written
+    assert written is not None
+    assert written.kept == written.shards > 0
 
 
 def test_memory_stays_flat_however_many_come(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from idc.curate.collection import CollectionStep
 from idc.curate.decisions import decide
 from idc.curate.executors import Done, Executor
 from idc.curate.films import FilmSharing
-from idc.curate.guard import Settings, clean, locked
+from idc.curate.guard import Settings, check_shards, clean, locked
 from idc.curate.local import LocalExecutor
 from idc.curate.parts import Count, Part, add_counts
 from idc.curate.plan import PLAN, Plan, make_plan
@@ -32,7 +32,7 @@ from idc.curate.sharing import share_networks
 from idc.curate.showing import Shown
 from idc.curate.survivors import Parts
 from idc.curate.writing import STEP as WRITE
-from idc.curate.writing import ShardWriting, Written, write_collection
+from idc.curate.writing import ShardWriting, Written, check_foreign, write_collection
 from idc.data import storage
 from idc.errors import UserError, make_folder
 
@@ -83,7 +83,9 @@ class Curation:
     Args:
         sources: where raw material comes from; their names tell them apart.
         steps: in their order; each sees what the one before it let through.
-        out: folder, or fsspec URL, of the shards; with `work/` inside it, unless that is elsewhere.
+        out: folder, or fsspec URL, of the shards; with `work/` inside it, in which there is no more than a lock where
+            `work` is elsewhere. Two runs at once are kept apart on local disks; behind URLs, where nothing can be
+            locked, the second one notices before it writes that the first has come to its end.
         collection: steps over all survivors, in their order.
         writing: how shards are written.
         executor: where chunks are worked on.
@@ -144,21 +146,25 @@ class Curation:
         """Do all that is not done yet, and write the shards.
 
         Raises:
-            UserError: for what the user can mend: other settings than the folder was begun with, another run at work
-                in it, a source without material, weights that are missing, too many faults.
+            UserError: for what the user can mend: other settings than the folder was begun with, shards of another
+                recipe in it, another run at work in it, a source without material, weights that are missing, too many
+                faults.
         """
         self.executor.check()
         for step in self.collection:
             step.check()
-        for root in (self.out, self.folder):
+        roots = storage.join(self.out, WORK), self.folder
+        for root in (self.out, *roots):
             if not storage.is_url(root):
                 make_folder(Path(root), "out")
-        with locked(self.folder):
+        with locked(*roots):
+            self._check_out()
             clock = [time.monotonic()]
             clean(self.folder)
             settings = self._settings().keep()
             with storage.open_atomic(storage.join(self.folder, PLAN)) as stream:
                 plan = make_plan(self.sources, settings, self.chunk, self.limit, self._done(), stream)
+            self._check_out(plan)
             report = CurationReport(plan.units, plan.units - plan.left)
             clock.append(time.monotonic())
             try:
@@ -169,7 +175,8 @@ class Curation:
             parts = Parts(self.folder, plan.parts)
             report.counts = parts.counts or [Count(OPEN)]
             _take_times(report, this_run)
-            self._finish(parts, report)
+            self._check_out(plan)
+            self._finish(parts, report, plan.material)
             clock.append(time.monotonic())
             report.seconds = {name: end - start for name, (start, end) in zip(PHASES, pairwise(clock), strict=True)}
         _check_balance(report)
@@ -183,7 +190,14 @@ class Curation:
         """
         for step in self.collection:
             step.check()
-        return make_plan(self.sources, self._settings().compare(), self.chunk, self.limit, self._done())
+        self._check_out()
+        plan = make_plan(self.sources, self._settings().compare(), self.chunk, self.limit, self._done())
+        self._check_out(plan)
+        return plan
+
+    def _check_out(self, plan: Plan | None = None) -> None:
+        check_foreign(self.out, self.writing.prefix)
+        check_shards(self.out, self.folder, self.recipe(), plan.material if plan else "")
 
     def _settings(self) -> Settings:
         return Settings(self.folder, self.sources, self.steps, self.encoding, self.chunk)
@@ -217,7 +231,7 @@ class Curation:
                 f"the last: {done.fault}. Once that is mended, --retry_failed true does them again"
             )
 
-    def _finish(self, parts: Parts, report: CurationReport) -> None:
+    def _finish(self, parts: Parts, report: CurationReport, material: str) -> None:
         """What is decided over the whole collection, and the shards."""
         decisions = decide(parts, self.collection, self.writing.held_out)
         by_step = Counter(drop.step for drop in decisions.drops.values())
@@ -233,6 +247,7 @@ class Curation:
                 self.recipe(),
                 parts.drops(),
                 hashlib.sha256(" ".join(parts.names).encode()).hexdigest(),
+                material,
                 shown.so_far,
             )
         kept = sum(report.written.samples.values())

@@ -1,4 +1,4 @@
-"""What keeps runs into one folder apart: a lock, and the settings that the folder was begun with."""
+"""What keeps runs into one folder apart: locks, the settings that it was begun with, and whose shards it holds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from idc.curate.candidate import Source, Step
 from idc.curate.chunks import Encoding
 from idc.curate.executors import BEGUN
 from idc.curate.films import remove_films
 from idc.curate.parts import VERSION
+from idc.curate.provenance import public
 from idc.curate.records import dumps
+from idc.curate.writing import MANIFEST, note_path
 from idc.data import storage
 from idc.errors import UserError
 
@@ -27,28 +29,76 @@ NAMED = 5  # changed settings that a message names
 
 
 @contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Hold a local folder against other runs for as long as this process lives. Behind URLs nothing is held.
+def locked(*folders: str) -> Iterator[None]:
+    """Hold local folders against other runs for as long as this process lives. Behind URLs, and on disks that know no
+    locks, nothing is held.
 
     Raises:
-        UserError: where another run holds it.
+        UserError: where another run holds one of them.
     """
-    if storage.is_url(folder):
+    with ExitStack() as held:
+        for folder in {os.path.realpath(folder): folder for folder in folders if not storage.is_url(folder)}.values():
+            _lock(folder, held.enter_context(open(Path(folder, LOCK), "a+")))
         yield
+
+
+def _lock(folder: str, file: IO[str]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read().strip() or "another process"
+        raise UserError(
+            f"{folder}: another run is at work there ({who}); wait for its end, or give another --out"
+        ) from None
+    except OSError:  # of a disk without locks
         return
-    with open(Path(folder, LOCK), "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise UserError(
-                f"{folder}: another run is at work there ({who}); wait for its end, or give another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def check_shards(out: str, work: str, recipe: Mapping[str, Any], material: str = "") -> None:
+    """Let no run replace shards that another has made. Those are its own that `work` has notes of, whatever has become
+    of the recipe: `Settings` says what may. Without them, as where `work` was deleted, the manifest must tell of the
+    same recipe and material: then the same comes out again.
+
+    Runs behind URLs, where nothing is locked, ask again before they write: of two into one place the one that comes to
+    its end first is safe from the other.
+
+    Args:
+        out: folder or URL of the shards.
+        work: folder or URL of the parts and notes.
+        recipe: as it goes into the manifest.
+        material: digest of the units (`idc.curate.plan.Plan`); "" as long as they are not known.
+
+    Raises:
+        UserError: where `out` has the manifest of others.
+    """
+    ways = "give another --out, or delete that folder first"
+    try:
+        with storage.open_read(storage.join(out, MANIFEST)) as stream:
+            manifest = json.loads(stream.read())
+        shards, before = [(one["shard"], one["sha256"]) for one in manifest["shards"]], manifest["recipe"]
+        before["steps"], before["sources"]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{out}: its {MANIFEST} is not of curation, or damaged; {ways}") from None
+    if not shards or any(_noted(work, *shard) for shard in shards):
+        return
+    if changed := _changes(before, json.loads(dumps(public(recipe)))):
+        raise UserError(f"{out}: holds the shards of another recipe: {changed}; {ways}")
+    if material and manifest.get("material", material) != material:
+        raise UserError(f"{out}: holds shards that the same recipe has made of other material; {ways}")
+
+
+def _noted(work: str, shard: str, digest: str) -> bool:
+    try:
+        with storage.open_read(note_path(work, shard)) as stream:
+            return bool(json.loads(stream.read())["sha256"] == digest)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def clean(folder: str) -> None:
@@ -114,21 +164,23 @@ def _load(path: str) -> dict[str, Any]:
 
 def _compare(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     _check_identity(folder, before["sources"], now["sources"])
+    both = before["sources"].keys() & now["sources"].keys()
+    stay = [{**all, "sources": {name: all["sources"][name] for name in both}} for all in (before, now)]
+    if changed := _changes(*stay):
+        raise UserError(f"{folder}: begun with other settings: {changed}; take these back, or give another --out")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs in two trees of settings with `steps`, the first few in words; "" for nothing."""
     was, classes = _classes(before["steps"]), _classes(now["steps"])
     if was != classes:
         changed = [f"steps are {', '.join(classes) or 'none'} (were {', '.join(was) or 'none'})"]
     else:
         old, new = dict(_flat(before)), dict(_flat(now))
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        both = before["sources"].keys() & now["sources"].keys()
-        names = [name for name in names if not name.startswith("sources.") or _of(name, both)]
         changed = [f"{name} is {_shown(new.get(name))} (was {_shown(old.get(name))})" for name in names]
-    if changed:
-        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
-        raise UserError(
-            f"{folder}: begun with other settings: {'; '.join(changed[:NAMED])}{more}; "
-            "take these back, or give another --out"
-        )
+    more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+    return "; ".join(changed[:NAMED]) + more
 
 
 def _check_identity(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -143,10 +195,6 @@ def _check_identity(folder: str, before: Mapping[str, Any], now: Mapping[str, An
 
 def _classes(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(step.get("class", "?")).rpartition(".")[2] for step in steps]
-
-
-def _of(name: str, sources: Collection[str]) -> bool:
-    return any(name.startswith(f"sources.{source}.") for source in sources)
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -40,11 +40,13 @@ class Plan:
         parts: names of all parts in the order of the units.
         todo: those that are not there yet.
         by_source: how many units each source has.
+        material: a digest of all units by source and id, whatever is made of them.
     """
 
     parts: Sequence[str]
     todo: Sequence[Task]
     by_source: Mapping[str, int]
+    material: str = ""
 
     @property
     def units(self) -> int:
@@ -82,8 +84,10 @@ def make_plan(
     todo: list[Task] = []
     known = frozenset(done)
     units = dict.fromkeys((source.name for source in sources), 0)
-    offset = 0
+    offset, material = 0, hashlib.sha256()
     for found in chunks(sources, chunk, limit):
+        for unit in found:
+            material.update(dumps([sources[unit.source].name, unit.id]).encode() + b"\n")
         line = dumps([list(unit) for unit in found]).encode() + b"\n"
         name = part_name(settings, sources, found)
         parts.append(name)
@@ -96,7 +100,7 @@ def make_plan(
         offset += len(line)
     if len(set(parts)) < len(parts):
         raise UserError("a source gives the same units twice; each must come once, under an id of its own")
-    return Plan(parts, todo, units)
+    return Plan(parts, todo, units, material.hexdigest())
 
 
 def read_units(sources: Sequence[Source], folder: str, settings: str, task: Task) -> list[Unit]:

@@ -32,7 +32,7 @@ from idc.curate.records import drop_record, dumps, take_apart
 from idc.curate.split import PARTS, check_share, part_of
 from idc.data import storage
 from idc.data.index import INDEX_NAME, ShardIndex, build_index
-from idc.data.shards import ShardWriter
+from idc.data.shards import ShardWriter, check_prefix
 from idc.data.video import decoder_version
 from idc.errors import UserError, make_folder, nearest
 
@@ -41,6 +41,7 @@ MANIFEST, DROPS, COUNTS = "manifest.json", "drops.jsonl", "counts.json"
 STEP = "write"  # in the table, what is dropped here
 WITHOUT_REFERENCE = ("leave_out", "drop")
 NO_SUBJECTS, NO_REFERENCE, TOO_FEW = "no subjects", "subject without a reference", "no subject with a reference"
+NOTES = "written"  # folder of the shards' notes, among the work files
 NOTED = ("shard", "sha256", "bytes", "samples")  # of a shard's note, what the manifest says
 READ_BYTES = 1 << 22
 
@@ -68,6 +69,7 @@ class ShardWriting:
 
     def __post_init__(self) -> None:
         check_share(self.held_out)
+        check_prefix(self.prefix)
         for name in ("samples_per_shard", "max_subjects"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be 1 or more")
@@ -139,6 +141,7 @@ def write_collection(
     recipe: Mapping[str, Any],
     dropped: Iterable[Dropped] = (),
     fingerprint: str = "",
+    material: str = "",
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write the shards of a collection, their indexes, drops, counts and manifest.
@@ -152,12 +155,13 @@ def write_collection(
         recipe: all settings that decide what is in the shards, plain JSON; goes into the manifest.
         dropped: what the steps dropped, in order.
         fingerprint: of what the survivors' bytes depend on besides the recipe, such as the names of the parts.
+        material: digest of what the recipe was applied to (`idc.curate.plan.Plan`); goes into the manifest.
         on_shard: called with the number of shards done and of all, as they are done.
 
     Raises:
         UserError: where `out` holds other shards, or the survivors cannot be read.
     """
-    _check_foreign(out, settings.prefix)
+    check_foreign(out, settings.prefix)
     recipe = public(recipe)
     about = [VERSION, recipe, fingerprint, decoder_version()]
     plan = _plan(collected, decisions, settings, hashlib.sha256(dumps(about).encode()))
@@ -183,6 +187,7 @@ def write_collection(
         "shards": [{name: note[name] for name in NOTED} for note in notes if note],
         "models": {step: sorted(used) for step, used in sorted(plan.models.items())},
         "decoder": decoder_version(),
+        "material": material,
         "recipe": recipe,
     }
     _write_json(out, MANIFEST, manifest)
@@ -255,7 +260,7 @@ class _Ledger:
 
     def __init__(self, out: str, work: str, prefix: str) -> None:
         self._out, self._prefix = out, prefix
-        self._notes = storage.join(work, "written")
+        self._work, self._notes = work, storage.join(work, NOTES)
         _make_folders(out, self._notes, *(storage.join(out, part) for part in PARTS))
 
     def read(self, shard: _Shard) -> dict[str, Any] | None:
@@ -303,7 +308,12 @@ class _Ledger:
             storage.remove(path)
 
     def _path(self, shard: _Shard) -> str:
-        return storage.join(self._notes, shard.name(self._prefix).replace("/", "-") + ".json")
+        return note_path(self._work, shard.name(self._prefix))
+
+
+def note_path(work: str, shard: str) -> str:
+    """Where what is known of a shard that this work has written is noted; `shard` is its name below `out`."""
+    return storage.join(storage.join(work, NOTES), shard.replace("/", "-") + ".json")
 
 
 def _make_folders(*folders: str) -> None:
@@ -312,8 +322,8 @@ def _make_folders(*folders: str) -> None:
             make_folder(Path(folder))
 
 
-def _check_foreign(out: str, prefix: str) -> None:
-    """Raise where a folder that shards go to holds others."""
+def check_foreign(out: str, prefix: str) -> None:
+    """Raise `UserError` where a folder that shards go to holds others, by their names."""
     own = re.compile(re.escape(prefix) + r"-\d{6}\.tar")
     for folder in (out, *(storage.join(out, part) for part in PARTS)):
         for name in storage.list_tars(folder):

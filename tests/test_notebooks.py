@@ -25,6 +25,11 @@ def test_notebook_runs_and_leaves_nothing(name: str, tmp_path: Path, monkeypatch
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(variable, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads beside another test wait for each other most of the time
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    # Or a fifth of a kernel's time is garbage collection, in what imports leave.
+    (startup / "collect_seldom.py").write_text("import gc\ngc.set_threshold(100_000)\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))

@@ -32,7 +32,7 @@ from idc.models.speed import BACKENDS, RECOMPILES
 NATIVE = AttentionBackendName.NATIVE
 # Of `auto`, in the order in which ties are decided. None of a hub's: those fetch a binary and run it, where named only.
 CANDIDATES = ("_native_cudnn", "_flash_3", "flash", "_native_flash", "native")
-PLANNED = ("_native_cudnn", "native")  # PyTorch's own choice is cuDNN on an H100, from 2.11 on
+PLANNED = ("_native_cudnn", "native")  # on an H100 PyTorch's own choice may be cuDNN, as in 2.13
 UNPLANNED = ("_flash_3", "flash", "_native_flash", "_native_efficient")  # of `auto` for lengths that vary
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # float32's admits TF32
 ROUGH = 0.2  # of a backend that is named: those of 8 bits are inexact by design, and nobody gets one unasked

@@ -69,7 +69,8 @@ class Generate(LightningModule):
         encoding: of the MP4 files.
         baseline: another system in place of ours.
         transformer, codec, text, vlm, lora, speed: in place of the run's own, or for a checkpoint without config.yaml.
-        compute_dtype: in place of the run's own.
+        compute_dtype: in place of the run's own. bfloat16 keeps in it what autocast would round in every pass, unless
+            weights are sharded (`idc.models.rounding`).
 
     Raises:
         UserError: where there is no model in all that, or too much of it.

@@ -23,7 +23,7 @@ from idc.bench import data, generate, grpo, train
 from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason, run, stepwise
 from idc.bench.cli import main
 from idc.bench.context import Bench, default_speed
-from idc.bench.device import larger_ceiling, matrix_ceiling
+from idc.bench.device import known_device, larger_ceiling, matrix_ceiling
 from idc.bench.models import (
     RandomSpec,
     cast_as_diffusers,
@@ -37,8 +37,10 @@ from idc.bench.results import Report, Spread, at_least, at_most, below, ratios, 
 from idc.bench.setup import from_recipes, named
 from idc.bench.tables import print_report
 from idc.errors import UserError
+from idc.models.cost import StepFlops
 from idc.models.rounding import round_matrices
 from idc.models.speed import Speed
+from idc.plan.devices import DEVICES
 from idc.stages.rollouts import Rollouts
 
 CPU = torch.device("cpu")
@@ -121,16 +123,26 @@ def test_operations_of_generation_are_those_that_torch_counts(bench, group, name
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_operations_of_an_iteration_follow_from_what_ran(bench, cache):
-    light, whole = 7, 10  # stand-ins: forwards with a cache, and without
+    light, whole = StepFlops(7, 9, 100), StepFlops(10, 13, 100)  # stand-ins: forwards with a cache, and without
     plan = grpo.Plan(4, 2, {"scale": 2.5})
     counts = {"trained": 8, "sampled": 20, "caches trained": 4, "caches sampled": 6}
     fake = replace(bench)
-    object.__setattr__(fake, "forward_flops", lambda model, n, cached: light if cached else whole)
-    expected = (3 * 8 + 20) * light + (3 * 4 + 6) * 3 if cache else (3 * 8 + 20) * whole + (3 * 4 + 6) * 3
+    object.__setattr__(fake, "step_flops", lambda model, n, trainable, cached: light if cached else whole)
+    expected = 8 * (7 + 9) + 20 * 7 + 4 * (3 + 4) + 6 * 3
     if not cache:
         counts |= {"caches trained": 0, "caches sampled": 0}
-        expected = (3 * 8 + 20) * whole
+        expected = 8 * (10 + 13) + 20 * 10
     assert grpo.iteration_flops(fake, plan, cache, counts) == expected
+
+
+def test_a_backward_pass_through_frozen_weights_is_not_counted_as_two_forwards(bench):
+    real = replace(bench, setup=replace(named("1.3b"), **grpo.REAL_SIZE))
+    assert (grpo.trainable(real), grpo.trainable(bench)) == ("lora", "full")
+    for of, least, most in ((real, 2.1, 2.4), (bench, 2.9, 3.0)):
+        trained, sampled = (
+            grpo.iteration_flops(of, grpo.Plan(4, 2, {"scale": 1}), True, {kind: 1}) for kind in ("trained", "sampled")
+        )
+        assert least < trained / sampled < most
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------
@@ -273,6 +285,17 @@ def test_an_interrupt_keeps_what_was_measured():
     a, b = rows_of(outcomes, None)
     assert (a.status, a.seconds.n) == ("interrupted", 2)
     assert (b.status, b.seconds.n) == ("interrupted", 2)
+
+
+def test_an_interrupt_leaves_on_record_what_failed_before_it():
+    log, outcomes = [], []
+    cases = [
+        counting(log, "big", (1, MemoryError())), counting(log, "odd", (1, ValueError("x"))), counting(log, "whole"),
+        counting(log, "stopped", (1, KeyboardInterrupt())),
+    ]  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run([Group("g", partial(nothing_shared, *cases))], CPU, 1, 1, 0, outcomes)
+    assert [outcome.status for outcome in outcomes] == ["out of memory", "failed: ValueError: x", "ok", "interrupted"]
 
 
 def test_an_interrupt_of_a_trainer_is_one_here(bench, monkeypatch):
@@ -491,6 +514,43 @@ def test_without_subjects_there_is_no_aim_for_their_extra_time(bench):
     assert not any("extra" in aim.what for aim in generate.aims(report, without))
 
 
+def test_aims_of_denoising_leave_out_what_conditions_take(bench):
+    def row(group, name, condition, denoise):
+        case = Case(name, None, flops=6 * 10**12)
+        rounds = [[{"whole": condition + denoise, "condition": condition, "denoise": denoise}]] * 2
+        return Outcome(group, case, rounds)
+
+    outcomes = [
+        row(generate.BACKBONE, generate.OURS, 5.0, 2.0), row(generate.BACKBONE, generate.PIPELINE, 0.0, 4.0),
+        row(generate.SUBJECTS, generate.BARE, 1.0, 2.0), row(generate.SUBJECTS, "2 subjects", 9.0, 3.0),
+    ]  # fmt: skip
+    report = Report("generate", {}, {}, rows=rows_of(outcomes, ceiling_tflops=8.0))
+    assert [aim.measured for aim in generate.aims(report, bench)] == [6 / 3 / 8, 4 / 2, 3 / 2 - 1]
+    outcomes[1].rounds, outcomes[3].rounds = [], []  # the pipeline's decoding has a row of its name, too
+    outcomes.append(Outcome(generate.DECODE, replace(outcomes[1].case), [[{"whole": 1.0, "decode": 1.0}]]))
+    report.rows = rows_of(outcomes, 8.0)
+    assert [aim.measured for aim in generate.aims(report, bench)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 3060", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name_or_not_at_all(name, known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = known_device(torch.device("cuda"))
+    assert found == ({} if known is None else {"planner_device": known, "stated_tflops": DEVICES[known].bf16})
+
+
 def test_aims_are_met_missed_or_not_measured():
     assert [at_least("x", value, 1.3, "times").met for value in (1.3, 1.29, None)] == [True, False, None]
     assert [below("x", value, 0.08, "share").met for value in (0.079, 0.08)] == [True, False]
@@ -655,6 +715,7 @@ def test_a_table_shows_rows_without_figures_and_that_it_was_interrupted(capsys):
         (["grpo", "--device", "cpu", "--group", "4", "--rollouts", "6"], "whole groups of 4; the nearest is 8"),
         (["data", "--config", "recipes/sft.yaml"], "leave it out"),
         (["data", "--device", "cpu", "--clips", "15"], "--clips 15: must be 16 or more"),
+        (["data", "--device", "cpu", "--workers", "0", "-3"], "--workers -3: must be 0 or more"),
     ],
 )
 def test_what_a_user_gets_wrong_is_named_before_anything_runs(arguments, message):

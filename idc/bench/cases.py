@@ -180,7 +180,8 @@ def run(
             outcomes.append(Outcome(group.title, Case("all of it", _never), status=reason(error)))
         except KeyboardInterrupt:
             for outcome in own:
-                outcome.status = "interrupted" if outcome.status == "ok" and len(outcome.rounds) < rounds else "ok"
+                if outcome.status == "ok" and len(outcome.rounds) < rounds:
+                    outcome.status = "interrupted"
             raise
         free(device)
 

@@ -105,8 +105,9 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
         value = getattr(options, name, None)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
-    if any(workers < 0 for workers in getattr(options, "workers", [])):
-        raise UserError("--workers: must be 0 or more each")
+    for workers in getattr(options, "workers", []):
+        if workers < 0:
+            raise UserError(f"--workers {workers}: must be 0 or more")
     if options.config and options.size:
         raise UserError(f"--size {options.size}: a recipe has its own sizes; leave out --size or --config")
     for backend in options.attention:

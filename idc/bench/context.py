@@ -11,7 +11,7 @@ import torch
 
 from idc.bench.setup import WIDE, Setup
 from idc.models.attention import Choice, choose_backend, set_backend
-from idc.models.cost import forward_flops, step_flops
+from idc.models.cost import StepFlops, forward_flops, step_flops
 from idc.models.speed import Checkpointing, Speed
 
 
@@ -63,11 +63,12 @@ class Bench:
         """
         return forward_flops(model.config, **self._sizes(model, subjects), cached=cached)
 
-    def work_of_a_step(self, model: Any, subjects: int, checkpointing: str) -> int:
-        """Operations of one video's forward and backward pass, all trained, with what is computed twice: as `idc plan`
-        counts them."""
+    def step_flops(
+        self, model: Any, subjects: int, trainable: str = "full", checkpointing: str = "none", cached: bool = False
+    ) -> StepFlops:
+        """Of one video's forward and backward pass, as `idc plan` counts them."""
         sizes = self._sizes(model, subjects)
-        return step_flops(model.config, **sizes, checkpointing=checkpointing).total
+        return step_flops(model.config, **sizes, cached=cached, trainable=trainable, checkpointing=checkpointing)
 
     def _sizes(self, model: Any, subjects: int) -> dict[str, Any]:
         setup = self.setup

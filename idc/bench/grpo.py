@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -130,19 +130,26 @@ def _case(bench: Bench, plan: Plan, way: str, cache: bool) -> Case:
     )
 
 
+def trainable(bench: Bench) -> Literal["lora", "full"]:
+    """What is trained: adapters of a published model, all of a toy's."""
+    return "lora" if bench.is_real else "full"
+
+
 def iteration_flops(bench: Bench, plan: Plan, cache: bool, counts: Mapping[str, float]) -> int:
-    """Of the transformer in one iteration, by what was counted while it ran; a backward pass costs two forwards."""
+    """Of the transformer in one iteration, by what was counted while it ran, without recomputation."""
     setup = bench.setup
     spec = RandomSpec.like(setup.spec, bench.device, torch.float32, setup.seed)
     model = spec.build(setup.text_dim, setup.vlm_dim, "meta")
     # Under guidance every other forward (and every other cache) is that of the condition without subjects.
     branches = (setup.subjects,) if plan.settings.get("scale") == 1 else (setup.subjects, 0)
-    whole, light = (
-        sum(bench.forward_flops(model, n, cached=cached) for n in branches) / len(branches) for cached in (False, True)
-    )
-    passes = 3 * counts.get("trained", 0) + counts.get("sampled", 0)
-    built = 3 * counts.get("caches trained", 0) + counts.get("caches sampled", 0)
-    return int(passes * (light if cache else whole) + built * (whole - light))
+    total = 0.0
+    for n in branches:
+        whole, light = (bench.step_flops(model, n, trainable(bench), cached=cached) for cached in (False, True))
+        run = light if cache else whole
+        total += counts.get("trained", 0) * run.useful + counts.get("sampled", 0) * run.forward
+        total += counts.get("caches trained", 0) * (whole.useful - light.useful)
+        total += counts.get("caches sampled", 0) * (whole.forward - light.forward)
+    return int(total / len(branches))
 
 
 # A turn ---------------------------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ def make_stage(bench: Bench, plan: Plan, way: str, cache: bool) -> GRPO:
         codec=_codec(bench) or encoders.codec,
         text=encoders.text,
         vlm=encoders.vlm,
-        trainable="lora" if bench.is_real else "full",
+        trainable=trainable(bench),
         optimizer=partial(torch.optim.AdamW, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         compute_dtype=str(bench.dtype).removeprefix("torch."),
         speed=replace(bench.speed, compile=False),

@@ -191,7 +191,7 @@ def _case(
     open_step = partial(_our_step, bench, stage, samples, speed, drop, settings)
     turn = stepwise(open_step, bench.device)
     references = bench.setup.subjects if drop.references else 0
-    work = bench.setup.batch * bench.work_of_a_step(stage.transformer, references, speed.checkpointing)
+    work = bench.setup.batch * bench.step_flops(stage.transformer, references, checkpointing=speed.checkpointing).total
     return Case(name, turn, against, flops, bench.setup.batch, settings, work=work)
 
 

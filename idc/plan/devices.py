@@ -20,7 +20,7 @@ class Device:
     """One accelerator.
 
     Attributes:
-        name: in full.
+        name: in full. cuda_name: what CUDA calls it; cards with other limits and memories share its first words.
         bf16, tf32, float32: dense peaks in TFLOP/s of products in bfloat16, in TF32 and in plain float32.
         memory: GiB that programs can use.
         bandwidth: of its memory, GB/s.
@@ -30,6 +30,7 @@ class Device:
     """
 
     name: str
+    cuda_name: str
     bf16: float
     tf32: float
     float32: float
@@ -50,13 +51,13 @@ class Device:
 _CORE = 0.08  # TFLOP/s of a core with AVX2 at 2.5 GHz: two fused multiply-adds of eight floats a cycle
 
 DEVICES = {
-    "h100": Device("NVIDIA H100 SXM 80GB", 989, 495, 67, 79.1, 3350, 450, 50),
-    "h200": Device("NVIDIA H200 SXM 141GB", 989, 495, 67, 139.8, 4800, 450, 50),
-    "b200": Device("NVIDIA B200 180GB", 2250, 1125, 75, 178.3, 8000, 900, 50),
-    "a100": Device("NVIDIA A100 SXM 80GB", 312, 156, 19.5, 79.1, 2039, 300, 25),
-    "a100-40gb": Device("NVIDIA A100 SXM 40GB", 312, 156, 19.5, 39.4, 1555, 300, 25),
-    "l40s": Device("NVIDIA L40S 48GB", 362, 183, 91.6, 44.4, 864, 32, 25),
-    "rtx4090": Device("NVIDIA GeForce RTX 4090 24GB", 165, 82.6, 82.6, 23.5, 1008, 32, 12),
+    "h100": Device("NVIDIA H100 SXM 80GB", "NVIDIA H100 80GB HBM3", 989, 495, 67, 79.1, 3350, 450, 50),
+    "h200": Device("NVIDIA H200 SXM 141GB", "NVIDIA H200", 989, 495, 67, 139.8, 4800, 450, 50),
+    "b200": Device("NVIDIA B200 180GB", "NVIDIA B200", 2250, 1125, 75, 178.3, 8000, 900, 50),
+    "a100": Device("NVIDIA A100 SXM 80GB", "NVIDIA A100-SXM4-80GB", 312, 156, 19.5, 79.1, 2039, 300, 25),
+    "a100-40gb": Device("NVIDIA A100 SXM 40GB", "NVIDIA A100-SXM4-40GB", 312, 156, 19.5, 39.4, 1555, 300, 25),
+    "l40s": Device("NVIDIA L40S 48GB", "NVIDIA L40S", 362, 183, 91.6, 44.4, 864, 32, 25),
+    "rtx4090": Device("NVIDIA GeForce RTX 4090 24GB", "NVIDIA GeForce RTX 4090", 165, 82.6, 82.6, 23.5, 1008, 32, 12),
 }
 
 
@@ -80,4 +81,4 @@ def _cpu() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     peak = _CORE * cores
     plural = "s" * (cores > 1)
-    return Device(f"this machine's CPU ({cores} core{plural})", peak, peak, peak, memory, 20, 5, 1, share=0.25)
+    return Device(f"this machine's CPU ({cores} core{plural})", "", peak, peak, peak, memory, 20, 5, 1, share=0.25)

@@ -224,7 +224,10 @@ class Stage(LightningModule):
     ) -> None:
         """Clip by the global norm and log the norm before clipping, in one pass over the gradients."""
         if gradient_clip_algorithm not in (None, "norm"):
-            raise UserError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+            raise UserError(
+                f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported; set that, or "
+                "leave it out"
+            )
         if not hasattr(self.trainer.model, "get_global_grad_norm"):  # DeepSpeed's clips in its step: `judge_step`
             self.clip_to_norm(optimizer, gradient_clip_val)
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +18,22 @@ import pytest
 from _judge_server import Server, chat, chat_server
 from _scripted import GOOD, Scripted, candidate, one
 from _tiny_judges import save_qwen_judge
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from idc.curate import prose
 from idc.curate.candidate import Candidate, Dropped
 from idc.curate.captions import Caption
 from idc.curate.chunks import FAULTS
-from idc.curate.prose import CaptionError, check_caption, cut_at_sentence, plain_text, repeated_share, words_of
+from idc.curate.prose import (
+    CaptionError,
+    check_caption,
+    cut_at_sentence,
+    plain_text,
+    repeated_share,
+    without_emphasis,
+    words_of,
+)
 from idc.curate.words import SubjectWords
 from idc.errors import UserError
 from idc.models.judges import ImageTextJudge, JudgeError
@@ -57,6 +69,32 @@ def server() -> Iterator[Server]:
 def test_answers_become_plain_text_and_plain_text_stays(answer: str, plain: str) -> None:
     assert plain_text(answer) == plain
     assert plain_text(plain) == plain
+
+
+EMPHASIS = re.compile(r"(\*{1,3}|_{2,3}|`+|~~)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text("**__``~~ab \n\u2003", max_size=16))
+def test_emphasis_goes_as_an_expression_would_take_it_away(text: str) -> None:
+    assert without_emphasis(text) == EMPHASIS.sub(r"\2", text)
+
+
+@pytest.mark.parametrize("unit", ["*a ", "`a `", "__a ", "~~a ~", " *", "a** ", "***a **b *c "])
+def test_marks_without_a_partner_are_looked_for_once(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer of many asked each of them to search the rest of the answer."""
+    searches: list[int] = []
+
+    def counted(text: str, mark: str, start: int) -> int:
+        end = partner(text, mark, start)
+        searches.append((end if end >= 0 else len(text)) - start)
+        return end
+
+    partner = prose._partner
+    monkeypatch.setattr(prose, "_partner", counted)
+    text = (unit * 5000)[:5000]
+    assert prose.without_emphasis(text) == EMPHASIS.sub(r"\2", text)
+    assert sum(searches) <= 4 * len(text)  # characters looked at
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,38 @@ def test_what_cannot_be_compared_is_no_quiet_leak(tmp_path: Path) -> None:
         dropped(Exclude([wanted]), [plain(0)])
 
 
+def test_subjects_by_another_network_are_no_quiet_leak(tmp_path: Path) -> None:
+    """A list that could compare something with no vector of its own is refused; what a list is not for, is not."""
+    cup = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    wanted = [evaluation_set(tmp_path, ("singleobj_1", "x", [cup]), ("singleface_1", "y", [photos()["ann"]]))]
+    clip_model = CLIPEmbedder(str(save_clip(tmp_path / "clip")))
+    things = Exclude(wanted, bits=None, embedder=clip_model)
+    vectors = things.make_list().vectors
+    ((name, (vector, _)),) = vectors.items()
+    place = {"kind": "object", "box": (0, 0, 9, 9), "references": ()}
+    own = subject("cup", None, embedding=vector[0], embedder=name, **place)
+    foreign = subject("cup", None, embedding=vector[0], embedder="siglip (12)", **place)
+    bare = subject("cup", None, **place)
+    failed = subject("cup", None, meta={"no_embedding": "a sliver"}, **place)
+    person = subject("man", None, embedding=np.ones(512, np.float32) / 512**0.5, embedder="arc (7)")
+    for left_out, words in ((foreign, "by siglip"), (bare, "not embedded")):
+        with pytest.raises(UserError, match=rf"embedder is clip \(.*'cup' of k0 is {words}.*embedder: null"):
+            dropped(things, [plain(0, subjects=(left_out, person))])
+        assert set(dropped(things, [plain(0, subjects=(left_out,)), plain(1, subjects=(own,))])) == {"k1"}
+        assert dropped(Exclude(wanted, bits=None), [plain(0, subjects=(left_out,))]) == {}
+    for nothing in ((), (person,), (failed,)):
+        assert dropped(things, [plain(0, subjects=nothing)]) == {}
+    asked = plain(0, subjects=(bare,), models={"embed subjects": name})  # but not about what is of this kind
+    assert dropped(things, [asked]) == {}
+    with pytest.raises(UserError, match="not embedded"):  # asked when the shards were made that are read again
+        dropped(things, [asked.changed(meta={"shards": {}})])
+    both = Exclude(wanted, bits=None, faces=FACES, embedder=clip_model)
+    with pytest.raises(UserError, match=r"faces is sface \(.*'man' of k0 is by arc \(7\).*EmbedFaces"):
+        dropped(both, [plain(0, subjects=(own, person))])
+    seen = plain(1, models={"face tracks": "; ".join(FACES.models)})
+    assert set(dropped(both, [plain(0, subjects=(own, person)), seen])) == {"k0"}
+
+
 @pytest.mark.parametrize("wrong", [{"bits": 32}, {"cosine": 0}, {"face_cosine": 1.1}])
 def test_an_exclusion_of_no_sense_is_refused(wrong) -> None:
     with pytest.raises(UserError, match=rf"^{next(iter(wrong))}="):

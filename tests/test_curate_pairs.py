@@ -100,6 +100,26 @@ def test_blocks_and_order_change_nothing() -> None:
     assert len(found) > 20
 
 
+@pytest.mark.parametrize("mutual", [False, True])
+def test_of_equally_similar_ones_the_first_is_taken_whatever_the_blocks(mutual: bool) -> None:
+    """One picture in many videos, and others that differ from it by less than float32 can tell."""
+    draw = np.random.default_rng(2)
+    taker, noise = unit(draw.normal(size=DIM)), unit(draw.normal(size=DIM))
+    partner = unit(taker + 0.7 * noise)
+    nearly = [unit(partner + 1e-7 * draw.normal(size=DIM)) for _ in range(12)]
+    vectors = [taker, *nearly, *[partner] * 12, *nearly[::-1]]
+    clips = [clip(n, thing(vector)) for n, vector in enumerate(vectors)]
+    exact = [float(np.asarray(v, np.float64) @ np.asarray(taker, np.float64)) for v in vectors[1:]]
+    best = max(exact)
+    expected = f"k{1 + exact.index(best)}"
+    found = [pairs(clips, block=block, mutual=mutual) for block in (1, 2, 3, 5, 7, 64, 4096)]
+    assert all(some == found[0] for some in found)
+    assert who(found[0]).get("k0", expected) == expected
+    assert mutual or "k0" in who(found[0])
+    copies = [clip(n, thing(vector)) for n, vector in enumerate([taker, *[partner] * 12])]
+    assert {who(pairs(copies, block=block))["k0"] for block in (1, 2, 3, 5, 7, 64)} == {"k1"}
+
+
 def test_real_faces_find_their_own_in_other_videos() -> None:
     """Every photo once more, mirrored, relit and compressed: by SFace's own threshold nobody is taken for another."""
     looks = []
@@ -203,7 +223,13 @@ def test_two_networks_of_one_name_are_found_out() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"low": 0.99}, "must be below near_duplicate"), ({"low": -2}, "low=-2"), ({"block": 0}, "block=0")],
+    [
+        ({"low": 0.99}, "must be below near_duplicate"),
+        ({"low": -2}, "low=-2"),
+        ({"block": 0}, "block=0"),
+        ({"text_similarity": 6}, "text_similarity=6"),
+        ({"named": ["objct"]}, "named: 'objct'.*did you mean 'object'"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, message) -> None:
     with pytest.raises(UserError, match=message):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any, ClassVar, NamedTuple
@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from idc.curate.describing import model_version, plain_settings, words_of
 from idc.curate.segments import Segment
 from idc.data.video import VideoError
+from idc.errors import UserError, nearest
 
 Pixels = NDArray[np.uint8]  # RGB [H, W, 3], or [T, H, W, 3] for a clip
 Mask = NDArray[np.bool_]  # [H, W]
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+KINDS = ("person", "face", "clothing", "object", "place")  # of subjects
 
 
 class Box(NamedTuple):
@@ -84,7 +86,7 @@ class CuratedSubject:
 
     Attributes:
         name: words of the caption that name it; unique within the candidate.
-        kind: "person", "face", "clothing", "object" or "place" (`idc.metrics.base.Reference.kind` knows them).
+        kind: of `KINDS`; animals are objects, too.
         box: in pixels of the clip's frame number `frame`.
         mask: of the same frame, `[H, W]`, or None.
         frame: of the clip, from 0; before its frames are chosen, of the span, and without one of the whole source.
@@ -202,8 +204,6 @@ class Dropped:
     reason: str
     detail: str = ""
 
-
-UNANSWERED = "server did not answer"  # a drop's reason that another time may mend
 
 Outcome = Candidate | Dropped
 
@@ -330,6 +330,13 @@ def key_of(stem: str, identity: str, start: int | None = None) -> str:
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:48] or "video"
     key = f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     return key if start is None else f"{key}-{start:06d}"
+
+
+def check_kinds(setting: str, kinds: Iterable[str]) -> None:
+    """Raise `UserError` for a kind that subjects cannot have."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"{setting}: {kind!r} is no kind of subjects{nearest(kind, KINDS)}")
 
 
 def encode_png(pixels_HWC: Pixels) -> bytes:

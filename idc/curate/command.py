@@ -69,6 +69,7 @@ def parse(args: Sequence[str]) -> Curation | None:
     import idc.curate.ray  # noqa: F401  # so that its executor is among the choices that messages name
     from idc.curate.engine import Curation
     from idc.curate.list_faults import blamed, check_common, check_no_inner
+    from idc.curate.recipe_checks import check_recipe
 
     check_no_inner(args)
     check_common(args)
@@ -99,7 +100,9 @@ def parse(args: Sequence[str]) -> Curation | None:
             raise
         return None  # --print_config
     known = {name: value for name, value in vars(made).items() if name not in ("config", "common")}
-    return Curation(**known)
+    curation = Curation(**known)
+    check_recipe(curation.sources, curation.steps, curation.collection)
+    return curation
 
 
 def _names() -> list[str]:

@@ -15,7 +15,7 @@ from idc.curate.collection import CollectionStep, Survivors
 from idc.curate.fingerprints import distance, from_text, mirrored, near_pairs, perceptual_hash, to_text
 from idc.curate.reading import clip_frames
 from idc.data.video import decode_frames
-from idc.errors import UserError
+from idc.errors import UserError, nearest
 from idc.metrics.base import sample_frames
 
 FINGERPRINT = "fingerprint"  # key in the `meta` of candidates (a list of hashes) and of references (one)
@@ -71,6 +71,9 @@ class Duplicates(CollectionStep):
         mirrored: clips turned left for right are the same, too.
         overlap: spans of one video are the same from this share of the shorter one on, in (0, 1].
         prefer: name of a score; candidates without it come last. "" prefers those that come first.
+
+    Raises:
+        UserError: for a number out of its range; from `decide` for a score that no candidate has.
     """
 
     def __init__(self, bits: int = 15, mirrored: bool = True, overlap: float = 0.5, prefer: str = "") -> None:
@@ -155,7 +158,9 @@ class _Table:
         films, place, hashes, scores = array("q"), array("q"), array("Q"), array("d")
         spans: dict[str, list[tuple[int, str, tuple[int, int] | None]]] = defaultdict(list)
         frames = 0
+        named: set[str] = set()
         for row, candidate in enumerate(survivors):
+            named.update(candidate.scores)
             self.keys.append(candidate.key)
             films.append(numbers.setdefault((candidate.source, candidate.video), len(numbers)))
             scores.append(-candidate.scores.get(prefer, -np.inf) if prefer else 0.0)
@@ -168,6 +173,8 @@ class _Table:
                 )
             place.append(len(hashes) // frames if texts else -1)
             hashes.extend(from_text(texts).tolist())
+        if prefer and self.keys and prefer not in named:
+            raise UserError(f"prefer={prefer!r}: no candidate has that score{nearest(prefer, named)}")
         self.films, self.place = np.array(films, np.int64), np.array(place, np.int64)
         self.hashes = np.array(hashes, np.uint64).reshape(-1, max(frames, 1))
         self.order: list[int] = np.argsort(np.array(scores), kind="stable").tolist()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Step
+from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Step, check_kinds
 from idc.curate.describing import model_version
 from idc.curate.face_quality import frontal_and_sharp
 from idc.curate.faces import (
@@ -120,10 +120,11 @@ class EmbedSubjects(Step):
             batch: candidates at a time.
 
         Raises:
-            UserError: for less than one.
+            UserError: for less than one, or a kind that there is none of.
         """
         if batch < 1:
             raise UserError(f"batch={batch}: must be 1 or more")
+        check_kinds("kinds", kinds)
         self.embedder, self.kinds, self.batch = embedder, tuple(kinds), batch
 
     @property

@@ -17,8 +17,11 @@ from idc.curate.candidate import Candidate, CuratedSubject, Dropped, Pixels, dec
 from idc.curate.collection import CollectionStep, Survivors
 from idc.curate.describing import model_version
 from idc.curate.duplicates import FINGERPRINT
-from idc.curate.faces import embedder_name
+from idc.curate.embed import REASON as NO_EMBEDDING
+from idc.curate.embed import EmbedFaces, EmbedSubjects
+from idc.curate.faces import PEOPLE, FaceTracks, embedder_name
 from idc.curate.fingerprints import Hashes, distance, from_text, mirrored, perceptual_hash
+from idc.curate.sources.shards import META as FROM_SHARDS
 from idc.data.benchmark import Item
 from idc.data.item_sources import ItemSource
 from idc.data.video import VideoError
@@ -64,7 +67,8 @@ class Exclude(CollectionStep):
     """Drops what the evaluation set has: the same source video, caption, picture or subject.
 
     Pictures are compared by the fingerprints that the step `Fingerprint` gives clips and references; subjects by the
-    embeddings that they have by the same networks.
+    embeddings that they have by the same networks. Where a collection has subjects by several embedders, a step for
+    each compares them; one that can compare none of its kind of subjects is refused, since that would be a quiet leak.
 
     Args:
         items: evaluation sets, such as `idc.data.item_sources.Benchmark`; their prompts and pictures are looked for.
@@ -110,7 +114,9 @@ class Exclude(CollectionStep):
         found: dict[str, Match] = {}
         videos: dict[str, str] = {}
         fingerprinted = not len(survivors) or not len(wanted.hashes)
+        compared = _Compared(wanted.vectors, self.faces)
         for candidate in survivors:
+            compared.see(candidate)
             fingerprinted |= FINGERPRINT in candidate.meta
             if match := self.match(candidate, wanted):
                 found[candidate.key] = match
@@ -120,6 +126,7 @@ class Exclude(CollectionStep):
                 "exclude: no clip has a fingerprint to compare pictures by; add the step "
                 "idc.curate.duplicates.Fingerprint behind the others, or set bits: null"
             )
+        compared.check()
         for candidate in survivors:
             if candidate.key in found:
                 yield candidate.dropped(self.name, *found[candidate.key])
@@ -199,6 +206,49 @@ class Exclude(CollectionStep):
             name = model_version(self.embedder)
             self.embedder.unload()
             yield name, (vectors, [id for id, _ in pictures])
+
+
+class _Compared:
+    """Which lists of vectors had subjects to be compared with.
+
+    Args:
+        names: of the embedders that there are vectors by.
+        faces: that of them which embeds people, where there is one; the other is for all else.
+    """
+
+    def __init__(self, names: Iterable[str], faces: FaceBackend | None) -> None:
+        self._faces = embedder_name(faces) if faces else ""
+        # As provenance names what a step used.
+        self._models = {name: set(faces.models) if faces and name == self._faces else {name} for name in names}
+        self._used: set[str] = set()
+        self._missed: dict[bool, tuple[str, str, str]] = {}  # whether people -> (key, name, its embedder), the first
+
+    def see(self, candidate: Candidate) -> None:
+        if FROM_SHARDS not in candidate.meta:  # there, models tell what was done long ago, and vectors are not kept
+            for step in (FaceTracks, EmbedFaces, EmbedSubjects):
+                asked = set(candidate.models.get(step.name, "").split("; "))
+                self._used |= {name for name, models in self._models.items() if models <= asked}
+        for subject in candidate.subjects:
+            embedder = "" if subject.embedding is None else subject.embedder
+            if embedder in self._models:
+                self._used.add(embedder)
+            elif embedder or (subject.box is not None and NO_EMBEDDING not in subject.meta):
+                self._missed.setdefault(subject.kind in PEOPLE, (candidate.key, subject.name, embedder))
+
+    def check(self) -> None:
+        """Raise UserError for a list that nothing was compared with, though there was something."""
+        for name in self._models:
+            missed = self._missed.get(name == self._faces)
+            if name in self._used or missed is None:
+                continue
+            key, subject, other = missed
+            setting, step = ("faces", "EmbedFaces") if name == self._faces else ("embedder", "EmbedSubjects")
+            had = f"by {other}" if other else "not embedded"
+            raise UserError(
+                f"exclude: {setting} is {name}, by which no subject has an embedding to be compared ({subject!r} of "
+                f"{key} is {had}); give the {setting} that the steps embed subjects by, add the step "
+                f"idc.curate.embed.{step} with this one, or set {setting}: null"
+            )
 
 
 def _items_of(source: ItemSource, folder: Path) -> tuple[list[Item], Mapping[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ TEXTS = ("json", "txt")
 READERS = 16  # requests at a time for shards behind a URL, where one by one would wait for the network
 # Of a sample's meta, what has a place of its own in `Seen`; all else is shown as it is.
 KNOWN = ("subjects", "kinds", "scores", "models", "safety", "category", "video", "source", "licence")
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters, alone
+_MAY_HALVE = re.compile(rb"\\u[dD]|\xed[\xa0-\xbf]")  # in JSON, which mostly has none
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class SeenDrop:
-    """What was dropped, as a line of drops.jsonl says; `seconds` only from `idc shards build`."""
+    """What was dropped, as a line of drops.jsonl says; where `idc shards build` tells the second, it is in `detail`."""
 
     source: str = ""
     video: str = ""
@@ -207,9 +210,13 @@ def _read(root: str, name: str) -> bytes:
 
 
 def _json(data: bytes) -> Any:
-    """NaN and the infinities, which are no JSON, are None, and so is a number that a float cannot hold."""
+    """NaN and the infinities, which are no JSON, are None, and so is a number that a float cannot hold; halves of
+    characters, which no file of text can hold again, are U+FFFD."""
     try:
-        return json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+        value = json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+        if _MAY_HALVE.search(data) and _HALVES.search(text := json.dumps(value, ensure_ascii=False)):
+            value = json.loads(_HALVES.sub("\ufffd", text))
+        return value
     except (ValueError, RecursionError):
         return None
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from idc.curate.candidate import Candidate, CuratedSubject
+from idc.curate.candidate import Candidate, CuratedSubject, check_kinds
 from idc.curate.collection import Adopt, CollectionStep, Survivors
 from idc.curate.given_pairs import given_pairs, picture_of
 from idc.curate.names import NameVectors
@@ -27,7 +27,6 @@ from idc.errors import UserError
 from idc.models.embedders import ImageTextEmbedder
 
 Rows = NDArray[np.int64]
-BEST = 4  # partners of a subject that are looked at exactly
 SLACK = 1e-4  # by which a product of float32 may be off
 
 
@@ -60,8 +59,9 @@ class CrossVideoPairs(CollectionStep):
         first: the reference comes before the subject's own ones.
         given: take the pairs that a source knows of its candidates (OpenS2V-5M's), too; they come before those found
             here, and `low` and `text_similarity` do not hold for them.
-        block: subjects compared with as many others at a time; memory is its square times 12 bytes.
-        device: where products are computed. Their decisions do not depend on it: what is near is computed once more.
+        block: subjects compared with as many others at a time; memory is its square times 16 bytes. What is decided
+            does not depend on it.
+        device: where products are computed. What is decided does not depend on it: what is near is computed once more.
     """
 
     after_split: ClassVar[bool] = True
@@ -85,6 +85,9 @@ class CrossVideoPairs(CollectionStep):
                 raise UserError(f"{name}={value}: a cosine, in [-1, 1]")
         if low >= near_duplicate:
             raise UserError(f"low={low}: must be below near_duplicate={near_duplicate}, or nothing lies between them")
+        if not 0 <= text_similarity <= 1:
+            raise UserError(f"text_similarity={text_similarity}: how alike names are, in [0, 1]; 0.6 is usual")
+        check_kinds("named", named)
         if block < 1:
             raise UserError(f"block={block}: must be 1 or more; 4096 is usual")
         self.low, self.near_duplicate, self.text_similarity = low, near_duplicate, text_similarity
@@ -126,50 +129,62 @@ class CrossVideoPairs(CollectionStep):
             yield Adopt(*own, *theirs, group.pictures[other], round(cosine, 6), self.first, embedder)
 
     def _closest(self, group: _Group, kind: str, low: float) -> tuple[Rows, Rows, NDArray[np.float64]]:
-        """(row, its most similar row within bounds, their cosine) of all that have one, rows rising."""
+        """(row, its most similar row within bounds, their cosine) of all that have one, rows rising; of several that
+        are equally similar, the first. In blocks of products, of which those that may be the best are computed once
+        more, exactly and one by one: what is found depends neither on the blocks nor on where they were computed."""
         vectors = group.vectors()
-        candidates = self._near(group, vectors, kind, low)
-        best = np.full(len(candidates), -1)
-        cosines = np.full(len(candidates), -np.inf)
-        for others in candidates.T:  # exactly, and the same wherever the products were computed
-            for start in range(0, len(candidates), self._block):
-                rows = np.arange(start, min(start + self._block, len(candidates)))
-                rows = rows[others[rows] >= 0]
-                exact = np.einsum(
-                    "nd,nd->n", vectors[rows].astype(np.float64), vectors[others[rows]].astype(np.float64)
-                )
-                better = (exact > cosines[rows]) | ((exact == cosines[rows]) & (others[rows] < best[rows]))
-                better &= (exact >= low) & (exact <= self.near_duplicate)
-                best[rows[better]], cosines[rows[better]] = others[rows[better]], exact[better]
-        rows = np.flatnonzero(best >= 0)
-        return rows, best[rows], cosines[rows]
-
-    def _near(self, group: _Group, vectors: NDArray[np.float32], kind: str, low: float) -> Rows:
-        """The most similar rows that may be the partner of each row, int64 `[N, BEST]`, -1 where there are no more."""
-        import torch
-
         names = NameVectors(*group.unique_names(), self.text) if kind in self.named else None
         givers = np.arange(len(group)) if self.mutual else np.flatnonzero(np.array(group.pictures) >= 0)
         videos, splits = np.array(group.videos), np.array(group.splits)
-        found = np.full((len(group), BEST), -1)
+        best, cosines = np.full(len(group), -1), np.full(len(group), -np.inf)
         for start in range(0, len(group), self._block):
             rows = np.arange(start, min(start + self._block, len(group)))
-            own = torch.from_numpy(vectors[rows]).to(self._device)
-            top, which = torch.full((len(rows), BEST), -torch.inf), torch.full((len(rows), BEST), -1)
             for begin in range(0, len(givers), self._block):
                 others = givers[begin : begin + self._block]
-                cosine = (own @ torch.from_numpy(vectors[others]).to(self._device).T).cpu()
+                products = self._products(vectors, rows, others)
                 allowed = (videos[rows][:, None] != videos[others]) & (splits[rows][:, None] == splits[others])
                 if names is not None:
                     allowed &= names.between(rows, others) >= self.text_similarity - SLACK
-                allowed &= (cosine.numpy() >= low - SLACK) & (cosine.numpy() <= self.near_duplicate + SLACK)
-                cosine[~torch.from_numpy(allowed)] = -torch.inf
-                all_top = torch.cat([top, cosine], 1)
-                all_which = torch.cat([which, torch.from_numpy(others).expand(len(rows), -1)], 1)
-                top, place = all_top.topk(BEST)
-                which = all_which.gather(1, place)
-            found[rows] = torch.where(top > -torch.inf, which, -1).numpy()
-        return found
+                allowed &= (products >= low - SLACK) & (products <= self.near_duplicate + SLACK)
+                # What surely lies within bounds rules out what is surely less similar.
+                sure = allowed & (products >= low + SLACK) & (products <= self.near_duplicate - SLACK)
+                reached = np.maximum(np.where(sure, products, -np.inf).max(1, initial=-np.inf) - SLACK, cosines[rows])
+                allowed &= products >= reached[:, None] - SLACK
+                self._settle(vectors, rows, others, allowed, low, best, cosines)
+        rows = np.flatnonzero(best >= 0)
+        return rows, best[rows], cosines[rows]
+
+    def _products(self, vectors: NDArray[np.float32], rows: Rows, others: Rows) -> NDArray[np.float32]:
+        """Cosines of some rows to others, `[len(rows), len(others)]`, to `SLACK`."""
+        import torch
+
+        own, other = (torch.from_numpy(vectors[some]).to(self._device) for some in (rows, others))
+        return (own @ other.T).cpu().numpy()
+
+    def _settle(
+        self,
+        vectors: NDArray[np.float32],
+        rows: Rows,
+        others: Rows,
+        allowed: NDArray[np.bool_],
+        low: float,
+        best: Rows,
+        cosines: NDArray[np.float64],
+    ) -> None:
+        """Put into `best` and `cosines` what is better among the allowed pairs of `rows` and `others`."""
+        places = np.nonzero(allowed)
+        for start in range(0, len(places[0]), self._block):
+            row, other = (
+                some[place[start : start + self._block]] for some, place in zip((rows, others), places, strict=True)
+            )
+            exact = np.einsum("nd,nd->n", vectors[row].astype(np.float64), vectors[other].astype(np.float64))
+            within = (exact >= low) & (exact <= self.near_duplicate)
+            row, other, exact = row[within], other[within], exact[within]
+            order = np.lexsort((other, -exact, row))
+            firsts = order[np.unique(row[order], return_index=True)[1]]  # of each row its most similar one
+            row, other, exact = row[firsts], other[firsts], exact[firsts]
+            better = (exact > cosines[row]) | ((exact == cosines[row]) & (other < best[row]))
+            best[row[better]], cosines[row[better]] = other[better], exact[better]
 
 
 def _one_each(offers: Iterable[Adopt]) -> Iterator[Adopt]:

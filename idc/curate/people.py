@@ -25,8 +25,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 class Sighting(NamedTuple):
     """A face seen at a tick (frame number at the target rate, or rank of a source's frame).
 
-    `alone` where no other face is in its crop; `yaw` in degrees and `sharpness` as `idc.curate.faces` measures them, 0
-    where nobody did.
+    `alone` where no other face is in its crop; `yaw` in degrees and `sharpness` as `idc.curate.face_quality` measures
+    them, 0 where nobody did.
     """
 
     tick: int

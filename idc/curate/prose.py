@@ -76,7 +76,7 @@ _LINK = re.compile(r"!?\[([^\[\]]{0,300})\]\([^()]{0,600}\)")
 _LINE_START = re.compile(
     r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]*|[-*+•][ \t]+|\d{1,2}[.)][ \t]+|[-*_=]{3,}[ \t]*$)", re.MULTILINE
 )
-_EMPHASIS = re.compile(r"(\*{1,3}|_{2,3}|`+|~~)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
+_MARKS = re.compile(r"\*{1,3}|_{2,3}|`+|~~")  # of emphasis
 _PREAMBLE = re.compile(
     r"""^(?:(?:sure|certainly|of\ course|okay|ok|absolutely)(?:\ thing)?[!,.]\s*)?
         (?:(?:here(?:'s|’s|\ is)|below\ is|this\ is)\b[^\n.:]{0,80}\b(?:caption|description|text)\b[^\n.:]{0,60}:\s*)?
@@ -147,13 +147,46 @@ def plain_text(answer: str) -> str:
     text = _LINK.sub(r"\1", text)
     text = _LINE_START.sub("", text)
     for _ in range(2):  # emphasis within emphasis
-        text = _EMPHASIS.sub(r"\2", text)
+        text = without_emphasis(text)
     text = _PREAMBLE.sub("", text.strip(), count=1)
     text = " ".join(text.split())
     for left, right in ('""', "''", "“”", "‘’"):
         if len(text) > 1 and text[0] == left and text[-1] == right and not {left, right} & set(text[1:-1]):
             text = text[1:-1].strip()
     return text
+
+
+def without_emphasis(text: str) -> str:
+    """The text without pairs of equal marks that stand close to the words between them, such as ** and **; of a longer
+    row of marks, as many as there is a partner for.
+
+    One pass: a mark that has no partner behind it is not looked for again, so that time grows as the text does.
+    """
+    parts: list[str] = []
+    alone: set[str] = set()
+    done = place = 0
+    while found := _MARKS.search(text, place):
+        place = found.start() + 1
+        shortest = 1 if found[0][0] in "*`" else 2
+        for size in range(len(found[0]), shortest - 1, -1):
+            mark, inner = found[0][:size], found.start() + size
+            if mark in alone or not text[inner : inner + 1].strip():
+                continue
+            end = _partner(text, mark, inner + 1)
+            if end < 0:
+                alone.add(mark)
+                continue
+            parts += [text[done : found.start()], text[inner:end]]
+            done = place = end + size
+            break
+    return "".join([*parts, text[done:]])
+
+
+def _partner(text: str, mark: str, start: int) -> int:
+    """Where a mark comes again from `start` on, right behind a word; -1 where it does not."""
+    while (start := text.find(mark, start)) >= 0 and text[start - 1].isspace():
+        start += 1
+    return start
 
 
 def repeated_share(words: Sequence[str]) -> float:

@@ -32,10 +32,17 @@ def dumps(value: Any) -> str:
     """Plain JSON on one line, keys sorted; NumPy's numbers and arrays as Python's.
 
     Raises:
-        ValueError: for a number that is not finite.
+        ValueError: for a number that is not finite, and for text that no file can hold: half of a character, as an
+            answer that ends within an emoji may have.
         TypeError: for anything that is no plain data.
     """
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False, default=_plain)
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False, default=_plain)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 40) : error.end]
+        raise ValueError(f"text that is no Unicode: half of a character ends {around!a}") from None
+    return text
 
 
 def _plain(value: Any) -> Any:
@@ -162,8 +169,8 @@ def _mask_png(mask: Mask) -> bytes:
 
 
 def drop_record(drop: Dropped) -> dict[str, str]:
-    """A drop as plain JSON."""
-    return {name: str(value) for name, value in vars(drop).items()}
+    """A drop as plain JSON; what is no Unicode in it, such as in the words of a server, is spelt out."""
+    return {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in vars(drop).items()}
 
 
 def _checked(what: str, array: Any, dtype: type, shape: tuple[int | None, ...]) -> Any:

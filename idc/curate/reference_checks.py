@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Reference, Step
+from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Reference, Step, check_kinds
 from idc.curate.references import REASON
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
@@ -60,6 +60,7 @@ class CheckReferences(Step):
                 f"min_similarity={min_similarity}, max_similarity={max_similarity}: cosines, the first not above the "
                 "second"
             )
+        check_kinds("kinds", kinds)
         if lacking not in LACKING:
             raise UserError(f"lacking={lacking!r}{nearest(lacking, LACKING)}")
         unknown = [origin for origin in origins if origin not in ORIGINS]

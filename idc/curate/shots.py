@@ -114,10 +114,12 @@ class Shots(Step):
                 "soft": [before.start > before.end, after.start > after.end],
                 **({"segment": str(candidate.segment)} if candidate.segment else {}),
             }
-            ranks = range(start, max(start, stop))
-            subjects = tuple(placed(subject, ranks, counted) for subject in candidate.subjects)
-            key, span = part_key(candidate.key, before.start), (start, ranks.stop)
-            shots.append(self._shot(candidate.changed(key=key, span=span, segment=None, subjects=subjects), note))
+            span = start, max(start, stop)
+            ranks = tuple(rank for rank in candidate.ranks if start <= rank < stop)  # of a shard's clip, all are chosen
+            subjects = tuple(placed(subject, ranks or range(*span), counted) for subject in candidate.subjects)
+            key = part_key(candidate.key, before.start)
+            shot = candidate.changed(key=key, span=span, ranks=ranks, segment=None, subjects=subjects)
+            shots.append(self._shot(shot, note))
         return shots
 
     def _shot(self, shot: Candidate, note: dict[str, Any]) -> Outcome:

@@ -184,7 +184,7 @@ class Cut(Step):
         if candidate.clip is not None or candidate.encoded is not None:
             return candidate
         if not candidate.ranks:
-            raise UserError(f"step {self.name!r}: {candidate.key} has no frames chosen yet; put Windows before it")
+            raise UserError(f"{candidate.key} has no frames chosen yet; put idc.curate.windows.Windows before it")
         height, width = size_of(candidate)
         still = inspect(candidate).is_image
         view, frames = View.fit(height, width, _Shape(self.height, self.width, self.resize)), len(candidate.ranks)

@@ -22,7 +22,7 @@ from idc.curate.scenarios import head_noun
 from idc.errors import UserError, nearest
 from idc.models.judges import ImageTextJudge, Judge, JudgeError, Question, quote
 
-KINDS = ("person", "animal", "clothing", "object", "place")
+KINDS = ("person", "animal", "clothing", "object", "place")  # of phrases; what subjects become of them, `_kind` tells
 TAGS = {"person": "subject", "animal": "subject", "clothing": "object", "object": "object", "place": "background"}
 LONGEST_PHRASE = 12  # words; more is a sentence
 TOKENS_EACH = 20  # of an answer, for each subject

@@ -41,6 +41,13 @@ class SampleError(Exception):
         self.reason = reason
 
 
+def check_prefix(prefix: str) -> None:
+    """Raise `UserError` for what shards' names cannot begin with."""
+    if not re.fullmatch(r"[\w-]+", prefix, re.ASCII):
+        near = re.sub(r"[^\w-]+", "-", prefix.removesuffix(".tar"), flags=re.ASCII).strip("-") or "shard"
+        raise UserError(f"prefix={prefix!r}: letters, digits, - and _ only; did you mean {near!r}?")
+
+
 class ShardWriter:
     """Write samples into `{prefix}-{number:06d}.tar` files of `samples_per_shard` each.
 
@@ -53,8 +60,7 @@ class ShardWriter:
     ) -> None:
         if samples_per_shard < 1:
             raise UserError(f"samples_per_shard={samples_per_shard}: must be at least 1")
-        if not re.fullmatch(r"[\w-]+", prefix, re.ASCII):
-            raise UserError(f"prefix={prefix!r}: letters, digits, - and _ only")
+        check_prefix(prefix)
         if not storage.is_url(root):
             Path(root).mkdir(parents=True, exist_ok=True)
         self.root, self.prefix, self.samples_per_shard = root, prefix, samples_per_shard

@@ -163,7 +163,8 @@ def answer_text(reply: Any, max_tokens: int) -> str:
         raise JudgeError("the server's content filter stopped the answer")
     if isinstance(text, list):
         text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
-    text = text.strip() if isinstance(text, str) else ""
+    # A server that cuts its tokens within an emoji gives half of it, which no file of text can hold.
+    text = text.encode("utf-8", "replace").decode().strip() if isinstance(text, str) else ""
     if finish == "length":
         raise JudgeError(f"the answer was cut at max_tokens={max_tokens}: {quote(text)}")
     return text

@@ -22,10 +22,12 @@ from idc.curate.candidate import (
     Pixels,
     Reference,
     Source,
+    check_kinds,
     decode_cutout,
     encode_png,
     key_of,
 )
+from idc.curate.reaching import UnreachedError, reaching
 from idc.curate.sources.listing import File, is_image, is_text, walk, with_marks
 from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
 from idc.data import storage
@@ -33,7 +35,6 @@ from idc.data.scan import IMAGE_EXTS
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
 
-KINDS = ("person", "face", "clothing", "object", "place")
 SAME = ("file", "folder")
 
 
@@ -78,9 +79,8 @@ class SubjectImages(Source):
         max_side: int = 1024,
         leave_out: str = "",
     ) -> None:
-        for value in (kind, *(kinds or {}).values()):
-            if value not in KINDS:
-                raise UserError(f"kind={value!r} is not known{nearest(value, KINDS)}")
+        check_kinds("kind", [kind])
+        check_kinds("kinds", (kinds or {}).values())
         if same_subject not in SAME:
             raise UserError(f"same_subject={same_subject!r} is not known{nearest(same_subject, SAME)}")
         if others < 0 or max_side < 16:
@@ -177,11 +177,14 @@ def read_picture(path: str) -> bytes:
     """The bytes of a picture's file.
 
     Raises:
-        VideoError: where it cannot be read, or is empty.
+        VideoError: where it is not there, or empty.
+        UnreachedError: where it cannot be read now.
     """
     try:
-        with storage.open_read(path) as stream:
+        with reaching(path), storage.open_read(path) as stream:
             data = stream.read()
+    except UnreachedError:
+        raise
     except Exception as error:  # every file system behind fsspec has its own
         raise VideoError(f"cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})") from None
     if not data:

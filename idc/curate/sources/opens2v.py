@@ -7,6 +7,7 @@ Filters on what the record says come before any video is touched.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from idc.curate.candidate import Candidate, Dropped, Outcome, Source, key_of, plain_settings
+from idc.curate.reaching import reaching
 from idc.curate.sources.opens2v_pairs import Pairs, PairSettings, pair_files
 from idc.curate.sources.opens2v_record import CAPTIONS, META, SPANS, RecordError, from_record, picture_size
 from idc.curate.sources.streaming import Record, is_packed, plain_json, stream_records
@@ -48,7 +50,8 @@ class OpenS2V5M(Source):
         pair_settings: which of them, and the cap on near-duplicates.
 
     Raises:
-        UserError: for another number of roots than of files, a file given twice, or an expression that is none.
+        UserError: for another number of roots than of files, a file given twice, an expression that is none, or a
+            bound that is out of its range.
     """
 
     def __init__(
@@ -80,6 +83,16 @@ class OpenS2V5M(Source):
             re.compile(parts)
         except re.error as error:
             raise UserError(f"parts={parts!r}: no regular expression ({error})") from None
+        bounds = {"min_tech": min_tech, "min_motion": min_motion, "max_motion": max_motion}
+        for setting, bound in {**bounds, "min_aesthetic": min_aesthetic}.items():
+            if bound is not None and not math.isfinite(bound):
+                raise UserError(f"{setting}={bound}: must be a number; null is no bound")
+        if min_motion is not None and max_motion is not None and min_motion > max_motion:
+            told = f"min_motion={min_motion}, max_motion={max_motion}: the least is above the most"
+            raise UserError(f"{told}; did you mean min_motion={max_motion}, max_motion={min_motion}?")
+        for setting, least in (("min_side", min_side), ("min_frames", min_frames)):
+            if least < 0:
+                raise UserError(f"{setting}={least}: must be 0 or more; 0 is no bound")
         self._roots = roots * len(self._paths) if len(roots) == 1 else roots
         self._pairs = pairs
         self._files = _short_names(self._paths)
@@ -159,7 +172,8 @@ class OpenS2V5M(Source):
             return payload["record"]
         path = self._paths[self._files.index(payload["file"])]
         try:
-            data = storage.read_range(path, payload["at"], payload["size"])
+            with reaching(path, f"{payload['file']}: "):
+                data = storage.read_range(path, payload["at"], payload["size"])
             return plain_json(json.loads(data))
         except (OSError, ValueError, RecursionError) as error:
             raise RecordError("malformed record", f"{payload['file']}: {error}") from None

@@ -15,6 +15,7 @@ from typing import Any
 from idc.curate.sources.listing import walk
 from idc.curate.sources.streaming import Record, plain_json, stream_records
 from idc.data import storage
+from idc.errors import UserError
 
 FIRST_FIELDS = ("cur_id", "aft_id")
 _OWN, _OTHER = "cur_", "aft_"
@@ -29,9 +30,20 @@ class PairSettings:
         max_image: largest cosine of the two pictures: above, they are nearly the same picture, and a reference would
             teach to copy.
         most: pairs of one record, those of the most similar pictures first.
+
+    Raises:
+        UserError: for a number out of its range.
     """
 
     def __init__(self, min_text: float = 0.6, min_image: float = 0.6, max_image: float = 0.95, most: int = 32) -> None:
+        for name, value in (("min_text", min_text), ("min_image", min_image), ("max_image", max_image)):
+            if not -1 <= value <= 1:
+                raise UserError(f"{name}={value}: a cosine, in [-1, 1]")
+        if min_image > max_image:
+            told = f"min_image={min_image}, max_image={max_image}: the least is above the most"
+            raise UserError(f"{told}; did you mean min_image={max_image}, max_image={min_image}?")
+        if most < 1:
+            raise UserError(f"most={most}: must be 1 or more; 32 is usual")
         self.min_text, self.min_image, self.max_image, self.most = min_text, min_image, max_image, most
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from idc.curate.candidate import (
+    KINDS,
     Box,
     Candidate,
     CuratedSubject,
@@ -22,6 +23,7 @@ from idc.curate.candidate import (
     Source,
     key_of,
 )
+from idc.curate.reaching import UnreachedError, is_passing
 from idc.curate.sources import rle
 from idc.data import storage
 from idc.data.index import Entry, ShardIndex
@@ -33,17 +35,22 @@ if TYPE_CHECKING:
     from idc.curate.looking import SeenReference, SeenSubject
 
 META = "shards"
-KINDS = {"human": "person", "background": "place"}  # what a reference is to the metrics -> what its subject is
-# Of what curation writes into a sample's meta, that which comes back as attributes of the candidate.
+OF_REFERENCE = {"human": "person", "background": "place"}  # what one is to the metrics -> what its subject is
+# Of what curation writes into a sample's meta, that which is about the file that its clip was cut from, in that file's
+# frames and pixels: attributes of the candidate that it was, and the notes of steps before the clip and of its cut. The
+# candidate that is read is of another file, the clip itself.
 ATTRIBUTES = ("path", "span", "crop", "ranks", "fps")
+NOTES = ("decode check", "shots", "technical filter", "windows", "cut")
 
 
 class ExistingShards(Source):
     """The samples of a folder of shards that has an index (`idc shards index` makes one), in its order.
 
     Captions, references, boxes, masks, scores, models, licence, safety and the source video come back as they were
-    written. A reference whose origin the sample does not tell is "given". The shard and the source that a sample was
-    once of are in meta["shards"]; `path` is that of the clip's bytes within its tar (`idc.data.storage.part_path`).
+    written. A reference whose origin the sample does not tell is "given"; a subject of a kind that curation has not is
+    an "object", and its meta["shards"] says which. The shard and the source that a sample was once of are in
+    meta["shards"], with the span, crop and frames that it had there and what the steps noted of that source's file;
+    `path` is that of the clip's bytes within its tar (`idc.data.storage.part_path`).
 
     Args:
         path: folder or fsspec URL.
@@ -99,6 +106,8 @@ class ExistingShards(Source):
             members = read_members(self._root, entry)
             yield self._candidate(key, entry, members)
         except SampleError as error:
+            if error.__cause__ and is_passing(self._root, error.__cause__):
+                raise UnreachedError(error.reason) from error
             yield Dropped(self.name, f"{entry.shard}/{entry.key}", key, "source", "unreadable sample", error.reason)
 
     def _candidate(self, key: str, entry: Entry, members: Mapping[str, bytes]) -> Candidate:
@@ -114,9 +123,10 @@ class ExistingShards(Source):
             raise SampleError("a preference pair, whose worse clip no step knows of")
         frames, height, width, _ = entry.bucket
         place = next(member for member in entry.members if member.ext == ext)
-        own = {name: value for name, value in seen.meta.items() if name not in ATTRIBUTES}
+        earlier = (*ATTRIBUTES, *NOTES)
+        own = {name: value for name, value in seen.meta.items() if name not in earlier}
         was = {"shard": entry.shard, "key": entry.key, "sha256": entry.sha256, "source": seen.source}
-        was |= {name: seen.meta[name] for name in ATTRIBUTES if name in seen.meta}
+        was |= {name: seen.meta[name] for name in earlier if name in seen.meta}
         if META in own:  # it was read from shards before
             was["before"] = own[META]
         return Candidate(
@@ -151,15 +161,17 @@ def _entry(source: str, payload: Mapping[str, Any]) -> Entry:
 
 
 def _subject(seen: SeenSubject, entry: Entry, members: Mapping[str, bytes]) -> CuratedSubject:
+    kind = OF_REFERENCE.get(seen.kind, seen.kind or "object")
+    odd = {} if kind in KINDS else {META: {"kind": kind}}  # other tools have others, and prompts repeat what it is
     return CuratedSubject(
         name=seen.name or "subject",
-        kind=KINDS.get(seen.kind, seen.kind or "object"),
+        kind="object" if odd else kind,
         box=None if seen.box is None else Box(*seen.box),
         mask=_mask(seen, entry),
         frame=seen.frame,
         score=seen.score or 0.0,
         references=tuple(_reference(reference, members) for reference in seen.references if reference.ext in members),
-        meta=dict(seen.details),
+        meta={**seen.details, **odd},
     )
 
 

@@ -5,7 +5,8 @@ Beside `a/film.mp4` there may be `a/film.txt`, its caption, and `a/film.json`, p
     caption     as above, and before it
     licence     of this file (or `license`)
     safety      verdicts of safety filters by name, carried along
-    subjects    list of {"name", "kind", "box": [left, top, right, bottom] in pixels of the frame "frame",
+    subjects    list of {"name", "kind": "person", "face", "clothing", "object" (which it is where none is told) or
+                "place", "box": [left, top, right, bottom] in pixels of the frame "frame",
                 "references": pictures, by paths relative to the file's folder}
     video       what is one video for splits and pairs, where several files are parts of it
 
@@ -24,11 +25,12 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
-from idc.curate.candidate import Box, Candidate, CuratedSubject, Reference, decode_image, encode_png
+from idc.curate.candidate import KINDS, Box, Candidate, CuratedSubject, Reference, decode_image, encode_png
+from idc.curate.reaching import UnreachedError, reaching
 from idc.curate.sources.listing import File, content_mark, is_image, is_text
 from idc.data import storage
 from idc.data.video import VideoError
-from idc.errors import UserError
+from idc.errors import UserError, nearest
 
 SUFFIXES = (".json", ".txt")
 META = "folder"
@@ -178,11 +180,15 @@ def read_beside(root: str, name: str) -> bytes:
     """The bytes of a small file below `root`.
 
     Raises:
-        SidecarError: where it cannot be read, or is too large.
+        SidecarError: where it is not there, or too large.
+        UnreachedError: where it cannot be read now.
     """
+    path = storage.join(root, name)
     try:
-        with storage.open_read(storage.join(root, name)) as stream:
+        with reaching(path, f"{name}: "), storage.open_read(path) as stream:
             data = stream.read(LARGEST + 1)
+    except UnreachedError:
+        raise
     except Exception as error:  # every file system behind fsspec has its own
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise SidecarError(f"{name}: {reason}") from None
@@ -269,6 +275,8 @@ def _subject(item: Any, folder: str, read: ReadFile) -> CuratedSubject:
             raise SidecarError(f"box {box!r} of {item['name']!r}: [left, top, right, bottom] in pixels")
     if not isinstance(frame, int) or frame < 0 or not isinstance(kind, str | None) or not isinstance(names, list):
         raise SidecarError(f"subject {item['name']!r}: frame, kind or references of another kind")
+    if kind and kind not in KINDS:
+        raise SidecarError(f"subject {item['name']!r}: kind {kind[:80]!r} is none{nearest(kind, KINDS)}")
     return CuratedSubject(
         name=" ".join(item["name"].split()),
         kind=kind or "object",

@@ -283,7 +283,8 @@ def _identity(kind: str) -> list[str]:
 
 
 def _noun(kind: str) -> str:
-    return {"face": "person", "clothing": "piece of clothing", "object": "thing or animal"}.get(kind, kind)
+    known = {"person": "person", "face": "person", "clothing": "piece of clothing", "place": "place"}
+    return known.get(kind, "thing or animal")
 
 
 def _pick(choices: Sequence[str], seed: int, purpose: str) -> str:

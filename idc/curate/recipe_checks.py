@@ -1,0 +1,82 @@
+"""What the parts of a recipe want of each other: told when it is parsed, not when the first film is half done.
+
+Only what is sure is refused. What the classes of others do is not known here, nor what shards tell that are read again:
+where a recipe has them, the steps themselves say what they lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from idc.curate.candidate import Source, Step
+from idc.curate.collection import CollectionStep
+from idc.curate.duplicates import Duplicates
+from idc.curate.faces import FaceTracks, PeopleInWindow
+from idc.curate.filters import AestheticFilter, MotionFilter, TechnicalFilter
+from idc.curate.pairs import CrossVideoPairs, face_thresholds
+from idc.curate.sources import ExistingShards, OpenS2V5M
+from idc.curate.sources.opens2v_record import FRAME_SCORES, META, SCORES
+from idc.curate.windows import Cut, Windows
+from idc.errors import UserError, nearest
+
+PEOPLE_SCORES = ("people", "face_height", "face_sharpness", "face_yaw")
+GIVEN: Mapping[type, Sequence[str]] = {  # the scores that candidates have of each class, where it gives any
+    OpenS2V5M: [f"{META}_{name}" for name in (*SCORES, *FRAME_SCORES)],
+    TechnicalFilter: ("brightness", "dark", "glaring", "black", "white", "frozen", "short_side", "sharpness"),
+    MotionFilter: ("motion",),
+    AestheticFilter: ("aesthetic",),
+    FaceTracks: PEOPLE_SCORES,
+    PeopleInWindow: PEOPLE_SCORES,
+}
+
+
+def check_recipe(sources: Sequence[Source], steps: Sequence[Step], collection: Sequence[CollectionStep]) -> None:
+    """Look at what the steps of a recipe want of each other and of the sources.
+
+    Raises:
+        UserError: for a `Cut` that no step chooses frames for, a score that `Duplicates` prefers and none gives, and
+            a threshold of `CrossVideoPairs` for an embedder that the recipe has not.
+    """
+    for number, step in enumerate(steps):
+        if isinstance(step, Cut) and not _chosen(sources, steps[:number]):
+            raise UserError(
+                f"steps, number {number + 1} (Cut): no step before it chooses the frames of a clip; put "
+                "idc.curate.windows.Windows before it"
+            )
+    for number, decider in enumerate(collection, 1):
+        where = f"collection, number {number} ({type(decider).__name__})"
+        if isinstance(decider, Duplicates) and decider.prefer:
+            scores = _scores([*sources, *steps])
+            if scores is not None and decider.prefer not in scores:
+                wrong = f"prefer={decider.prefer!r}: no source or step of the recipe gives that score"
+                raise UserError(f"{where}: {wrong}{nearest(decider.prefer, scores)}")
+        if isinstance(decider, CrossVideoPairs) and _known(steps):
+            known = {*face_thresholds(), *_networks(steps)}
+            for name in decider.thresholds:
+                if name not in known:
+                    wrong = f"thresholds: no step of the recipe embeds subjects by {name!r}"
+                    raise UserError(f"{where}: {wrong}{nearest(name, known)}")
+
+
+def _known(things: Iterable[Any]) -> bool:
+    """Whether all are of this package, and so do what is known here."""
+    return all(type(thing).__module__.partition(".")[0] == __name__.partition(".")[0] for thing in things)
+
+
+def _chosen(sources: Sequence[Source], before: Sequence[Step]) -> bool:
+    """Whether candidates may have their frames when they have come through the steps `before`."""
+    ready = (source for source in sources if isinstance(source, ExistingShards) or not _known([source]))
+    return any(isinstance(step, Windows) for step in before) or not _known(before) or len(list(ready)) == len(sources)
+
+
+def _scores(things: Sequence[Any]) -> set[str] | None:
+    """The scores that candidates may have; None where nobody knows."""
+    if not _known(things) or any(isinstance(thing, ExistingShards) for thing in things):
+        return None
+    return {name for thing in things for kind, names in GIVEN.items() if isinstance(thing, kind) for name in names}
+
+
+def _networks(steps: Sequence[Step]) -> list[str]:
+    """How subjects name the networks of the steps: the first words of their names."""
+    return [str(network.name).split(" ")[0] for step in steps for network in step.networks if hasattr(network, "name")]

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from idc.curate.candidate import UNANSWERED, Candidate, Outcome, Step
+from idc.curate.candidate import Candidate, Outcome, Step
+from idc.curate.reaching import UNREACHED
 from idc.data.video import VideoError
 from idc.models.judges import Judge, JudgeError, JudgeUnavailableError, Question
 
@@ -17,8 +18,7 @@ class AskingStep(Step, ABC):
     A judge in this process generates the answers of a call in one batch, so that an answer may depend on what is asked
     with it (see `Step`); one behind a server gets up to its `concurrency` requests at once.
 
-    Drops: "unreadable video" where no question can be made, and "server did not answer" (a fault: it is tried again,
-    and stops a run if it goes on) where the judge cannot be reached.
+    Drops: "unreadable video" where no question can be made, and `UNREACHED` where the judge does not answer.
     """
 
     heavy = True
@@ -56,5 +56,5 @@ class AskingStep(Step, ABC):
 
     def _finished(self, candidate: Candidate, answer: str | JudgeError) -> Outcome:
         if isinstance(answer, JudgeUnavailableError):
-            return candidate.dropped(self.name, UNANSWERED, str(answer))
+            return candidate.dropped(self.name, UNREACHED, str(answer))
         return self.answered(candidate, answer)

@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 
-from idc.curate.candidate import UNANSWERED, Candidate, Dropped, EncodedClip, Outcome, Source, Step, Unit
+from idc.curate.candidate import Candidate, Dropped, EncodedClip, Outcome, Source, Step, Unit
 from idc.curate.films import FilmSharing, sharing
 from idc.curate.parts import Count, Outcomes
 from idc.curate.plan import Task, read_units
+from idc.curate.reaching import UNREACHED, UnreachedError
 from idc.curate.records import settle
 from idc.data.video import PIXEL_FORMATS, VideoError, encode_video
 from idc.errors import UserError, nearest
 
 OPEN, ENCODE = "source", "encode"
 STEP_FAILED, SOURCE_FAILED, WORKER_DIED = "step failed", "source failed", "worker died"
-FAULTS = (STEP_FAILED, SOURCE_FAILED, WORKER_DIED, UNANSWERED)
+FAULTS = (STEP_FAILED, SOURCE_FAILED, WORKER_DIED, UNREACHED)
 SMALL = 256  # pixels; under it halved chroma shows
 
 
@@ -151,7 +152,7 @@ def one_line(error: Exception) -> str:
     """An error of somebody's code as one line of at most 400 characters."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else text[:397] + "..."
-    known = isinstance(error, UserError | VideoError)
+    known = isinstance(error, UserError | VideoError | UnreachedError)
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
@@ -200,10 +201,8 @@ def _opening(source: Source, unit: Unit, count: Count) -> Iterator[Outcome]:
             began = time.monotonic()
     except UserError:
         raise
-    except VideoError as error:
-        yield Dropped(source.name, unit.id, "", OPEN, "unreadable video", str(error))
     except Exception as error:  # a source's fault costs its unit, with the reason, and not the run
-        yield Dropped(source.name, unit.id, "", OPEN, SOURCE_FAILED, one_line(error))
+        yield Dropped(source.name, unit.id, "", OPEN, _reason(error, SOURCE_FAILED), one_line(error))
     count.seconds += time.monotonic() - began
 
 
@@ -242,8 +241,13 @@ def _call(step: Step, batch: Sequence[Candidate]) -> list[Sequence[Outcome]]:
     except Exception as error:  # a step's fault costs its candidate, counted: too many stop the run
         if len(batch) > 1:
             return [_call(step, [candidate])[0] for candidate in batch]
-        reason = "unreadable video" if isinstance(error, VideoError) else STEP_FAILED
-        return [[batch[0].dropped(step.name, reason, one_line(error))]]
+        return [[batch[0].dropped(step.name, _reason(error, STEP_FAILED), one_line(error))]]
+
+
+def _reason(error: Exception, otherwise: str) -> str:
+    if isinstance(error, UnreachedError):
+        return UNREACHED
+    return "unreadable video" if isinstance(error, VideoError) else otherwise
 
 
 def _with_models(candidate: Candidate, step: str, used: str) -> Candidate:

@@ -34,6 +34,7 @@ from typing import IO
 from uuid import uuid4
 
 from idc.curate.candidate import Candidate
+from idc.curate.reaching import UnreachedError, reaching
 from idc.data import storage
 from idc.data.video import VideoError
 from idc.errors import UserError
@@ -64,10 +65,17 @@ def is_taken_in_segments(candidate: Candidate) -> bool:
     return candidate.segment is not None or (isinstance(shots, Mapping) and "segment" in shots)
 
 
-def not_fetched(error: Exception) -> VideoError:
-    """What to say of a file that cannot be fetched."""
-    text = " ".join(str(error).split())
-    return VideoError(f"cannot be fetched: {type(error).__name__}: {text[:200]}")
+@contextmanager
+def fetching(url: str) -> Iterator[None]:
+    """As `reaching`, for what is fetched; what is not there is a VideoError."""
+    try:
+        with reaching(url):
+            yield
+    except (UserError, UnreachedError):
+        raise
+    except Exception as error:  # every file system behind fsspec has its own
+        text = " ".join(str(error).split())
+        raise VideoError(f"cannot be fetched: {type(error).__name__}: {text[:200]}") from error
 
 
 @contextmanager
@@ -95,7 +103,8 @@ def shared_film(url: str) -> str | None:
     before that stays open. None where films are not shared, or cannot be on this machine.
 
     Raises:
-        VideoError: if there is no such film, or it cannot be fetched, or is larger than all films together may be.
+        VideoError: if there is no such film, or it is larger than all films together may be.
+        UnreachedError: if it does not come, or not in full.
     """
     return _current.path(url) if _current else None
 
@@ -187,7 +196,7 @@ class Films:
             return True
 
     def _fetch(self, url: str, name: str) -> None:
-        """Fetch a film and hold it. Raises OSError for what the folder's disk does, VideoError for the rest."""
+        """Fetch a film and hold it. Raises OSError for what the folder's disk does; as `shared_film` for the rest."""
         size = _size(url)
         if size > self._limit:
             raise VideoError(f"{size} bytes, more than {SETTING} allows ({self._limit} bytes)")
@@ -203,7 +212,7 @@ class Films:
                     if copy.tell() > size:
                         break
                 if copy.tell() != size:
-                    raise VideoError(f"cannot be fetched: {copy.tell()} bytes came, {size} were announced")
+                    raise UnreachedError(f"{copy.tell()} bytes came, {size} were announced")
             with _locked(self._folder / LOCK):
                 os.link(part, self._own / name)
                 os.replace(part, self._folder / name)
@@ -295,20 +304,11 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _size(url: str) -> int:
-    try:
+    with fetching(url):
         return storage.size_and_time(url)[0]
-    except UserError:
-        raise
-    except Exception as error:  # every file system behind fsspec has its own
-        raise not_fetched(error) from error
 
 
 def _blocks(url: str) -> Iterator[bytes]:
-    try:
-        with storage.open_read(url) as source:
-            while data := source.read(COPY_BYTES):
-                yield data
-    except UserError:
-        raise
-    except Exception as error:  # every file system behind fsspec has its own
-        raise not_fetched(error) from error
+    with fetching(url), storage.open_read(url) as source:
+        while data := source.read(COPY_BYTES):
+            yield data

@@ -11,9 +11,10 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from idc.curate.candidate import Source, Unit
+from idc.curate.reaching import UnreachedError
 from idc.curate.records import dumps
 from idc.data import storage
 from idc.errors import UserError
@@ -129,7 +130,7 @@ def chunks(sources: Sequence[Source], chunk: int, limit: int | None = None) -> I
     for number, source in enumerate(sources):
         found: list[Unit] = []
         ids: set[str] = set()
-        for id, payload in islice(source.units(), limit):
+        for id, payload in islice(_units(source), limit):
             if id in ids:
                 raise UserError(f"source {source.name!r}: the unit {id!r} comes twice; ids must be unique")
             if SEGMENT in payload and found:
@@ -142,6 +143,16 @@ def chunks(sources: Sequence[Source], chunk: int, limit: int | None = None) -> I
                 found, ids = [], set()
         if found:
             yield found
+
+
+def _units(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A list that ends too early, or says another thing of a file than it did before, is no list."""
+    try:
+        yield from source.units()
+    except UnreachedError as error:
+        raise UserError(
+            f"source {source.name!r} cannot be listed: {error}; once that is mended, start the same run again"
+        ) from error
 
 
 def part_name(settings: str, sources: Sequence[Source], units: Sequence[Unit]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from idc.curate.candidate import Box, Candidate, Pixels, decode_image
-from idc.curate.films import is_taken_in_segments, not_fetched, shared_film
+from idc.curate.films import fetching, is_taken_in_segments, shared_film
 from idc.data import storage
 from idc.data.video import VideoError, VideoInfo, iterate_video, pick_frames, probe
 from idc.errors import UserError
@@ -55,7 +55,8 @@ def open_source(candidate: Candidate) -> str:
     share them (`idc.curate.films`).
 
     Raises:
-        VideoError: if there is no such file, or it cannot be fetched.
+        VideoError: if there is no such file, or it is too large to be fetched.
+        UnreachedError: if it cannot be fetched now.
         UserError: for a `pipe:` URL.
     """
     if not storage.is_url(candidate.path) and not storage.split_part(candidate.path):
@@ -239,17 +240,13 @@ class _Fetched:
         if url in self._sizes and target.exists():
             self._sizes.move_to_end(url)
             return str(target)
-        try:
+        with fetching(url):
             size = storage.size_and_time(url)[0]
-            if size > limit:
-                raise VideoError(f"{size} bytes, more than {CACHE_SETTING} allows ({limit} bytes)")
-            self._make_room(limit - size)
-            with storage.open_read(url) as source, storage.open_atomic(str(target)) as copy:
-                shutil.copyfileobj(source, copy, COPY_BYTES)
-        except (VideoError, UserError):
-            raise
-        except Exception as error:  # every file system behind fsspec has its own
-            raise not_fetched(error) from error
+        if size > limit:
+            raise VideoError(f"{size} bytes, more than {CACHE_SETTING} allows ({limit} bytes)")
+        self._make_room(limit - size)
+        with fetching(url), storage.open_read(url) as source, storage.open_atomic(str(target)) as copy:
+            shutil.copyfileobj(source, copy, COPY_BYTES)
         self._sizes[url] = target.stat().st_size
         return str(target)
 

@@ -86,13 +86,13 @@ def probe(source: VideoSource) -> VideoInfo:
 
 def stated_seconds(source: IO[bytes] | str) -> float:
     """How long a video is by its header, which may be wrong; 0 where there is none. Reads no more than the header, of
-    a file or of what can be sought in."""
+    a file or of what can be sought in. What the reading of a stream raises passes."""
     import av
 
     try:
         with av.open(source, "r") as container:
             return (container.duration or 0) / av.time_base
-    except (av.FFmpegError, OSError, ValueError):
+    except (av.FFmpegError, ValueError):
         return 0.0
 
 

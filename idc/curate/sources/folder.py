@@ -10,6 +10,7 @@ from typing import Any
 
 from idc.curate.candidate import Candidate, Dropped, Outcome, Source, key_of
 from idc.curate.plan import SEGMENT
+from idc.curate.reaching import reaching
 from idc.curate.segments import Segment
 from idc.curate.sources.listing import File, may_be_video, walk, with_marks
 from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
@@ -80,7 +81,11 @@ class VideoFolder(Source):
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """A unit for each file that may be a video, several for a long one. Of local ones a little is read for the ids,
-        and their side-cars."""
+        and their side-cars; of large ones the header.
+
+        Raises:
+            UnreachedError: where one of these cannot be read now: the film would get other units than before.
+        """
         found = False
         for files in walk(self._path, self._leave_out):
             listed = {file.path: file for file in files}
@@ -122,9 +127,9 @@ class VideoFolder(Source):
         if not storage.is_url(place):
             return stated_seconds(place)
         try:
-            with storage.open_read(place) as stream:
+            with reaching(place, f"{file.path}: "), storage.open_read(place) as stream:
                 return stated_seconds(stream)
-        except Exception:  # every file system behind fsspec has its own; the worker that fetches it tells
+        except FileNotFoundError:  # removed since it was listed: the worker that fetches it tells
             return 0.0
 
     def _wanted(self, path: str) -> bool:

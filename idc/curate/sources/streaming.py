@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
+from idc.curate.reaching import reaching
 from idc.data import storage
 from idc.errors import UserError
 
@@ -64,6 +65,7 @@ def stream_records(
 
     Raises:
         UserError: if the file cannot be opened.
+        UnreachedError: where it cannot be read any further now.
     """
     try:
         stream = storage.open_read(path)
@@ -72,7 +74,7 @@ def stream_records(
         raise UserError(f"{path}: cannot be read ({reason})") from None
     with stream:
         unpacked = gzip.GzipFile(fileobj=stream) if is_packed(path) else stream
-        reader = _Reader(unpacked, block)
+        reader = _Reader(path, unpacked, block)
         lines = path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
         yield from _lines(reader, largest) if lines else _Document(reader, first_fields, largest).records()
 
@@ -83,8 +85,8 @@ class _Reader:
     Bytes that are no UTF-8 become lone surrogates, so that text and bytes correspond.
     """
 
-    def __init__(self, stream: IO[bytes] | gzip.GzipFile, block: int) -> None:
-        self._stream, self._block = stream, block
+    def __init__(self, path: str, stream: IO[bytes] | gzip.GzipFile, block: int) -> None:
+        self._path, self._stream, self._block = path, stream, block
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self.text, self.place, self.at, self.ended, self.fault = "", 0, 0, False, ""
         self.more()
@@ -102,8 +104,12 @@ class _Reader:
             return False
         try:
             # As much again as there is, so that a long record is not parsed once for each of its blocks.
-            data = self._stream.read(max(self._block, self.left))
-        except (OSError, EOFError, zlib.error) as error:
+            with reaching(self._path, f"{self._path}: "):
+                try:
+                    data = self._stream.read(max(self._block, self.left))
+                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                    data, self.fault = b"", f"{type(error).__name__}: {error}"
+        except OSError as error:
             data, self.fault = b"", f"{type(error).__name__}: {error}"
         self.ended = not data
         self.text = self.text[self.place :] + self._decode(data, final=self.ended)

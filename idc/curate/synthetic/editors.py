@@ -84,7 +84,8 @@ class ImageEditor(ABC):
             size: (height, width) in pixels that is wanted; an editor comes as near as it can.
 
         Raises:
-            EditError: for no picture this time.
+            EditError: for no picture.
+            UnreachedError: where another time may give one.
             UserError: for what every request would meet.
         """
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from idc.curate.candidate import Pixels, decode_image, encode_png
+from idc.curate.reaching import UnreachedError
 from idc.curate.synthetic.answers import Answer, Answers, request_key
 from idc.curate.synthetic.editors import EditError, ImageEditor, check_request
 from idc.curate.synthetic.protocols import NO_PICTURE, PROTOCOLS, REFUSED, Asked, Usage, error_codes
 from idc.curate.synthetic.spending import Ledger, Spending
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
-from idc.models.http_client import HttpClient, PassingError, ServerError
+from idc.models.http_client import HttpClient, PassingError, ServerError, UnansweredError
 from idc.models.judges import quote
 
 NO_ANSWER, UNUSABLE = "no answer", "unusable picture"
@@ -134,7 +135,8 @@ class HostedEditor(HttpClient, ImageEditor):
         """As `ImageEditor.edit`: of the size nearest to `size` in shape that the model makes.
 
         Raises:
-            EditError: "refused" by a safety filter, "no picture", "unusable picture", or "no answer".
+            EditError: "refused" by a safety filter, "no picture", "unusable picture", or "no answer" to this request.
+            UnreachedError: where the server does not answer now.
             UserError: for a key that is turned down, `max_cost`, or a server that is down.
         """
         check_request(self, pictures, prompt, size)
@@ -163,6 +165,8 @@ class HostedEditor(HttpClient, ImageEditor):
                     f"{self._named()}: {self._silent} requests in a row had no answer; the last: {error}. "
                     "Start again when the server answers: what was answered is kept"
                 ) from None
+            if isinstance(error, UnansweredError):
+                raise UnreachedError(str(error)) from None
             raise EditError(NO_ANSWER, str(error)) from None
         self._silent = 0
         return answer

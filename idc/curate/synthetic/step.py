@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from idc.curate.candidate import Candidate, CuratedSubject, Outcome, Pixels, Reference, Step, encode_png
+from idc.curate.reaching import UNREACHED, UnreachedError
 from idc.curate.synthetic import prompts
 from idc.curate.synthetic.checks import Known, ReferenceCheck, Verdict
 from idc.curate.synthetic.editors import EditError, ImageEditor, check_size, sheet
@@ -57,7 +58,7 @@ class Synthesise(Step):
         kinds: of subjects that may be chosen; None for all.
         policy: a made reference becomes the "first" choice, comes "extra" after the others, or they "replace" all.
         on_failure: of a chosen subject for which not even one picture was kept: "keep" the candidate as it is, or
-            "drop" it.
+            "drop" it. An editor that does not answer is another thing: that drops it in either case, as a fault.
         size: (height, width) in pixels that is asked for.
         seed: of all that is drawn.
         batch: candidates in a call.
@@ -129,6 +130,8 @@ class Synthesise(Step):
             return Work(self, candidate, turns).outcome()
         except VideoError as error:
             return candidate.dropped(self.name, "unreadable reference", str(error))
+        except UnreachedError as error:  # without this picture it would be another sample than it is tomorrow
+            return candidate.dropped(self.name, UNREACHED, str(error))
 
     def chosen(self, candidate: Candidate) -> list[int]:
         """Numbers of the subjects that get made references, by key and name alone."""

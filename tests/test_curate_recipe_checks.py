@@ -12,8 +12,9 @@ from _tiny_embedders import save_clip
 
 from idc.cli import main
 from idc.curate.candidate import Candidate
-from idc.curate.duplicates import Duplicates
+from idc.curate.duplicates import Duplicates, Fingerprint
 from idc.curate.embed import EmbedSubjects
+from idc.curate.exclusion import Exclude
 from idc.curate.faces import FaceTracks, face_scores
 from idc.curate.filters import AestheticFilter, MotionFilter, TechnicalFilter, technical_scores
 from idc.curate.pairs import CrossVideoPairs
@@ -21,8 +22,10 @@ from idc.curate.recipe_checks import GIVEN, check_recipe
 from idc.curate.sources import ExistingShards, OpenS2V5M, PairSettings, VideoFolder
 from idc.curate.windows import Cut, Windows
 from idc.curate.writing import ShardWriting
+from idc.data.item_sources import Benchmark
 from idc.errors import UserError
 from idc.models.embedders import CLIPEmbedder
+from idc.models.faces import YuNetSFace
 
 FILMS = VideoFolder("films")
 SHARDS = ExistingShards("shards")
@@ -82,6 +85,27 @@ def test_a_threshold_for_no_network_of_the_recipe_is_refused(tmp_path: Path) -> 
     for wrong, meant in (("sfcae", "sface"), ("siglip-so40m", "siglip-so400m")):
         with pytest.raises(UserError, match=f"collection, number 1 .*{wrong!r}; did you mean {meant!r}"):
             check_recipe([FILMS], steps, [CrossVideoPairs(thresholds={wrong: 0.5})])
+
+
+def test_an_exclusion_that_nothing_is_made_ready_for_is_refused(tmp_path: Path) -> None:
+    model, other = (CLIPEmbedder(str(save_clip(tmp_path / name))) for name in ("clip-large", "clip-base"))
+    wanted = [Benchmark(str(tmp_path / "items.json"))]
+    ready = [FaceTracks(), EmbedSubjects(model), Windows(), Cut(), Fingerprint()]
+    check_recipe([FILMS], ready, [Exclude(wanted, faces=YuNetSFace(threshold=0.9), embedder=model)])
+    check_recipe(
+        [FILMS], [], [Exclude(faces=YuNetSFace(), embedder=model), Exclude(wanted, bits=None)]
+    )  # nothing to do
+    check_recipe([SHARDS], [], [Exclude(wanted)])  # which may tell fingerprints, and no embeddings
+    check_recipe([FILMS], [OthersCut()], [Exclude(wanted, faces=YuNetSFace())])
+    for steps, exclude, words in (
+        (ready[:-1], Exclude(wanted), "no step gives clips the fingerprints"),
+        (ready, Exclude(wanted, embedder=other), r"by embedder='clip-base'; did you mean 'clip-large'.*EmbedSubjects"),
+        (ready[1:], Exclude(wanted, faces=YuNetSFace()), r"by faces='sface'; .*EmbedFaces .* faces: null"),
+    ):
+        with pytest.raises(UserError, match=rf"^collection, number 1 \(Exclude\): .*{words}"):
+            check_recipe([FILMS], steps, [exclude])
+    with pytest.raises(UserError, match="by embedder="):
+        check_recipe([SHARDS], [], [Exclude(wanted, embedder=model)])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import Any
 
 from idc.curate.candidate import Source, Step
 from idc.curate.collection import CollectionStep
-from idc.curate.duplicates import Duplicates
+from idc.curate.duplicates import Duplicates, Fingerprint
+from idc.curate.embed import EmbedFaces, EmbedSubjects
+from idc.curate.exclusion import Exclude
 from idc.curate.faces import FaceTracks, PeopleInWindow
 from idc.curate.filters import AestheticFilter, MotionFilter, TechnicalFilter
 from idc.curate.pairs import CrossVideoPairs, face_thresholds
@@ -35,8 +37,9 @@ def check_recipe(sources: Sequence[Source], steps: Sequence[Step], collection: S
     """Look at what the steps of a recipe want of each other and of the sources.
 
     Raises:
-        UserError: for a `Cut` that no step chooses frames for, a score that `Duplicates` prefers and none gives, and
-            a threshold of `CrossVideoPairs` for an embedder that the recipe has not.
+        UserError: for a `Cut` that no step chooses frames for, a score that `Duplicates` prefers and none gives, a
+            threshold of `CrossVideoPairs` for an embedder that the recipe has not, and an `Exclude` that nothing is
+            made ready for.
     """
     for number, step in enumerate(steps):
         if isinstance(step, Cut) and not _chosen(sources, steps[:number]):
@@ -51,8 +54,10 @@ def check_recipe(sources: Sequence[Source], steps: Sequence[Step], collection: S
             if scores is not None and decider.prefer not in scores:
                 wrong = f"prefer={decider.prefer!r}: no source or step of the recipe gives that score"
                 raise UserError(f"{where}: {wrong}{nearest(decider.prefer, scores)}")
+        if isinstance(decider, Exclude) and decider.items and _known(steps):
+            _check_exclusion(decider, where, sources, steps)
         if isinstance(decider, CrossVideoPairs) and _known(steps):
-            known = {*face_thresholds(), *_networks(steps)}
+            known = {*face_thresholds(), *(name.split(" ")[0] for name in _networks(steps))}
             for name in decider.thresholds:
                 if name not in known:
                     wrong = f"thresholds: no step of the recipe embeds subjects by {name!r}"
@@ -77,6 +82,26 @@ def _scores(things: Sequence[Any]) -> set[str] | None:
     return {name for thing in things for kind, names in GIVEN.items() if isinstance(thing, kind) for name in names}
 
 
-def _networks(steps: Sequence[Step]) -> list[str]:
-    """How subjects name the networks of the steps: the first words of their names."""
-    return [str(network.name).split(" ")[0] for step in steps for network in step.networks if hasattr(network, "name")]
+def _networks(steps: Iterable[Step]) -> list[str]:
+    """Names of the networks of the steps."""
+    return [str(network.name) for step in steps for network in step.networks if hasattr(network, "name")]
+
+
+def _check_exclusion(exclude: Exclude, where: str, sources: Sequence[Source], steps: Sequence[Step]) -> None:
+    """What `Exclude` says when all steps are done and no subject or clip can be compared, as far as it is sure now."""
+    told = any(isinstance(source, ExistingShards) for source in sources) or not _known(sources)
+    if exclude.bits is not None and not told and not any(isinstance(step, Fingerprint) for step in steps):
+        raise UserError(
+            f"{where}: no step gives clips the fingerprints that pictures are compared by; add the step "
+            "idc.curate.duplicates.Fingerprint behind the others, or set bits: null"
+        )
+    for setting, network, kinds in (
+        ("faces", exclude.faces, (FaceTracks, EmbedFaces)),
+        ("embedder", exclude.embedder, (EmbedSubjects,)),
+    ):
+        known = _networks(step for step in steps if isinstance(step, kinds))
+        if network is not None and network.name not in known:
+            raise UserError(
+                f"{where}: no step embeds subjects by {setting}={network.name!r}{nearest(network.name, known)}; add "
+                f"the step idc.curate.embed.{kinds[-1].__name__} with it, or set {setting}: null"
+            )

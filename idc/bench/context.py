@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 
 from idc.bench.setup import WIDE, Setup
-from idc.models.attention import Choice, choose_backend, set_backend
+from idc.models.attention import Choice, choose_backend
 from idc.models.cost import StepFlops, forward_flops, step_flops
 from idc.models.speed import Checkpointing, Speed
+from idc.stages.speed import backends_for, run_as
 
 
 @dataclass(frozen=True)
@@ -84,25 +85,23 @@ class Bench:
 
 
 def apply_speed(bench: Bench, model: Any, speed: Speed, training: bool) -> dict[str, str]:
-    """Make a transformer of ours run so; what came of it, in words.
+    """Make a transformer of ours run so, as a stage does; what came of it, in words.
 
     Raises:
         UserError: for an attention backend that cannot run here.
     """
-    torch.set_float32_matmul_precision(speed.matmul_precision)
-    checkpointing = speed.checkpointing if training else "none"
-    model.run_layers(checkpointing, speed.compile)
-    attention = attention_of(bench, training, speed)
-    set_backend(model, attention)
-    settings = {"attention": attention, "compile": "on" if speed.compile else "off"}
-    return settings | ({"checkpointing": checkpointing} if training else {})
-
-
-def attention_of(bench: Bench, training: bool, speed: Speed | None = None) -> str:
-    """The backend that the start-up probe chooses, or checks."""
-    speed = speed or bench.speed
     head_dim = bench.setup.spec.attention_head_dim
-    return _choice(bench.device, bench.dtype, head_dim, speed.attention, training, speed.compile).name
+    choice = _choice(bench.device, bench.dtype, head_dim, speed.attention, training, speed.compile)
+    chosen = told(run_as(model, speed, backends_for(model, choice), training))
+    if not training:
+        del chosen["checkpointing"]
+    return chosen
+
+
+def told(chosen: Mapping[str, str]) -> dict[str, str]:
+    """What `idc.stages.speed.apply_speed` says, in the words of the tables."""
+    names = ("attention", "attention_of_subjects", "checkpointing")
+    return {**{name: chosen[name] for name in names}, "compile": {"true": "on", "false": "off"}[chosen["compile"]]}
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from idc.bench.cases import NOTHING, WHOLE, Around, Case, Clock, Group, Repeat, nothing_shared, reset_peak
-from idc.bench.context import Bench, attention_of
+from idc.bench.context import Bench, told
 from idc.bench.models import RandomSpec, random_encoders, random_sample
 from idc.bench.results import Aim, Report, at_least
 from idc.bench.setup import PAPER
@@ -114,6 +114,7 @@ def aims(report: Report, bench: Bench) -> list[Aim]:
 
 def _case(bench: Bench, plan: Plan, way: str, cache: bool) -> Case:
     counts: dict[str, float] = {}
+    settings: dict[str, str] = {}
     against = {"all steps": name_of("one step", cache), "one step": "" if cache else name_of("one step", True)}[way]
 
     def flops() -> int:
@@ -121,11 +122,11 @@ def _case(bench: Bench, plan: Plan, way: str, cache: bool) -> Case:
 
     return Case(
         name_of(way, cache),
-        partial(_turn, bench, plan, way, cache, counts),
+        partial(_turn, bench, plan, way, cache, counts, settings),
         against=against,
         flops=flops,
         items=plan.rollouts,
-        settings={"attention": attention_of(bench, True), "compile": "off"},  # the stage takes no other
+        settings=settings,
         counts=counts,
     )
 
@@ -248,13 +249,13 @@ def make_stage(bench: Bench, plan: Plan, way: str, cache: bool) -> GRPO:
         trainable=trainable(bench),
         optimizer=partial(torch.optim.AdamW, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         compute_dtype=str(bench.dtype).removeprefix("torch."),
-        speed=replace(bench.speed, compile=False),
+        speed=replace(bench.speed, compile=False),  # the stage takes no other
     )
 
 
 def _turn(
-    bench: Bench, plan: Plan, way: str, cache: bool, counts: dict[str, float], warm_up: int, repeats: int,
-    around: Around = NOTHING,
+    bench: Bench, plan: Plan, way: str, cache: bool, counts: dict[str, float], settings: dict[str, str], warm_up: int,
+    repeats: int, around: Around = NOTHING,
 ) -> list[Repeat]:  # fmt: skip
     with _silent(), Meter(bench.device, warm_up, repeats, around) as meter:
         trainer = Trainer(
@@ -269,8 +270,10 @@ def _turn(
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
-        _fit(trainer, make_stage(bench, plan, way, cache), Conditions(bench, plan, warm_up + repeats))
+        stage = make_stage(bench, plan, way, cache)
+        _fit(trainer, stage, Conditions(bench, plan, warm_up + repeats))
     counts.update(meter.passes[-1])
+    settings.update(told(stage.speed_chosen))
     return meter.repeats[warm_up:]
 
 

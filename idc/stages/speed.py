@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -10,6 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from idc.data.ranks import of_all_ranks
 from idc.errors import UserError, counted
 from idc.models.speed import Speed
+
+if TYPE_CHECKING:
+    from idc.models.attention import Choice
 
 
 def apply_speed(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, training: bool) -> dict[str, str]:
@@ -26,18 +29,42 @@ def apply_speed(model: Any, speed: Speed, strategy: Any, dtype: torch.dtype, tra
     Raises:
         UserError: on all ranks, for an attention backend that rank 0 cannot run, or that another one lacks.
     """
+    names = _chosen_by_rank_0(model, speed, strategy, dtype, training)
+    chosen, problem = {}, None
+    try:
+        chosen = run_as(model, speed, names, training)
+    except UserError as error:
+        problem = str(error)
+    _raise_on_all_ranks(problem, strategy)
+    return chosen
+
+
+def run_as(model: Any, speed: Speed, backends: tuple[str, str], training: bool) -> dict[str, str]:
+    """`apply_speed` for attention backends that were chosen, as `backends_for` gives them.
+
+    Raises:
+        UserError: where one of them is not installed here.
+    """
+    from idc.models.attention import set_backend
+
     torch.set_float32_matmul_precision(speed.matmul_precision)
-    attention, of_subjects = _chosen_by_rank_0(model, speed, strategy, dtype, training)
-    _set_on_all_ranks(model, attention, of_subjects, strategy)
+    set_backend(model, *backends)
     checkpointing = speed.checkpointing if training else "none"
     model.run_layers(checkpointing, speed.compile)
     return {
-        "attention": attention,
-        "attention_of_subjects": of_subjects,
+        "attention": backends[0],
+        "attention_of_subjects": backends[1],
         "checkpointing": checkpointing,
         "compile": str(speed.compile).lower(),
         "matmul_precision": speed.matmul_precision,
     }
+
+
+def backends_for(model: Any, choice: Choice) -> tuple[str, str]:
+    """Those of the video's attentions and of the subjects'."""
+    if model.config["id_joint_references"]:  # the video's attentions have the subjects' tokens in them, too
+        choice = choice.everywhere()
+    return choice.name, choice.varying
 
 
 def computes_in(trainer: Any, dtype: torch.dtype) -> torch.dtype:
@@ -60,9 +87,7 @@ def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtyp
         try:
             head_dim = model.config["attention_head_dim"]
             choice = choose_backend(device, dtype, head_dim, speed.attention, training, speed.compile)
-            if model.config["id_joint_references"]:  # the video's attentions have the subjects' tokens in them, too
-                choice = choice.everywhere()
-            names = choice.name, choice.varying
+            names = backends_for(model, choice)
             if device.type == "cuda" or speed.attention != "auto":  # else there was no choice
                 rank_zero_info(str(choice))
         except UserError as error:
@@ -74,16 +99,9 @@ def _chosen_by_rank_0(model: Any, speed: Speed, strategy: Any, dtype: torch.dtyp
     return names
 
 
-def _set_on_all_ranks(model: Any, name: str, varying: str, strategy: Any) -> None:
-    """`set_backend`; where it fails on some ranks, all of them raise the same and none waits for another. Without a
-    strategy this process works by itself, which others may be waiting for, as where rank 0 mines pairs."""
-    from idc.models.attention import set_backend
-
-    problem = None
-    try:
-        set_backend(model, name, varying)
-    except UserError as error:
-        problem = str(error)
+def _raise_on_all_ranks(problem: str | None, strategy: Any) -> None:
+    """Where some ranks have a problem, all of them raise the same and none waits for another. Without a strategy this
+    process works by itself, which others may be waiting for, as where rank 0 mines pairs."""
     told = [problem] if strategy is None else of_all_ranks(problem)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
     if failed:

@@ -23,6 +23,7 @@ from idc.curate.checks import DecodeCheck
 from idc.curate.engine import Curation
 from idc.curate.films import Films, FilmSharing, is_taken_in_segments, remove_films, shared_film, sharing
 from idc.curate.local import LocalExecutor
+from idc.curate.reaching import UnreachedError
 from idc.curate.reading import open_source
 from idc.curate.segments import Segment
 from idc.curate.shots import SceneDetect, Shots
@@ -125,7 +126,7 @@ def test_a_film_of_another_length_than_announced_is_told_and_not_kept(length, tm
     url = bucket.put("a", b"x" * length)
     monkeypatch.setattr(module.storage, "size_and_time", lambda _: (1000, 0))
     films = Films(tmp_path / "films" / "run", 10_000, "one")
-    with pytest.raises(VideoError, match=f"cannot be fetched: {length} bytes came, 1000 were announced"):
+    with pytest.raises(UnreachedError, match=f"{length} bytes came, 1000 were announced"):
         films.path(url)
     assert taken(tmp_path) == 0
     monkeypatch.undo()

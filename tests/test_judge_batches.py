@@ -16,10 +16,11 @@ from _judge_server import chat, chat_server
 from _scripted import GOOD, Scripted, candidate
 from _tiny_judges import WORDS, loud, save_llava_judge, save_llava_next_judge, save_qwen_judge
 
-from idc.curate.candidate import UNANSWERED, Candidate, Dropped, Step
+from idc.curate.candidate import Candidate, Dropped, Step
 from idc.curate.captions import Caption
 from idc.curate.chunks import STEP_FAILED, Encoding, Work
 from idc.curate.parts import Count, Outcomes
+from idc.curate.reaching import UNREACHED
 from idc.curate.words import SubjectWords
 from idc.errors import UserError
 from idc.models.judges import (
@@ -267,14 +268,14 @@ def test_only_what_has_a_question_is_asked_and_each_gets_its_own_answer() -> Non
     judge = Scripted(GOOD, JudgeUnavailableError("down"), "It is dark, and the lamp on the table is out by now.")
     outcomes = [outcome for (outcome,) in Caption(judge, frames=1)(some)]
     captions = [outcome.caption if isinstance(outcome, Candidate) else outcome.reason for outcome in outcomes]
-    assert captions == [GOOD, "unreadable video", "Mia waves.", UNANSWERED, judge.texts[0]]
+    assert captions == [GOOD, "unreadable video", "Mia waves.", UNREACHED, judge.texts[0]]
     assert len(judge.asked) == 3
     assert [outcome.key for outcome in outcomes] == [c.key for c in some]
     judge = Scripted('[{"phrase": "dog", "kind": "animal"}]', JudgeUnavailableError("down"), "nothing")
     words = SubjectWords(judge)([candidate(0, GOOD), candidate(1), candidate(2, GOOD), candidate(3, GOOD)])
     first, second, third, fourth = (outcome for (outcome,) in words)
     assert [subject.name for subject in first.subjects] == ["dog"]  # type: ignore[union-attr]
-    assert [drop.reason for drop in (second, third) if isinstance(drop, Dropped)] == ["no caption", UNANSWERED]
+    assert [drop.reason for drop in (second, third) if isinstance(drop, Dropped)] == ["no caption", UNREACHED]
     assert fourth.meta["words"]["by"] == "plain"  # type: ignore[union-attr]
     assert len(judge.asked) == 3
 

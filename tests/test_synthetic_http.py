@@ -24,6 +24,7 @@ from _synthetic_worker import SIZE, ask_all, given
 from PIL import Image
 
 from idc.curate.candidate import Candidate, CuratedSubject, Reference, encode_png
+from idc.curate.reaching import UNREACHED, UnreachedError
 from idc.curate.synthetic.editors import EditError
 from idc.curate.synthetic.hosted import HostedEditor
 from idc.curate.synthetic.protocols import Asked, OpenAIEdits
@@ -148,9 +149,8 @@ def test_429_is_waited_out_as_the_server_asks(server, editor):
 
 def test_500_for_ever_fails_after_all_tries_and_is_asked_again_by_the_next_run(server, editor):
     server.script = lambda i, body: (500, {}, b"oops")
-    with pytest.raises(EditError, match=r"no answer: .* 3 tries.*500") as caught:
+    with pytest.raises(UnreachedError, match=r" 3 tries.*500"):
         ask(editor(tries=3))
-    assert caught.value.reason == "no answer"
     assert len(server.requests) == 3
     server.script = lambda i, body: drawn(body)
     np.testing.assert_array_equal(ask(editor()), pixels(png(0)))
@@ -160,21 +160,21 @@ def test_a_server_that_is_down_stops_the_run(server, editor):
     server.script = lambda i, body: (503, {}, b"down")
     client = editor(tries=1, give_up_after=3)
     for seed in range(2):
-        with pytest.raises(EditError):
+        with pytest.raises(UnreachedError):
             ask(client, seed)
     with pytest.raises(UserError, match=r"3 requests in a row had no answer.*503"):
         ask(client, 2)
     server.script = lambda i, body: (503, {}, b"down") if i % 2 else drawn(body)
     client = editor(tries=1, give_up_after=2)
     for seed in range(3):  # every other one is answered: it goes on
-        with pytest.raises(EditError):
+        with pytest.raises(UnreachedError):
             ask(client, 10 * seed)
         ask(client, 10 * seed + 1)
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "no JSON": (b"<html>not here</html>", "no answer: .*not a whole JSON answer"),
-    "half of it": (json.dumps(gemini(b"x"))[:-9].encode(), "no answer: .*not a whole JSON answer"),
+    "no JSON": (b"<html>not here</html>", "2 tries; .*not a whole JSON answer"),
+    "half of it": (json.dumps(gemini(b"x"))[:-9].encode(), "2 tries; .*not a whole JSON answer"),
     "null": (None, "no picture: the reply is not of protocol"),
     "nothing": ({}, "no picture: the reply is not of protocol"),
     "no candidates": ({"candidates": []}, "no picture: the reply is not of protocol"),
@@ -197,14 +197,16 @@ def test_a_wrong_answer_fails_its_request_alone_with_a_reason(server, editor, na
     answer, message = WRONG[name]
     server.script = lambda i, body: answer if body["generationConfig"]["seed"] == 1 else drawn(body)
     client = editor(tries=2)
-    with pytest.raises(EditError, match=message) as caught:
+    away = message.startswith("2 tries")
+    kind = UnreachedError if away else EditError
+    with pytest.raises(kind, match=message) as caught:
         ask(client, 1)
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
     np.testing.assert_array_equal(ask(client, 2), pixels(png(2)))
     asked = len(server.requests)
-    with pytest.raises(EditError, match=message):  # what was answered is not asked again, a fault is
+    with pytest.raises(kind, match=message):  # what was answered is not asked again, a fault is
         ask(editor(tries=2), 1)
-    assert len(server.requests) - asked == (2 if message.startswith("no answer") else 0)
+    assert len(server.requests) - asked == (2 if away else 0)
 
 
 def test_sketches_on_the_way_to_a_picture_are_not_the_picture(server, editor):
@@ -250,7 +252,7 @@ def test_a_silent_server_times_out_and_may_have_billed(server, editor):
 
     server.script = silent
     client = editor(timeout=0.2, tries=2, price_per_picture=0.5)
-    with pytest.raises(EditError, match=r"no answer: .*within 0\.2 s"):
+    with pytest.raises(UnreachedError, match=r"within 0\.2 s"):
         ask(client)
     assert (client.spending.unsettled, client.spending.cost) == (2, 1.0)
 
@@ -259,7 +261,7 @@ def test_a_server_that_is_not_there_bills_nothing(tmp_path, editor, server):
     server.http.shutdown()
     server.http.server_close()
     client = editor(tries=2, price_per_picture=0.5)
-    with pytest.raises(EditError, match="connection lost"):
+    with pytest.raises(UnreachedError, match="connection lost"):
         ask(client)
     assert (client.spending.requests, client.spending.cost) == (2, 0.0)
 
@@ -414,6 +416,9 @@ def test_the_step_asks_side_by_side_and_a_second_run_needs_no_server(server, edi
     again, step = run(concurrency=1)
     assert again == first
     assert step.editor.spending.requests == asked
+    for rule in ("keep", "drop"):  # what nobody answers is a fault, whatever is done about pictures that are not liked
+        new = Synthesise(editor(tries=1), share=1.0, on_failure=rule, seed=1)
+        assert [outcome.reason for (outcome,) in new(clips[:2])] == [UNREACHED, UNREACHED]
 
 
 def leaks(text: str | bytes) -> list[str]:
@@ -437,7 +442,7 @@ def test_no_piece_of_the_key_is_in_messages_logs_objects_or_files(
     client = editor(tries=2)
     found = [repr(client), pickle.dumps(client), json.dumps(client.describe()), str(vars(client))]
     for seed in range(2):
-        with pytest.raises((EditError, UserError)) as caught:
+        with pytest.raises((EditError, UnreachedError, UserError)) as caught:
             ask(client, seed)
         found += [str(caught.value), repr(caught.value), repr(caught.value.__context__)]
     found += [caplog.text, *capfd.readouterr(), *(file.read_bytes() for file in files_in(tmp_path))]

@@ -57,6 +57,20 @@ def test_a_cut_of_what_may_have_frames_is_not() -> None:
         check_recipe(sources, steps, [])
 
 
+@pytest.mark.parametrize(
+    ("size", "meant"), [("16GiB", "; did you mean 16?"), ("0", ""), ("-1", ""), ("nan", ""), ("inf", ""), ("much", "")]
+)
+def test_a_size_of_the_cache_that_is_none_is_refused(size: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for good in ("", "0.5", "16", " 1e2 "):
+        monkeypatch.setenv("IDC_SOURCE_CACHE_GB", good)
+        check_recipe([FILMS], [], [])
+    monkeypatch.setenv("IDC_SOURCE_CACHE_GB", size)
+    with pytest.raises(UserError) as caught:
+        check_recipe([FILMS], [], [])
+    expected = f"IDC_SOURCE_CACHE_GB={size!r} in the environment: must be a number of GiB, more than 0{meant}"
+    assert str(caught.value) == expected
+
+
 def test_a_score_that_nothing_gives_is_refused_with_the_one_that_was_meant() -> None:
     steps = [TechnicalFilter(), AestheticFilter(object()), Windows(), Cut()]  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^collection, number 2 \(Duplicates\): prefer='aesthetics'.*mean 'aesthetic'"):

@@ -6,7 +6,11 @@ where a recipe has them, the steps themselves say what they lack.
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from idc.curate.candidate import Source, Step
@@ -17,6 +21,7 @@ from idc.curate.exclusion import Exclude
 from idc.curate.faces import FaceTracks, PeopleInWindow
 from idc.curate.filters import AestheticFilter, MotionFilter, TechnicalFilter
 from idc.curate.pairs import CrossVideoPairs, face_thresholds
+from idc.curate.reading import CACHE_SETTING
 from idc.curate.sources import ExistingShards, OpenS2V5M
 from idc.curate.sources.opens2v_record import FRAME_SCORES, META, SCORES
 from idc.curate.windows import Cut, Windows
@@ -34,13 +39,14 @@ GIVEN: Mapping[type, Sequence[str]] = {  # the scores that candidates have of ea
 
 
 def check_recipe(sources: Sequence[Source], steps: Sequence[Step], collection: Sequence[CollectionStep]) -> None:
-    """Look at what the steps of a recipe want of each other and of the sources.
+    """Look at what the steps of a recipe want of each other, of the sources and of the environment.
 
     Raises:
         UserError: for a `Cut` that no step chooses frames for, a score that `Duplicates` prefers and none gives, a
             threshold of `CrossVideoPairs` for an embedder that the recipe has not, and an `Exclude` that nothing is
-            made ready for.
+            made ready for; also for a size of the cache in the environment that is none.
     """
+    _check_cache(os.environ.get(CACHE_SETTING, ""))
     for number, step in enumerate(steps):
         if isinstance(step, Cut) and not _chosen(sources, steps[:number]):
             raise UserError(
@@ -62,6 +68,16 @@ def check_recipe(sources: Sequence[Source], steps: Sequence[Step], collection: S
                 if name not in known:
                     wrong = f"thresholds: no step of the recipe embeds subjects by {name!r}"
                     raise UserError(f"{where}: {wrong}{nearest(name, known)}")
+
+
+def _check_cache(size: str) -> None:
+    """Workers read it with the first film behind a URL, and each film would be dropped by a fault."""
+    with suppress(ValueError):
+        if not size or 0 < float(size) < math.inf:
+            return
+    number = re.match(r"\s*(\d+(?:\.\d+)?)", size)
+    near = f"; did you mean {number[1]}?" if number and float(number[1]) else ""
+    raise UserError(f"{CACHE_SETTING}={size!r} in the environment: must be a number of GiB, more than 0{near}")
 
 
 def _known(things: Iterable[Any]) -> bool:

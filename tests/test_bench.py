@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import random
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,11 +20,12 @@ from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from idc.bench import data, generate, grpo, train
+from idc.bench import context, data, generate, grpo, train
 from idc.bench.cases import Case, Clock, Group, Outcome, nothing_shared, reason, run, stepwise
 from idc.bench.cli import main
 from idc.bench.context import Bench, default_speed
 from idc.bench.device import known_device, larger_ceiling, matrix_ceiling
+from idc.bench.lengths import drawn, widest
 from idc.bench.models import (
     RandomSpec,
     cast_as_diffusers,
@@ -37,9 +39,11 @@ from idc.bench.results import Report, Spread, at_least, at_most, below, ratios, 
 from idc.bench.setup import from_recipes, named
 from idc.bench.tables import print_report
 from idc.errors import UserError
-from idc.models.cost import StepFlops
+from idc.models.attention import Choice
+from idc.models.cost import StepFlops, step_flops
 from idc.models.rounding import round_matrices
 from idc.models.speed import Speed
+from idc.models.transformer import IDCrafterTransformer
 from idc.plan.devices import DEVICES
 from idc.stages.rollouts import Rollouts
 
@@ -143,6 +147,46 @@ def test_a_backward_pass_through_frozen_weights_is_not_counted_as_two_forwards(b
             grpo.iteration_flops(of, grpo.Plan(4, 2, {"scale": 1}), True, {kind: 1}) for kind in ("trained", "sampled")
         )
         assert least < trained / sampled < most
+
+
+def test_lengths_that_vary_leave_the_count_of_operations_as_it_is():
+    setup, generator = named("1.3b"), random.Random(0)
+    config = setup.spec.build(setup.text_dim, setup.vlm_dim, "meta").config
+
+    def operations(subject_tokens, vlm_tokens):
+        return step_flops(config, 81, 480, 832, setup.text_length, subject_tokens, vlm_tokens).useful
+
+    counted = operations((setup.subject_tokens,) * 3, setup.vlm_tokens)
+    every = [drawn(setup, generator) for _ in range(200)]
+    tokens = [(tuple(rows * columns for rows, columns in one.grids), one.vlm) for one in every]
+    each = [operations(*one) / counted for one in tokens]
+    assert 0.998 < min(each) < max(each) < 1.002
+    assert sum(each) / 200 == pytest.approx(1, abs=5e-4)
+    assert len({(sum(of_subjects) + of_vlm) for of_subjects, of_vlm in tokens}) > 80  # keys of stage 3
+    assert max(side for one in every for grid in one.grids for side in grid) == widest(setup).reference // 16
+
+
+def test_every_step_of_a_real_size_has_other_references_in_all_modes_alike(bench, monkeypatch):
+    monkeypatch.setattr("idc.bench.context.WIDE", 64)  # the tiny model counts as a real one
+    real = replace(bench, setup=replace(bench.setup, reference=128, batch=2, vlm_tokens=30))
+    met, run_forward = [], IDCrafterTransformer.forward
+
+    def forward(self, *args, **named):
+        condition = named["condition"]
+        met.append(([tuple(r.shape) for r in condition.references], condition.vlm_BLD.shape, condition))
+        return run_forward(self, *args, **named)
+
+    monkeypatch.setattr(IDCrafterTransformer, "forward", forward)
+    with train.groups(real)[1].open() as cases:
+        for name in (train.OURS, "checkpointing full", "features encoded in every step"):
+            of_name(cases, name).turn(0, 4)
+    assert len(met) == 12
+    shapes = [(tuple(references), vlm) for references, vlm, _ in met]
+    assert len(set(shapes)) > 9
+    for references, _, condition in met:
+        assert all(batch == 2 and 0.8 < height * width / 256 < 1.2 for batch, _, height, width in references)
+        assert condition.reference_sizes_BN2 is condition.vlm_mask_BL is None  # nothing is padded
+    assert len({vlm[1] for _, vlm in shapes[:8]}) > 3
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------
@@ -496,6 +540,20 @@ def test_the_planners_share_counts_recomputation_over_forward_and_backward_and_t
         none, full = of_name(cases, train.OURS), of_name(cases, "checkpointing full")
         assert full.flops == none.flops
         assert full.work > 1.25 * none.work > 1.2 * none.flops
+
+
+def test_ours_has_the_attention_backends_that_a_stage_would_set(bench, monkeypatch):
+    monkeypatch.setattr(context, "_choice", lambda *_: Choice("_native_math", "_native_flash"))
+    model = generate.build(bench, blocks=True)
+    said = context.apply_speed(bench, model, replace(bench.speed, checkpointing="full"), training=True)
+    assert said == {
+        "attention": "_native_math",
+        "attention_of_subjects": "_native_flash",
+        "checkpointing": "full",
+        "compile": "off",
+    }
+    assert model.blocks[0].attn1.processor._attention_backend.value == "_native_math"
+    assert model.id_blocks[0].cross_attn.processor._attention_backend.value == "_native_flash"
 
 
 def test_the_speed_is_the_recipes_and_flags_win():

@@ -4,11 +4,15 @@ The plain loop is what a user would write: `WanTransformer3DModel` under autocas
 diffusers' full gradient checkpointing, clipping and `torch.optim.AdamW`. It knows no references, so it is compared with
 our stage on the model without blocks. Ours is `idc.stages.sft.SFT`: its features, its loss, its model. Lightning's loop
 around it is measured by tests/benchmarks/bench_overhead.py. A step counts three forwards, without recomputation.
+
+With references, every step of a real size has other numbers of their tokens (`idc.bench.lengths`). The other benchmarks
+keep theirs: a video or an iteration is many forwards of one size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,8 +23,10 @@ from torch import Tensor
 
 from idc.bench.cases import Case, Clock, Group, Step, free, stepwise
 from idc.bench.context import Bench, apply_speed, relative_difference
+from idc.bench.lengths import varied, widest
 from idc.bench.models import RandomSpec, plain_wan, random_encoders, random_sample, with_features, without_blocks
 from idc.bench.results import Aim, Report, at_least, at_most
+from idc.bench.setup import Setup
 from idc.flow.path import interpolate, velocity_target
 from idc.models.conditioning import Drop
 from idc.models.speed import Speed
@@ -30,6 +36,7 @@ from idc.types import Sample
 OURS, PLAIN, BARE = "ours", "plain loop", "ours, blocks left out"
 BACKBONE = "training, blocks off"
 CLIP = 1.0  # norm of the gradients
+Batches = Callable[[], Sequence[Sample]]  # of one step after the other
 
 
 def groups(bench: Bench) -> list[Group]:
@@ -104,12 +111,12 @@ def make_stage(bench: Bench, blocks: bool, speed: Speed) -> Any:
 def _against_plain(bench: Bench) -> Iterator[Sequence[Case]]:
     stage = make_stage(bench, blocks=False, speed=bench.speed)
     wan = plain_wan(stage.transformer)
-    samples = _samples(bench, stage)
+    samples = _samples(bench, bench.setup, stage)
     bench.checks["blocks off against WanTransformer3DModel, relative difference"] = _difference(bench, stage, wan)
     flops = 3 * bench.setup.batch * bench.forward_flops(wan)
     plain = {"attention": "native", "checkpointing": "full", "compile": "off", "optimiser": "AdamW"}
     yield [
-        _case(bench, stage, OURS, samples, bench.speed, Drop.REFERENCES, flops),
+        _case(bench, stage, OURS, lambda: samples, bench.speed, Drop.REFERENCES, flops),
         Case(
             PLAIN,
             stepwise(partial(_plain_step, bench, stage, wan, samples), bench.device),
@@ -128,7 +135,13 @@ def _modes(bench: Bench) -> Iterator[Sequence[Case]]:
     setup, speed = bench.setup, bench.speed
     stage = make_stage(bench, blocks=True, speed=speed)
     bare = make_bare(stage)
-    samples = _samples(bench, stage)
+    made = widest(setup) if bench.is_real else setup
+    lengths = random.Random(setup.seed)  # one for all cases: none meets sizes that another has met
+
+    def batches(samples: Sequence[Sample]) -> Batches:
+        return varied(setup, samples, lengths) if bench.is_real else lambda: samples
+
+    samples = batches(_samples(bench, made, stage))
     flops = 3 * setup.batch * bench.forward_flops(stage.transformer, setup.subjects)
     backbone = 3 * setup.batch * bench.forward_flops(bare.transformer)
     case = partial(_case, bench, stage, drop=Drop.NOTHING, flops=flops)
@@ -145,7 +158,7 @@ def _modes(bench: Bench) -> Iterator[Sequence[Case]]:
     for backend in bench.options.get("attention", ()):
         if backend != speed.attention:
             cases.append(case(f"attention {backend}", samples, replace(speed, attention=backend), against=OURS))
-    clips = [random_sample(setup, number=i, clip=True) for i in range(setup.batch)]
+    clips = batches([random_sample(made, number=i, clip=True) for i in range(setup.batch)])
     cases.append(case("features encoded in every step", clips, speed, against=OURS))
     yield cases
 
@@ -168,11 +181,11 @@ def make_bare(stage: Any) -> Any:
     return bare.to(stage.device).train()
 
 
-def _samples(bench: Bench, stage: Any) -> list[Sample]:
+def _samples(bench: Bench, setup: Setup, stage: Any) -> list[Sample]:
     """With their features on the device, as Lightning moves a batch."""
     samples = []
-    for number in range(bench.setup.batch):
-        sample = with_features(random_sample(bench.setup, number=number, clip=True), stage.encoders)
+    for number in range(setup.batch):
+        sample = with_features(random_sample(setup, number=number, clip=True), stage.encoders)
         features = {name: value.to(bench.device) for name, value in (sample.features or {}).items()}
         samples.append(replace(sample, features=features))
     stage.encoders.codec.unload()
@@ -184,11 +197,11 @@ def _samples(bench: Bench, stage: Any) -> list[Sample]:
 
 
 def _case(
-    bench: Bench, stage: Any, name: str, samples: Sequence[Sample], speed: Speed, drop: Drop, flops: int,
+    bench: Bench, stage: Any, name: str, batches: Batches, speed: Speed, drop: Drop, flops: int,
     against: str = "",
 ) -> Case:  # fmt: skip
     settings: dict[str, str] = {"optimiser": "AdamW, fused" if bench.cuda else "AdamW"}
-    open_step = partial(_our_step, bench, stage, samples, speed, drop, settings)
+    open_step = partial(_our_step, bench, stage, batches, speed, drop, settings)
     turn = stepwise(open_step, bench.device)
     references = bench.setup.subjects if drop.references else 0
     work = bench.setup.batch * bench.step_flops(stage.transformer, references, checkpointing=speed.checkpointing).total
@@ -197,16 +210,16 @@ def _case(
 
 @contextmanager
 def _our_step(
-    bench: Bench, stage: Any, samples: Sequence[Sample], speed: Speed, drop: Drop, settings: dict[str, str]
+    bench: Bench, stage: Any, batches: Batches, speed: Speed, drop: Drop, settings: dict[str, str]
 ) -> Iterator[Step]:
     settings.update(apply_speed(bench, stage.transformer, speed, training=True))
     parameters = [p for p in stage.transformer.parameters() if p.requires_grad]
     optimizer = stage.optimizer_factory(parameters, **optimizer_settings(stage.optimizer_factory, bench.device))
-    seeds_B = torch.arange(len(samples))
-    drops = [drop] * len(samples)
+    seeds_B = torch.arange(bench.setup.batch)
+    drops = [drop] * bench.setup.batch
 
     def step(clock: Clock) -> None:
-        features = stage.encoders.features(samples, drops)
+        features = stage.encoders.features(batches(), drops)
         t_B = stage.times(seeds_B).to(bench.device)
         clock.end("data")
         loss = (stage.weight(t_B) * stage.losses(features, seeds_B, t_B, drops)).mean()

@@ -34,6 +34,7 @@ from idc.curate.prose import (
     without_emphasis,
     words_of,
 )
+from idc.curate.reaching import UNREACHED
 from idc.curate.words import SubjectWords
 from idc.errors import UserError
 from idc.models.judges import ImageTextJudge, JudgeError
@@ -294,7 +295,7 @@ def test_a_server_that_fails_for_ever_drops_the_clip_with_a_reason(server: Serve
     dropped = one(step([candidate()]))
     assert isinstance(dropped, Dropped)
     passing = kind in ("429", "500", "garbage", "half")
-    assert dropped.reason == ("server did not answer" if passing else "no caption")
+    assert dropped.reason == (UNREACHED if passing else "no caption")
     assert (dropped.reason in FAULTS) == passing  # what is done again, and stops a run
     assert dropped.detail
     assert len(server.requests) == (2 if passing else 1)

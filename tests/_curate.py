@@ -28,6 +28,7 @@ from idc.curate.candidate import (
 from idc.curate.engine import Curation
 from idc.curate.local import LocalExecutor
 from idc.curate.writing import ShardWriting
+from idc.data import storage
 from idc.errors import UserError
 
 
@@ -49,6 +50,17 @@ class Numbers(Source):
 
     def describe(self) -> Mapping[str, Any]:
         return {"class": "Numbers", "name": self.name}  # which of them there are is no setting
+
+
+class Resets(Numbers):
+    """The store of the parts ends connections, in the worker that takes these."""
+
+    def open(self, id: str, payload: Mapping[str, Any]) -> Iterator[Outcome]:
+        def ended(path: str) -> Any:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        storage.open_atomic = ended
+        return super().open(id, payload)
 
 
 @dataclass

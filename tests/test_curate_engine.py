@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import tarfile
@@ -19,7 +20,7 @@ from typing import Any
 import _curate
 import numpy as np
 import pytest
-from _curate import STEPS, Cut, Dies, Fails, Heavy, Numbers, Split, Weigh, curation, files
+from _curate import STEPS, Cut, Dies, Fails, Heavy, Numbers, Resets, Split, Weigh, curation, files
 from _server import join, launch
 
 from idc.cli import main
@@ -303,6 +304,36 @@ def test_a_fault_in_a_step_drops_its_candidate_alone(tmp_path: Path) -> None:
         ("n00041", "fails", "step failed"),
     ]
     assert drops[0]["detail"] == "RuntimeError: number 20 is not liked"
+
+
+def test_a_fault_of_the_encoder_drops_its_clip_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"preset='slwo' is none of x264's; did you mean 'slow'\?"):
+        Encoding(preset="slwo")
+    encoding = Encoding()
+    object.__setattr__(encoding, "preset", "slwo")  # what FFmpeg refuses, whatever it is
+    report = curation(tmp_path, 3, steps=(Cut(encoded=False, size=32),), encoding=encoding).run()
+    assert report.written is not None
+    assert report.written.dropped == {"encode": {"step failed": 3}}
+    assert (report.counts[2].step, report.counts[2].failed) == ("encode", 3)
+
+
+@pytest.mark.parametrize("most", [1000, 100_000])  # bytes: less than a part has, and than a shard
+def test_a_disk_that_is_full_is_told_in_one_line(most: int, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    few = curation(tmp_path, 60, writing=ShardWriting(held_out=0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}(/work)?: OSError: .*File too large$"):
+            few.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert bool(list(tmp_path.rglob("part-*.tar"))) == (most > 1000)
+    few.run()
+
+
+def test_a_store_that_ends_connections_is_told_by_workers_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/work: ConnectionResetError: \[Errno 104\] Connection reset by peer$"):
+        curation(tmp_path, sources=[Resets(6)], workers=1).run()
 
 
 def test_many_faults_stop_the_run_and_what_failed_is_done_again_when_asked(tmp_path: Path) -> None:

@@ -408,7 +408,8 @@ def test_several_files_each_with_its_videos(tmp_path):
     assert [candidate.path for candidate in found] == [f"{root}/v{n}.mp4" for root in roots for n in range(3)]
     assert len({candidate.key for candidate in found}) == 6
     assert len({id for id, _ in OpenS2V5M(paths, "memory://v").units()}) == 6
-    for bad in ((paths, [*roots, "x"]), ([paths[0]] * 2, roots), ([], "x")):
+    twice = ([paths[0]] * 2, ["a.json", "./a.json"], ["memory://v/a.json", "memory://v//a.json"])
+    for bad in ((paths, [*roots, "x"]), *((same, roots) for same in twice), ([], "x")):
         with pytest.raises(UserError, match=r"file|folders"):
             OpenS2V5M(*bad)
 

@@ -29,6 +29,10 @@ OPEN, ENCODE = "source", "encode"
 STEP_FAILED, SOURCE_FAILED, WORKER_DIED = "step failed", "source failed", "worker died"
 FAULTS = (STEP_FAILED, SOURCE_FAILED, WORKER_DIED, UNREACHED)
 SMALL = 256  # pixels; under it halved chroma shows
+PRESETS = (
+    *("ultrafast", "superfast", "veryfast", "faster", "fast"),
+    *("medium", "slow", "slower", "veryslow", "placebo"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Encoding:
             raise UserError(
                 f"pixel_format={self.pixel_format!r} is not known{nearest(self.pixel_format, PIXEL_FORMATS)}"
             )
+        if self.preset not in PRESETS:
+            raise UserError(f"preset={self.preset!r} is none of x264's{nearest(self.preset, PRESETS)}")
 
     def __call__(self, candidate: Candidate) -> Outcome:
         """The candidate with its clip as a file in the place of pixels; a drop where it has neither."""
@@ -264,11 +270,15 @@ def _encode(
     for candidate in candidates:
         count.came += 1
         began = time.monotonic()
-        outcome: Any = (
-            candidate.dropped(ENCODE, "key comes twice", "in its chunk")
-            if candidate.key in keys
-            else encoding(candidate)
-        )
+        outcome: Any
+        try:
+            outcome = (
+                candidate.dropped(ENCODE, "key comes twice", "in its chunk")
+                if candidate.key in keys
+                else encoding(candidate)
+            )
+        except Exception as error:  # of FFmpeg's, as a step's
+            outcome = candidate.dropped(ENCODE, STEP_FAILED, one_line(error))
         count.seconds += time.monotonic() - began
         if isinstance(outcome, Dropped):
             drops.add(outcome)

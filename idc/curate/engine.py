@@ -22,7 +22,7 @@ from idc.curate.candidate import Source, Step
 from idc.curate.chunks import OPEN, Encoding, Work
 from idc.curate.collection import CollectionStep
 from idc.curate.decisions import decide
-from idc.curate.executors import Done, Executor
+from idc.curate.executors import Done, Executor, files_in
 from idc.curate.films import FilmSharing
 from idc.curate.guard import Settings, check_shards, clean, locked
 from idc.curate.local import LocalExecutor
@@ -160,9 +160,10 @@ class Curation:
         with locked(*roots):
             self._check_out()
             clock = [time.monotonic()]
-            clean(self.folder)
-            settings = self._settings().keep()
-            with storage.open_atomic(storage.join(self.folder, PLAN)) as stream:
+            with files_in(self.folder):
+                clean(self.folder)
+                settings = self._settings().keep()
+            with files_in(self.folder), storage.open_atomic(storage.join(self.folder, PLAN)) as stream:
                 plan = make_plan(self.sources, settings, self.chunk, self.limit, self._done(), stream)
             self._check_out(plan)
             report = CurationReport(plan.units, plan.units - plan.left)
@@ -196,8 +197,9 @@ class Curation:
         return plan
 
     def _check_out(self, plan: Plan | None = None) -> None:
-        check_foreign(self.out, self.writing.prefix)
-        check_shards(self.out, self.folder, self.recipe(), plan.material if plan else "")
+        with files_in(self.out):
+            check_foreign(self.out, self.writing.prefix)
+            check_shards(self.out, self.folder, self.recipe(), plan.material if plan else "")
 
     def _settings(self) -> Settings:
         return Settings(self.folder, self.sources, self.steps, self.encoding, self.chunk)
@@ -237,7 +239,7 @@ class Curation:
         by_step = Counter(drop.step for drop in decisions.drops.values())
         for name in dict.fromkeys([*(step.name for step in self.collection), *by_step]):
             _append(report.counts, name, by_step[name])
-        with Shown("writing shards", self.progress) as shown:
+        with Shown("writing shards", self.progress) as shown, files_in(self.out):
             report.written = write_collection(
                 parts,
                 decisions,

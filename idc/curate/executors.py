@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from idc.curate.chunks import FAULTS, Work
+from idc.curate.chunks import FAULTS, Work, one_line
 from idc.curate.parts import Count, Outcomes, write_part
 from idc.curate.plan import Task
 from idc.data import storage
+from idc.errors import UserError
 
 BEGUN = ".begun"  # ends the names of what executors leave among the parts while they are at work
 
@@ -65,7 +67,24 @@ def first_fault(outcomes: Outcomes) -> str:
     return "" if found is None else f"{found.step}: {found.video}: {found.detail}"
 
 
+@contextmanager
+def files_in(folder: str) -> Iterator[None]:
+    """Works with a run's own files: a disk that is full, or a store that is away, is for the user to mend.
+
+    Raises:
+        UserError: for whatever the folder's disk or store has against it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: {one_line(error)}") from error
+
+
 def work_on(work: Work, task: Task, folder: str) -> Done:
-    """A whole chunk in this process, whose networks are loaded."""
-    with work.here(folder):
+    """A whole chunk in this process, whose networks are loaded.
+
+    Raises:
+        UserError: from a source or a step, or where the part cannot be written.
+    """
+    with files_in(folder), work.here(folder):
         return finish(task, work.encoded(work.through(work.steps, work.opened(task, folder))), folder)

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from idc.curate.candidate import Source, Step
 from idc.curate.chunks import Encoding
-from idc.curate.executors import BEGUN
+from idc.curate.executors import BEGUN, files_in
 from idc.curate.films import remove_films
 from idc.curate.parts import VERSION
 from idc.curate.provenance import public
@@ -38,7 +38,8 @@ def locked(*folders: str) -> Iterator[None]:
     """
     with ExitStack() as held:
         for folder in {os.path.realpath(folder): folder for folder in folders if not storage.is_url(folder)}.values():
-            _lock(folder, held.enter_context(open(Path(folder, LOCK), "a+")))
+            with files_in(folder):
+                _lock(folder, held.enter_context(open(Path(folder, LOCK), "a+")))
         yield
 
 

@@ -7,13 +7,14 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
-from idc.curate.chunks import Work, died, one_line
+from idc.curate.chunks import Work, died
 from idc.curate.executors import Done, Executor, finish, work_on
 from idc.curate.plan import PlanGoneError, Task
 from idc.errors import UserError
@@ -48,8 +49,6 @@ class LocalExecutor(Executor):
         try:
             for task in tasks:
                 yield work_on(work, task, folder)
-        except OSError as error:
-            raise UserError(f"{folder}: {one_line(error)}") from error
         finally:
             for step in work.steps:
                 step.unload()
@@ -157,15 +156,14 @@ def _serve(connection: Connection, work: Work, folder: str, device: str) -> None
     """A worker's life: load, then task after task, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        work.load(work.steps, device)
-        while True:
-            connection.send(work_on(work, connection.recv(), folder))
-    except (EOFError, BrokenPipeError, ConnectionResetError, PlanGoneError):
-        return  # the parent is gone, or has no more work
-    except OSError as error:
-        connection.send(UserError(f"{folder}: {one_line(error)}"))
-    except UserError as error:
-        connection.send(UserError(str(error)))
-    except Exception:  # a fault of the kit's own: the parent shows it
-        connection.send(RuntimeError(traceback.format_exc()))
+    with suppress(EOFError, OSError):  # of the connection: the parent is gone, or has no more work
+        try:
+            work.load(work.steps, device)
+            while True:
+                connection.send(work_on(work, connection.recv(), folder))
+        except (EOFError, OSError, PlanGoneError):
+            return
+        except UserError as error:
+            connection.send(UserError(str(error)))
+        except Exception:  # a fault of the kit's own: the parent shows it
+            connection.send(RuntimeError(traceback.format_exc()))

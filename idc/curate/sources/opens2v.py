@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +78,8 @@ class OpenS2V5M(Source):
         roots = [videos_root] if isinstance(videos_root, str) else list(videos_root)
         if len(roots) not in (1, len(self._paths)):
             raise UserError(f"videos_root: {len(roots)} folders for {len(self._paths)} files; give one, or one a file")
-        if len(set(self._paths)) < len(self._paths) or not self._paths:
+        places = {PurePosixPath(path) if storage.is_url(path) else os.path.realpath(path) for path in self._paths}
+        if len(places) < len(self._paths) or not self._paths:
             raise UserError(f"path={self._paths}: {'a file is given twice' if self._paths else 'no file'}")
         try:
             re.compile(parts)

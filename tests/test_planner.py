@@ -164,10 +164,11 @@ def _is_told_apart(name: str) -> bool:
     return (name in _autocast("AutocastCUDA")) != (name in _autocast("AutocastCPU"))
 
 
-def test_of_what_the_two_autocasts_treat_otherwise_the_model_meets_rms_norm_alone():
+@pytest.mark.parametrize("settings", [{}, {"id_joint_references": True}])
+def test_of_what_the_two_autocasts_treat_otherwise_the_model_meets_rms_norm_alone(settings):
     assert _is_told_apart("layer_norm")  # which is given float32
     with Met() as met:
-        loss_of(*SIZES[1], bf16=True)(make(3, 2))
+        loss_of(*SIZES[1], bf16=True)(make(3, 2, **settings))
     met.found.pop("cat")  # on CUDA it takes two types without making them one first: a moment's bytes, of references
     rms_norm = {"rms_norm": {torch.bfloat16, torch.float32}}  # tokens and weights
     assert met.found == (rms_norm if cuda.IN_FLOAT32 else {})

@@ -24,6 +24,7 @@ from idc.errors import UserError
 from idc.models.conditioners import ToyTextConditioner
 from idc.models.conditioning import Drop, Encoders
 from idc.models.cost import forward_flops, step_flops
+from idc.models.sequence_parallel import check_heads
 from idc.models.toy_codec import CosineCodec
 from idc.models.trainable import set_trainable
 from idc.models.transformer import IDCrafterTransformer
@@ -38,6 +39,7 @@ from idc.plan.recipe import Layout, _layout, read
 from idc.plan.start import is_there, stand_in
 from idc.plan.trace import Passed, Storages, trace
 from idc.plan.work import seconds
+from idc.stages.sharding import check_sizes
 from idc.types import Bucket, Condition
 
 MODES = ("none", "attention", "full")
@@ -441,6 +443,19 @@ def test_layouts_that_fit_refuses_are_not_planned(capsys):
     strategy = SimpleNamespace(class_path="idc.stages.sharding.FSDP2", init_args={"replicas": 3})
     with pytest.raises(UserError, match="replicas=3: must divide the 8 ranks"):
         _layout(SimpleNamespace(devices=8, num_nodes=1, strategy=strategy))
+
+
+@pytest.mark.parametrize(("heads", "sizes"), [(40, [2, 4, 8]), (12, [2, 4])], ids=["14b", "1.3b"])
+def test_ranks_of_a_sequence_divide_gpus_and_heads_as_the_recipe_says(heads, sizes):
+    def fits(size: int) -> bool:
+        try:
+            check_sizes(1, 8, tensor_parallel_size=size)
+            check_heads(heads, size)
+        except UserError:
+            return False
+        return True
+
+    assert [size for size in range(2, 41) if fits(size)] == sizes
 
 
 def test_an_alignment_is_planned_before_its_start_is_trained(tmp_path):

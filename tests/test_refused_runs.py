@@ -230,6 +230,11 @@ def test_precisions_that_stages_keep_pass_under_all_their_names(precision: Any) 
             check_precision(other)
 
 
+def test_another_way_of_clipping_is_refused_by_the_name_of_its_setting(start: Path) -> None:
+    with pytest.raises(UserError, match=r"^trainer\.gradient_clip_algorithm='value': only 'norm'"):
+        stage(start).configure_gradient_clipping(None, 1.0, "value")
+
+
 def test_a_trainer_of_a_library_user_is_checked_too(toy_data: Path, start: Path) -> None:
     with pytest.raises(UserError, match="group_size=1: advantages"):
         fit(stage(start), data(toy_data, group_size=1))

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from idc.curate import prose
 from idc.curate.candidate import Candidate, Dropped
 from idc.curate.captions import Caption
-from idc.curate.chunks import FAULTS
+from idc.curate.chunks import FAULTS, Encoding, Work
+from idc.curate.parts import Count, Outcomes
 from idc.curate.prose import (
     CaptionError,
     check_caption,
@@ -191,6 +192,15 @@ def test_given_captions_are_kept_combined_or_replaced(given: str, answer: Any, c
         assert outcome.meta["caption"] == {"by": by, "model": "scripted", "given": " Mia\nwaves. "}
     elif given != "keep":
         assert outcome.meta["caption"]["failure"]
+
+
+def test_who_wrote_a_caption_of_earlier_shards_stays_named_as_long_as_it_stays() -> None:
+    was = candidate(caption="Mia waves.").changed(models={"caption": "a writer"})
+    for rule, writer in (("keep", "a writer"), ("replace", "scripted")):
+        outcomes = Outcomes([("films", "a")], [Count("source")], [], [was])
+        work = Work((), (), Encoding(), "")
+        (outcome,) = work.through([Caption(Scripted(GOOD), given=rule)], outcomes).candidates
+        assert outcome.models == {"caption": writer}
 
 
 def test_a_given_caption_that_is_none_is_written_anew_or_both_faults_are_told() -> None:

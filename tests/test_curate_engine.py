@@ -20,7 +20,7 @@ from typing import Any
 import _curate
 import numpy as np
 import pytest
-from _curate import STEPS, Cut, Dies, Fails, Heavy, Numbers, Resets, Split, Weigh, curation, files
+from _curate import STEPS, Again, Cut, Dies, Fails, Heavy, Idle, Numbers, Resets, Split, Weigh, curation, files
 from _server import join, launch
 
 from idc.cli import main
@@ -304,6 +304,14 @@ def test_a_fault_in_a_step_drops_its_candidate_alone(tmp_path: Path) -> None:
         ("n00041", "fails", "step failed"),
     ]
     assert drops[0]["detail"] == "RuntimeError: number 20 is not liked"
+
+
+def test_a_step_names_the_models_that_it_used_and_leaves_those_of_what_it_left(tmp_path: Path) -> None:
+    for source, idle in ((Again(3), "idle 0.1"), (Numbers(3), "idle 1.0")):
+        curation(tmp_path / idle, sources=[source], steps=(Cut(), Weigh(), Idle())).run()
+        models = json.loads((tmp_path / idle / "manifest.json").read_text())["models"]
+        assert (models["weigh"], models["idle"]) == (["linear 1.0"], [idle])
+        assert models.get("caption", ["a writer"]) == ["a writer"]
 
 
 def test_a_fault_of_the_encoder_drops_its_clip_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import struct
 from collections import Counter
 from io import BytesIO
@@ -173,6 +174,28 @@ def test_bad_ranks_and_files_are_told(film, tmp_path):
         look(candidate(tmp_path), [0])
     with pytest.raises(UserError, match="pipe"):
         look(candidate("pipe:ls"), [0])
+
+
+def test_files_are_looked_at_once_as_far_as_their_frames_have_room(
+    film, tmp_path, monkeypatch
+):
+    counted: Counter[str] = Counter()
+    real = reading.probe
+    monkeypatch.setattr(reading, "probe", lambda path: counted.update([Path(path).stem]) or real(path))
+    names = "abcdefghijkl"
+    for name in names:
+        shutil.copy(film, tmp_path / f"{name}.mp4")
+
+    def looked(most: int, order: str) -> dict[str, int]:
+        monkeypatch.setattr(reading, "_known", reading._Known(most))
+        counted.clear()
+        for name in order:
+            assert inspect(candidate(tmp_path / f"{name}.mp4")).video.frames == 100
+        return dict(counted)
+
+    assert looked(reading.KNOWN_FRAMES, 3 * names) == dict.fromkeys(names, 1)
+    assert looked(250, "abacab") == {"a": 1, "b": 2, "c": 1}  # who was asked for longest ago goes
+    assert looked(99, "aabba") == {"a": 2, "b": 1}  # one is known, however long it is
 
 
 def test_urls_are_fetched_once_into_a_bounded_folder(film, monkeypatch):
@@ -577,7 +600,7 @@ def test_subjects_that_the_cut_leaves_out_are_removed_with_a_note(tmp_path):
         (lambda: Cut(min_visible=2), "min_visible=2"),
         (lambda: DecodeCheck(min_side=0), "min_side=0"),
         (lambda: DecodeCheck(max_seconds=1, min_seconds=2), "max_seconds=1: must be 2 or more"),
-        (lambda: Cut()([candidate(__file__)]), "put Windows before it"),
+        (lambda: Cut()([candidate(__file__)]), "put idc.curate.windows.Windows before it"),
     ],
 )
 def test_bad_settings_name_the_value_and_the_rule(make, message):

@@ -275,7 +275,9 @@ class Step:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Networks and tools with their versions; they go into each sample's provenance under the step's name."""
+        """Networks and tools with their versions; they go into each sample's provenance under the step's name, in the
+        place of what an earlier run used. A step that did nothing to a sample of earlier shards gives it back as it
+        was, or with a copy of its `models`: then those stay."""
         return tuple(map(model_version, self.networks))
 
     @property

@@ -117,7 +117,7 @@ class Caption(AskingStep):
 
         own, _ = self._given(candidate)
         if own and self.given == "keep":
-            return candidate.changed(caption=own, meta={"caption": self._told("given", candidate, own)})
+            return self._as_given(candidate, own)
         _, pictures = clip_frames(candidate, self.frames)
         still = len(candidate.clip) == 1 if candidate.clip is not None else len(candidate.ranks) == 1
         shown: list[Pixels] = [long_side(picture, self.side) for picture in (pictures[:1] if still else pictures)]
@@ -135,11 +135,17 @@ class Caption(AskingStep):
             if not own:
                 detail = f"{error.detail}; the given one: {fault}" if fault else error.detail
                 return candidate.dropped(self.name, error.reason, detail)
-            told = self._told("given", candidate, own, failure=str(error))
-            return candidate.changed(caption=own, meta={"caption": told})
+            return self._as_given(candidate, own, failure=str(error))
         by = "both" if own and self.given == "combine" else "judge"
         told = self._told(by, candidate, text, model=model_version(self.judge), **({"fault": fault} if fault else {}))
         return candidate.changed(caption=text, meta={"caption": told})
+
+    def _as_given(self, candidate: Candidate, own: str, **more: str) -> Candidate:
+        """With the caption that it came with; where an earlier run names who wrote that, it stays."""
+        told = {"caption": self._told("given", candidate, own, **more)}
+        if self.name in candidate.models:
+            return candidate.changed(caption=own, meta=told, models=dict(candidate.models))
+        return candidate.changed(caption=own, meta=told)
 
     def _given(self, candidate: Candidate) -> tuple[str, str]:
         """The given caption where it is one, and what is wrong with it where it is not."""

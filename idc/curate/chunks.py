@@ -227,7 +227,7 @@ def _apply(step: Step, candidates: Iterator[Candidate], outcomes: Outcomes, coun
                     drops.add(replace(outcome, step=step.name))
                     continue
                 try:
-                    settled = settle(_with_models(outcome, step.name, used))
+                    settled = settle(_with_models(candidate, outcome, step.name, used))
                 except (ValueError, TypeError, AttributeError) as error:
                     drops.add(candidate.dropped(step.name, STEP_FAILED, one_line(error)))
                     continue
@@ -256,10 +256,12 @@ def _reason(error: Exception, otherwise: str) -> str:
     return "unreadable video" if isinstance(error, VideoError) else otherwise
 
 
-def _with_models(candidate: Candidate, step: str, used: str) -> Candidate:
-    if not used or step in candidate.models:
-        return candidate
-    return candidate.changed(models={**candidate.models, step: used})
+def _with_models(before: Candidate, after: Candidate, step: str, used: str) -> Candidate:
+    """What a step gave, with the models that it has (`Step.models`)."""
+    as_before = after is before and step in before.models
+    if not used or as_before or after.models is not before.models:
+        return after
+    return after.changed(models={**after.models, step: used})
 
 
 def _encode(

@@ -2,7 +2,8 @@
 
 Everything goes by ranks of the source's frames, upright, cropped as the candidate says. A still image is a video of one
 frame. No more than what was asked for is ever in memory, and a few frames of a film are sought, not decoded up to. What
-was found out about a file (its frames' times) is kept for the last few files, since a chunk's steps all ask again.
+was found out about a file (its frames' times) is kept for the last files of `KNOWN_FRAMES` together, since a chunk's
+steps all ask again, and each of a whole batch before the next does.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from idc.errors import UserError
 CACHE_BYTES = 16 << 30  # of fetched files, per process; a larger file is not fetched
 CACHE_SETTING = "IDC_SOURCE_CACHE_GB"
 COPY_BYTES = 1 << 22
+KNOWN_FRAMES = 1 << 21  # whose times are kept, some 32 bytes each: of ten films of two hours, or all clips of a chunk
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
 
 
@@ -76,7 +78,7 @@ def inspect(candidate: Candidate) -> SourceInfo:
     """
     path = open_source(candidate)
     status = os.stat(path)
-    return _inspect(path, status.st_size, status.st_mtime_ns)
+    return _known.of(path, status.st_size, status.st_mtime_ns)
 
 
 def frame_times(info: VideoInfo) -> NDArray[np.float64]:
@@ -209,8 +211,39 @@ def pick(candidate: Candidate, ranks: Sequence[int]) -> Iterator[tuple[int, Pixe
         raise VideoError(f"ends before frame {ranks[given]} of {ranks[-1] + 1}")
 
 
-@lru_cache(maxsize=4)
-def _inspect(path: str, size: int, time: int) -> SourceInfo:
+class _Known:
+    """What is known of the files that were looked at last, of at most `most` frames together, or of one file."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._frames = most, 0
+        self._infos: OrderedDict[tuple[str, int, int], SourceInfo] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def of(self, path: str, size: int, time: int) -> SourceInfo:
+        """Of the file that has that size and time of modification.
+
+        Raises:
+            VideoError: if it can be read neither as a video nor as an image.
+        """
+        file = path, size, time
+        with self._turn:
+            if file in self._infos:
+                self._infos.move_to_end(file)
+                return self._infos[file]
+        info = _look_at(path, size)
+        with self._turn:
+            if file not in self._infos:
+                self._infos[file] = info
+                self._frames += info.video.frames
+            while self._frames > self._most and len(self._infos) > 1:
+                self._frames -= self._infos.popitem(last=False)[1].video.frames
+        return info
+
+
+_known = _Known(KNOWN_FRAMES)
+
+
+def _look_at(path: str, size: int) -> SourceInfo:
     if not size:
         raise VideoError("the file is empty")
     with open(path, "rb") as file:

@@ -176,9 +176,7 @@ def test_bad_ranks_and_files_are_told(film, tmp_path):
         look(candidate("pipe:ls"), [0])
 
 
-def test_files_are_looked_at_once_as_far_as_their_frames_have_room(
-    film, tmp_path, monkeypatch
-):
+def test_files_are_looked_at_once_as_far_as_their_frames_have_room(film, tmp_path, monkeypatch):
     counted: Counter[str] = Counter()
     real = reading.probe
     monkeypatch.setattr(reading, "probe", lambda path: counted.update([Path(path).stem]) or real(path))

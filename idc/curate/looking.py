@@ -256,6 +256,11 @@ def read_texts(root: str, entry: Entry) -> tuple[str, dict[str, Any], str]:
                 texts[member.ext] = storage.read_range(storage.join(root, entry.shard), member.offset, member.size)
             except OSError as error:
                 return "", {}, f"unreadable shard: {error.strerror or error}"
+    return texts_of(texts)
+
+
+def texts_of(texts: Mapping[str, bytes]) -> tuple[str, dict[str, Any], str]:
+    """As `read_texts`, of members that are read."""
     caption = texts.get("txt", b"").decode("utf-8", "replace").strip()
     if "json" not in texts:
         return caption, {}, ""

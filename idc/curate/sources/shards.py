@@ -112,9 +112,9 @@ class ExistingShards(Source):
 
     def _candidate(self, key: str, entry: Entry, members: Mapping[str, bytes]) -> Candidate:
         # Not above: what looks at collections knows their writer, which knows this package's masks.
-        from idc.curate.looking import Folder, describe, read_texts
+        from idc.curate.looking import Folder, describe, texts_of
 
-        caption, record, problem = read_texts(self._root, entry)
+        caption, record, problem = texts_of(members)
         seen = describe(Folder(self._root, "", 0, 0, 0, "", ()), entry, caption, record, problem)
         ext = clip_ext(members)
         if problem or ext is None:

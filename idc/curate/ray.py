@@ -115,7 +115,7 @@ class RayExecutor(Executor):
             zero_copy_batch=True,
             fn_kwargs={"stage": stage},
             num_cpus=self.cpus_per_task,
-            max_calls=0,  # as by default; where it is said, Ray does not make these part of the actors behind them
+            max_calls=0,  # as by default; said (from 2.51 on), it keeps Ray from making these part of the actors
         )
 
     def _heavy(self, data: Any, stage: Mapping[str, Any]) -> Any:

@@ -147,9 +147,9 @@ class Generate(LightningModule):
 
         build = self.system.build_transformer
         strategy = self._trainer.strategy if self._trainer is not None else None
-        dtype = computes_in(self._trainer, self.compute_dtype)
         if is_sharding(strategy) and self.sampling.reuse:
             raise UserError(REUSE_SHARDED.format(self.sampling.reuse.threshold))
+        dtype = computes_in(self._trainer, self.compute_dtype)
         with torch.device("cpu"):  # not Lightning's default device, which only some strategies set to the GPU
             if is_sharding(strategy):  # ranks hold their shards in float32 and gather in bfloat16
                 self.transformer = build_sharded(build, strategy, self.compute_dtype)

@@ -64,3 +64,8 @@ def check_file(path: Path, setting: str) -> None:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 item", "2 items"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def brief(text: str, most: int = 60) -> str:
+    """The beginning of a text that is longer than a message bears."""
+    return text if len(text) <= most else text[: most - 3] + "..."

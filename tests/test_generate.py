@@ -26,7 +26,7 @@ from idc.data.benchmark import read_items
 from idc.data.images import to_float
 from idc.data.index import ShardIndex
 from idc.data.item_sources import ItemFile, Shards
-from idc.data.output import OutputFolder
+from idc.data.output import MANIFEST, OutputFolder
 from idc.data.sources import ShardSource
 from idc.data.video import decode_video, encode_video, probe
 from idc.errors import UserError
@@ -181,6 +181,12 @@ def test_videos_that_were_made_otherwise_are_noticed_and_replaced_only_on_reques
     assert "sampling.steps was 2, is 3" in message
     assert "existing=replace" in message
     assert contents(out) == contents(made)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["settings"]["a"] = {"long": "x" * 5000}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    assert here(out, run, *held_out(toy_data), steps) == 2
+    assert "a was {'long': 'xxx" in (message := capsys.readouterr().err)
+    assert len(message) < 2000
     foreign = sorted(videos(out))[0]
     (out / "records" / f"{foreign.removesuffix('.mp4')}.json").unlink()  # as if copied from elsewhere
     assert here(out, run, *held_out(toy_data)) == 2

@@ -21,7 +21,7 @@ from idc.curate.provenance import public
 from idc.curate.records import dumps
 from idc.curate.writing import MANIFEST, note_path
 from idc.data import storage
-from idc.errors import UserError
+from idc.errors import UserError, brief
 
 SETTINGS, LOCK = "settings.json", "lock"
 IDENTITY = "identity"  # of a source: how its units are told apart
@@ -212,5 +212,4 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return brief(json.dumps(value, ensure_ascii=False))

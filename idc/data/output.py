@@ -23,7 +23,7 @@ from typing import IO, Any, Literal
 from idc.data import storage
 from idc.data.benchmark import Item, write_items
 from idc.data.plan import stable_hash
-from idc.errors import UserError
+from idc.errors import UserError, brief
 
 MANIFEST, RECORDS, FAILURES = "manifest.json", "records", "failures.jsonl"
 Existing = Literal["error", "replace"]
@@ -142,7 +142,10 @@ class OutputFolder:
             before = json.loads((self.path / MANIFEST).read_text())["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return f" (there is no readable {MANIFEST} that would say how)"
-        changes = [f"{name} was {then!r}, is {now!r}" for name, then, now in _changes(before, self.settings)]
+        changes = [
+            f"{name} was {brief(repr(then))}, is {brief(repr(now))}"
+            for name, then, now in _changes(before, self.settings)
+        ]
         return ": " + "; ".join(changes[:4]) if changes else " (another prompt or other files, under the same settings)"
 
     def _read_record(self, name: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A run that ends early, in whatever way, is continued by the same call: chunks whose part is on the disk are done, all
 else is done again, and what comes out is what an undisturbed run gives. What is decided over the whole collection and
-the shards themselves are made anew each time; that reads no video and runs no network.
+the shards themselves are made anew each time; that reads no video, and runs only the networks by which
+`Exclude` embeds its own list and `CrossVideoPairs` compares names.
 """
 
 from __future__ import annotations

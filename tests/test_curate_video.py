@@ -19,7 +19,17 @@ from idc.curate import reading
 from idc.curate.candidate import Box, Candidate, CuratedSubject, Dropped, EncodedClip
 from idc.curate.checks import DecodeCheck
 from idc.curate.geometry import View, view_of
-from idc.curate.reading import clip_box, clip_frames, inspect, look, open_source, size_of, span_of, stream
+from idc.curate.reading import (
+    clip_box,
+    clip_frames,
+    inspect,
+    look,
+    open_source,
+    size_of,
+    source_corners,
+    span_of,
+    stream,
+)
 from idc.curate.shots import ColourCuts, Shots
 from idc.curate.windows import Cut, Windows, part_key
 from idc.data import storage
@@ -121,6 +131,7 @@ def test_a_crop_is_of_the_upright_picture(tmp_path, film):
     assert size_of(part) == (24, 64)
     np.testing.assert_array_equal(look(part, [5, 50]), look(whole, [5, 50])[:, 8:32, 32:96])
     assert clip_box(part, Box(40, 10, 50, 20)) == Box(8, 2, 18, 12)
+    assert source_corners(part, Box(8, 2, 18, 12)) == Box(40, 10, 50, 20)
     lying = candidate(saved(tmp_path, turned(film.read_bytes())))
     assert size_of(lying) == (16 * BITS, 32)
     bottom = lying.changed(

@@ -31,6 +31,7 @@ Pixels = NDArray[np.uint8]  # RGB [H, W, 3], or [T, H, W, 3] for a clip
 Mask = NDArray[np.bool_]  # [H, W]
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 KINDS = ("person", "face", "clothing", "object", "place")  # of subjects
+PEOPLE = ("person", "face")  # those that faces tell apart
 
 
 class Box(NamedTuple):

@@ -22,13 +22,12 @@ from idc.curate.parts import Count, Outcomes
 from idc.curate.plan import Task, read_units
 from idc.curate.reaching import UNREACHED, UnreachedError
 from idc.curate.records import settle
-from idc.data.video import PIXEL_FORMATS, VideoError, encode_video
+from idc.data.video import PIXEL_FORMATS, VideoError, encode_video, pixel_format_for
 from idc.errors import UserError, nearest
 
 OPEN, ENCODE = "source", "encode"
 STEP_FAILED, SOURCE_FAILED, WORKER_DIED = "step failed", "source failed", "worker died"
 FAULTS = (STEP_FAILED, SOURCE_FAILED, WORKER_DIED, UNREACHED)
-SMALL = 256  # pixels; under it halved chroma shows
 PRESETS = (
     *("ultrafast", "superfast", "veryfast", "faster", "fast"),
     *("medium", "slow", "slower", "veryslow", "placebo"),
@@ -65,8 +64,7 @@ class Encoding:
             return candidate if candidate.encoded else candidate.dropped(ENCODE, "no clip", "no step has cut one")
         frames, height, width, _ = candidate.clip.shape
         fps = candidate.fps or (1.0 if frames == 1 else 0.0)  # a still has no rate of its own
-        odd = height % 2 or width % 2 or min(height, width) < SMALL
-        pixels = ("yuv444p" if odd else "yuv420p") if self.pixel_format == "auto" else self.pixel_format
+        pixels = pixel_format_for(height, width) if self.pixel_format == "auto" else self.pixel_format
         try:
             mp4 = encode_video(candidate.clip, fps, self.crf, pixels, self.preset)
         except UserError as error:

@@ -19,7 +19,15 @@ import numpy as np
 from idc.curate.geometry import RESIZE, View
 from idc.curate.people import Box, Sighting, Track, Tracker, choose_reference, head_and_shoulders, subject_names
 from idc.data.cuts import is_cut
-from idc.data.video import PIXEL_FORMATS, VideoError, encode_video, iterate_video, probe, resample_ranks
+from idc.data.video import (
+    PIXEL_FORMATS,
+    VideoError,
+    encode_video,
+    iterate_video,
+    pixel_format_for,
+    probe,
+    resample_ranks,
+)
 from idc.errors import UserError, nearest
 from idc.models.faces import Face, FaceDetector
 from idc.types import check_frames, check_side
@@ -45,7 +53,7 @@ class ClipSettings:
         keep_without_subjects: keep windows in which nobody is seen.
         captions_required: drop videos without a side-car .txt instead of giving a neutral caption.
         looks_per_second: how often faces are searched.
-        crf, pixel_format: of the encoded clips; "auto" is yuv444p under 256 pixels, where halved chroma shows.
+        crf, pixel_format: of the encoded clips; "auto" is that of `pixel_format_for`.
         licence: written into every sample.
     """
 
@@ -173,7 +181,7 @@ def _cut(path: Path, name: str, settings: ClipSettings, detector: FaceDetector) 
     for window, video in _take_windows(path, ranks, windows, view, settings):
         pixel_format = settings.pixel_format
         if pixel_format == "auto":
-            pixel_format = "yuv444p" if min(view.height, view.width) < 256 else "yuv420p"
+            pixel_format = pixel_format_for(view.height, view.width)
         names = subject_names(len(window.people))
         pictures = [references[s.tick, head_and_shoulders(s.face, info.height, info.width)] for _, s in window.people]
         yield Clip(

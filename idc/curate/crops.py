@@ -27,7 +27,7 @@ from idc.curate.embed import picture_of
 from idc.curate.finding import FindingStep, Plan, boxes_for, masks_for
 from idc.curate.geometry import box_of_mask, view_of, within
 from idc.curate.grounding import mask_within
-from idc.curate.reading import frame_times, inspect, look, span_of
+from idc.curate.reading import frame_times, inspect, look, source_corners, span_of, window_ranks
 from idc.data.video import VideoError
 from idc.errors import UserError, nearest
 from idc.models.grounding import Detection, Detector, Prompt, Query, Sam
@@ -253,7 +253,7 @@ class FoundAgain(FindingStep):
             times = frame_times(inspect(candidate).video)
         except VideoError:
             return ()
-        window = candidate.ranks or range(*span_of(candidate))
+        window = window_ranks(candidate)
         first, end = candidate.meta.get("shots", {}).get("span", span_of(candidate))
         away = [r for r in range(first, end) if _apart(times, r, window[0], window[-1]) >= self.gap - 1e-6]
         if not away and self.in_clip:
@@ -279,8 +279,8 @@ class FoundAgain(FindingStep):
             crop, cut, facts = self.rules.cut(picture, np.zeros_like(mask) if inside is None else inside)
         except CropError:
             return None
-        facts |= {"score": round(box.score, 6), "box": _uncropped(candidate, cut)}
-        window = candidate.ranks or range(*span_of(candidate))
+        facts |= {"score": round(box.score, 6), "box": _whole(source_corners(candidate, cut))}
+        window = window_ranks(candidate)
         facts |= {"in_clip": True} if window[0] <= rank <= window[-1] else {}
         return reference_of(candidate, crop, rank, "other_moment", facts)
 
@@ -310,7 +310,7 @@ def clean_mask(mask_HW: Mask, speck: float, hole: float) -> Mask:
 def source_box(candidate: Candidate, box: Box) -> list[int]:
     """A box in pixels of the clip (before it is cut, of the cropped source) in whole pixels of the source's picture."""
     view = view_of(candidate) if candidate.clip is not None else None
-    return _uncropped(candidate, view.back(box) if view else box)
+    return _whole(source_corners(candidate, view.back(box) if view else box))
 
 
 def source_area(candidate: Candidate, subject: CuratedSubject) -> float:
@@ -329,10 +329,8 @@ def reference_of(candidate: Candidate, crop: Pixels, rank: int, origin: str, fac
     return Reference(encode_png(crop), "png", origin, candidate.video, seconds, meta={**facts, "rank": rank})
 
 
-def _uncropped(candidate: Candidate, box: Box) -> list[int]:
-    crop = candidate.crop
-    left, top = (max(round(crop.left), 0), max(round(crop.top), 0)) if crop else (0, 0)
-    return [round(box.left) + left, round(box.top) + top, round(box.right) + left, round(box.bottom) + top]
+def _whole(box: Box) -> list[int]:
+    return [round(side) for side in box]
 
 
 def _rank(candidate: Candidate, frame: int) -> int:

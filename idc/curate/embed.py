@@ -20,7 +20,7 @@ from idc.curate.faces import (
     sightings_of,
     window_of,
 )
-from idc.curate.reading import look, span_of
+from idc.curate.reading import look, window_ranks
 from idc.data.video import VideoError
 from idc.errors import UserError
 from idc.metrics.identity import masked_crop
@@ -192,7 +192,7 @@ def picture_of(candidate: Candidate, subject: CuratedSubject) -> Pixels:
         if not 0 <= subject.frame < len(candidate.clip):
             raise VideoError(f"frame {subject.frame} of a clip of {len(candidate.clip)} frames")
         return candidate.clip[subject.frame]
-    ranks = candidate.ranks or range(*span_of(candidate))
+    ranks = window_ranks(candidate)
     if not 0 <= subject.frame < len(ranks):
         raise VideoError(f"frame {subject.frame} of a clip of {len(ranks)} frames")
     return look(candidate, [ranks[subject.frame]])[0]

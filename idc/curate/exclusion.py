@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from idc.curate.candidate import Candidate, CuratedSubject, Dropped, Pixels, decode_image
+from idc.curate.candidate import PEOPLE, Candidate, CuratedSubject, Dropped, Pixels, decode_image
 from idc.curate.collection import CollectionStep, Survivors
 from idc.curate.describing import model_version
 from idc.curate.duplicates import FINGERPRINT
 from idc.curate.embed import REASON as NO_EMBEDDING
 from idc.curate.embed import EmbedFaces, EmbedSubjects
-from idc.curate.faces import PEOPLE, FaceTracks, embedder_name
+from idc.curate.faces import FaceTracks, embedder_name
 from idc.curate.fingerprints import Hashes, distance, from_text, mirrored, perceptual_hash
 from idc.curate.sources.shards import META as FROM_SHARDS
 from idc.data.benchmark import Item

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from idc.curate.candidate import Box, Candidate, CuratedSubject, Outcome, Pixels, Step
+from idc.curate.candidate import PEOPLE, Box, Candidate, CuratedSubject, Outcome, Pixels, Step
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
 from idc.curate.people import MIN_SIGHTINGS, Sighting, Track, Tracker, subject_names
-from idc.curate.reading import clip_box, frame_times, inspect, pick, span_of, stream
+from idc.curate.reading import clip_box, frame_times, inspect, pick, source_corners, span_of, stream
 from idc.data.cuts import is_cut
 from idc.errors import UserError
 from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSFace, affinity, unit
 
-PEOPLE = ("person", "face")  # kinds of subjects that faces tell apart
 BEST_LOOKS = 5  # of a track, from which its embedding is made
 # Above the backend's threshold: joining two people by mistake is worse than counting one twice. Under SFace one person
 # in one video has 0.7 and more, while alike people have up to 0.47, above its threshold of 0.363.
@@ -342,15 +341,9 @@ def window_of(candidate: Candidate) -> tuple[int, int]:
 
 
 def in_source(candidate: Candidate, face: Face) -> Face:
-    """A face in pixels of the cropped picture, in pixels of the whole one: `clip_box` undone."""
+    """`source_corners` of a face."""
     corners = source_corners(candidate, box_of(face))
     return face._replace(left=corners.left, top=corners.top)
-
-
-def source_corners(candidate: Candidate, box: Box) -> Box:
-    """As `in_source`, of any box."""
-    x, y = (round(candidate.crop.left), round(candidate.crop.top)) if candidate.crop else (0, 0)
-    return Box(box.left + x, box.top + y, box.right + x, box.bottom + y)
 
 
 def free_names(wanted: Sequence[str], others: Iterable[CuratedSubject]) -> list[str]:

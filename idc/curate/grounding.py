@@ -21,7 +21,7 @@ from idc.curate.candidate import Box, Candidate, CuratedSubject, Mask, Outcome, 
 from idc.curate.embed import picture_of
 from idc.curate.finding import FindingStep, Plan, boxes_for, masks_for
 from idc.curate.geometry import view_of, within
-from idc.curate.reading import clip_box, clip_frames, size_of, span_of
+from idc.curate.reading import clip_box, clip_frames, size_of, window_ranks
 from idc.curate.words import locate
 from idc.errors import UserError, nearest
 from idc.models.grounding import Detection, Detector, Prompt, Query, Sam
@@ -290,7 +290,7 @@ def face_on(candidate: Candidate, subject: CuratedSubject, frame: int) -> Box | 
     near."""
     if not subject.track:
         return None
-    ranks = candidate.ranks or range(*span_of(candidate))
+    ranks = window_ranks(candidate)
     if not 0 <= frame < len(ranks):
         return None
     rank, box = min(subject.track, key=lambda look: abs(look[0] - ranks[frame]))

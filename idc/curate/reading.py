@@ -186,6 +186,12 @@ def clip_box(candidate: Candidate, box: Box) -> Box:
     return Box(box.left - left, box.top - top, box.right - left, box.bottom - top)
 
 
+def source_corners(candidate: Candidate, box: Box) -> Box:
+    """`clip_box` undone: a box in pixels of what `look` gives, in pixels of the source's upright picture."""
+    left, top = (max(round(side), 0) for side in (candidate.crop or Box(0, 0, 0, 0))[:2])
+    return Box(box.left + left, box.top + top, box.right + left, box.bottom + top)
+
+
 def pick(candidate: Candidate, ranks: Sequence[int]) -> Iterator[tuple[int, Pixels]]:
     """(rank, frame) for each of the rising ranks, as `look` gives them, one at a time.
 

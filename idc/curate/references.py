@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from idc.curate.candidate import (
+    PEOPLE,
     Box,
     Candidate,
     CuratedSubject,
@@ -30,7 +31,6 @@ from idc.curate.crops import CropError, CropRules, reference_of
 from idc.curate.describing import model_version
 from idc.curate.face_quality import frontal_and_sharp, sharpness, yaw
 from idc.curate.faces import (
-    PEOPLE,
     REJOIN_MARGIN,
     box_of,
     embedder_name,
@@ -39,12 +39,11 @@ from idc.curate.faces import (
     looks_every,
     median_embedding,
     sightings_of,
-    source_corners,
     window_of,
 )
 from idc.curate.grounding import mask_within
 from idc.curate.people import Sighting, by_quality, head_and_shoulders, whole_body
-from idc.curate.reading import frame_times, inspect, stream
+from idc.curate.reading import frame_times, inspect, source_corners, stream
 from idc.errors import UserError, nearest
 from idc.metrics.copy_paste import compare, face_view
 from idc.models.faces import DetectedFace, Embedding, Face, FaceBackend, YuNetSFace

@@ -23,6 +23,7 @@ from idc.errors import UserError, nearest
 VideoSource = bytes | str | Path
 
 PIXEL_FORMATS = ("yuv420p", "yuv444p")
+SMALL = 256  # pixels of a side below which halved chroma shows
 NEAR = 16  # frames that are decoded rather than sought past
 
 
@@ -197,6 +198,11 @@ def resample_ranks(times: Sequence[float], fps: float) -> list[int]:
     left = right - 1
     # A tie goes to the earlier frame, with a tolerance, so that rounding of times does not make frames alternate.
     return np.where(wanted - source[left] <= source[right] - wanted + 1e-6, left, right).tolist()
+
+
+def pixel_format_for(height: int, width: int) -> str:
+    """yuv420p, which plays everywhere, but yuv444p where a side is odd or so small that halved chroma would show."""
+    return "yuv444p" if height % 2 or width % 2 or min(height, width) < SMALL else "yuv420p"
 
 
 def encode_video(

@@ -17,7 +17,6 @@ from idc.curate.candidate import (
     Candidate,
     CuratedSubject,
     Dropped,
-    Mask,
     Outcome,
     Pixels,
     Reference,
@@ -27,6 +26,7 @@ from idc.curate.candidate import (
     encode_png,
     key_of,
 )
+from idc.curate.geometry import box_of_mask
 from idc.curate.reaching import UnreachedError, reaching
 from idc.curate.sources.listing import File, is_image, is_text, walk, with_marks
 from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
@@ -135,13 +135,6 @@ class SubjectImages(Source):
                 candidate = candidate.changed(subjects=(replace(subject, references=(*others, own)),))
             yield candidate
 
-    def pool(self) -> Iterator[tuple[str, CuratedSubject]]:
-        """(video, subject with its references) of every picture that can be read: a pool to choose references from."""
-        for id, payload in self.units():
-            for outcome in self.open(id, payload):
-                if isinstance(outcome, Candidate):
-                    yield from ((outcome.video, subject) for subject in outcome.subjects)
-
     def _video(self, path: str) -> str:
         folder = str(PurePosixPath(path).parent)
         return path if self.same_subject == "file" or folder == "." else folder
@@ -156,9 +149,10 @@ class SubjectImages(Source):
         height, width = pixels.shape[:2]
         box = Box(0, 0, width, height)
         if mask is not None:
-            if not mask.any():
+            found = box_of_mask(mask)
+            if found is None:
                 raise VideoError(f"{path}: all of it is transparent")
-            box = _bounds(mask)
+            box = found
         kind = next((kind for pattern, kind in self.kinds.items() if fnmatchcase(path, pattern)), self.kind)
         folder = PurePosixPath(path).parent.name.replace("_", " ")
         name = " ".join(self.subject.replace("{folder}", folder).split()) or kind
@@ -207,8 +201,3 @@ def encode_reference(data: bytes, pixels: Pixels, box: Box | None, max_side: int
     shown = Image.fromarray(pixels[top:bottom, left:right])
     shown.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return encode_png(np.asarray(shown)), "png"
-
-
-def _bounds(mask: Mask) -> Box:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from idc.curate.candidate import Pixels
+from idc.curate.candidate import PEOPLE, Pixels
+from idc.curate.fingerprints import Hashes, distance, mirrored, perceptual_hash
 from idc.curate.synthetic.masks import subject_mask
 from idc.errors import UserError
 from idc.metrics.copy_paste import View, compare, face_view, masked_view
@@ -21,8 +21,6 @@ from idc.metrics.facesim import find_faces
 from idc.models.embedders import ImageTextEmbedder
 from idc.models.faces import Embedding, FaceBackend, YuNetSFace
 
-PEOPLE = ("person", "face")
-_HASH_SIDE, _HASH_BITS = 32, 8  # of the perceptual hash: its picture's side, and the lowest frequencies a side
 _MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]  # left is right
 FACE_SHARE = 0.25  # of the largest face's area, from which another one is somebody and not a face on a poster
 
@@ -62,14 +60,14 @@ class Known(NamedTuple):
         by: what it is compared by: "face", "image", or "" where nothing could look at it.
         embedding: unit vector `[D]`; None for `by` "".
         views: the subject in the common crop of `idc.metrics.copy_paste`, as it is and mirrored; empty for none.
-        codes: perceptual hashes of the picture as it is and mirrored, bool `[2, 64]`.
+        codes: perceptual hashes of the picture as it is and mirrored, `[2]`; none of a flat one.
         people: faces that are somebody's; those on posters are left out. None where nobody counted.
     """
 
     by: str
     embedding: Embedding | None
     views: tuple[View, ...]
-    codes: NDArray[np.bool_]
+    codes: Hashes
     people: int | None = None
 
 
@@ -201,7 +199,7 @@ class ReferenceCheck:
 
     def _copied(self, made: Known, known: Sequence[Known], numbers: dict[str, float]) -> bool:
         """By its pixels, mirrored or not."""
-        numbers["bits"] = float(min((one.codes[0] != made.codes).sum(-1).min() for one in known))
+        numbers["bits"] = float(min(_bits(one, made) for one in known))
         # Of the subject alone: one that is cut out and put before another background is a copy as well.
         pairs = [(one.views[0], view) for one in known for view in made.views if one.views]
         numbers["copy"] = max((compare(*pair).subject for pair in pairs), default=0.0)
@@ -218,8 +216,8 @@ class ReferenceCheck:
         picture, faces = found
         largest = max(faces, key=lambda face: face.box.area)
         people = sum(face.box.area >= FACE_SHARE * largest.box.area for face in faces)
-        mirrored = largest.landmarks[_MIRRORED_LANDMARKS] * (-1, 1) + (picture.shape[1] - 1, 0)
-        views = face_view(picture, largest.landmarks), face_view(_mirrored(picture), mirrored)
+        turned = largest.landmarks[_MIRRORED_LANDMARKS] * (-1, 1) + (picture.shape[1] - 1, 0)
+        views = face_view(picture, largest.landmarks), face_view(_mirrored(picture), turned)
         return Known("face", self.faces.embed(picture, largest), views, _codes(picture_HWC), people)
 
     def _image(self, picture_HWC: Pixels) -> Known:
@@ -237,18 +235,17 @@ def _mirrored(picture_HWC: Pixels) -> Pixels:
     return np.ascontiguousarray(picture_HWC[:, ::-1])
 
 
-def _codes(picture_HWC: Pixels) -> NDArray[np.bool_]:
-    return np.stack([perceptual_hash(picture_HWC), perceptual_hash(_mirrored(picture_HWC))])
+def _codes(picture_HWC: Pixels) -> Hashes:
+    hash = perceptual_hash(picture_HWC)
+    own = np.array([] if hash is None else [hash], np.uint64)
+    return np.concatenate([own, mirrored(own)])
 
 
-def perceptual_hash(picture_HWC: Pixels) -> NDArray[np.bool_]:
-    """64 bits: which of the 8 x 8 lowest frequencies of the shrunken luma exceed their median (Zauner 2010, pHash)."""
-    import cv2
-
-    luma = cv2.cvtColor(np.ascontiguousarray(picture_HWC), cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(luma, (_HASH_SIDE, _HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
-    low = np.asarray(cv2.dct(small))[:_HASH_BITS, :_HASH_BITS].ravel()
-    return low > np.median(low[1:])  # without the mean, which is no structure
+def _bits(one: Known, made: Known) -> int:
+    """In which the hashes differ, mirrored or not; 64 where there are none to compare."""
+    if not (len(one.codes) and len(made.codes)):
+        return 64
+    return int(distance(one.codes[:1, None], made.codes[:, None]).min())
 
 
 def _most_like(made: Known, known: Sequence[Known]) -> float:

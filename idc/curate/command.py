@@ -174,6 +174,8 @@ def _print(report: CurationReport, curation: Curation) -> None:
     for step in curation.steps:
         if said := step.remark():
             print(f"{step.name}: {said}")
+    if report.crossed:
+        print(f"{counted(report.crossed, 'reference')} not taken from the other side of training and held-out videos")
     if faults := sum(count.failed for count in report.counts):
         print(f"{counted(faults, 'drop')} by faults, see drops.jsonl; --retry_failed true does their chunks again")
     assert report.written is not None

@@ -52,6 +52,7 @@ class CurationReport:
         counts: by step, collection steps included; seconds are this run's, the rest is all runs'.
         worked: by step, candidates that came to it in this run, which its seconds were spent on.
         seconds: that this run took for listing the units, working on them, and writing (with what is decided before).
+        crossed: references of other videos that were not taken over, since training and held-out videos stay apart.
         written: what writing the shards reports.
     """
 
@@ -60,6 +61,7 @@ class CurationReport:
     counts: list[Count] = field(default_factory=list)
     worked: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    crossed: int = 0
     written: Written | None = None
 
     @property
@@ -237,6 +239,7 @@ class Curation:
     def _finish(self, parts: Parts, report: CurationReport, material: str) -> None:
         """What is decided over the whole collection, and the shards."""
         decisions = decide(parts, self.collection, self.writing.held_out)
+        report.crossed = decisions.crossed
         by_step = Counter(drop.step for drop in decisions.drops.values())
         for name in dict.fromkeys([*(step.name for step in self.collection), *by_step]):
             _append(report.counts, name, by_step[name])

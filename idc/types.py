@@ -21,6 +21,7 @@ from idc.errors import UserError
 
 TEMPORAL_FACTOR = 4  # Wan's VAE: 4n + 1 frames -> n + 1 latent frames
 SPATIAL_MULTIPLE = 16  # 8x VAE, then 2x2 patches
+PINNED = 64 * 2**20  # bytes: clips are larger, and pinned memory is kept, rounded up to a power of two
 
 
 class Bucket(NamedTuple):
@@ -62,8 +63,8 @@ def check_side(name: str, pixels: int) -> None:
 
 def to_device(tensor: Tensor, device: torch.device | str, **kwargs: Any) -> Tensor:
     """`tensor.to(device)`. From the CPU to a GPU by pinned memory: nobody waits for what the GPU does."""
-    if tensor.is_cpu and torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, **{**kwargs, "non_blocking": True})
+    if tensor.is_cpu and torch.device(device).type == "cuda" and tensor.nbytes <= PINNED:
+        return tensor.contiguous().pin_memory().to(device, **{**kwargs, "non_blocking": True})
     return tensor.to(device, **kwargs)
 
 

@@ -543,6 +543,10 @@ def test_shards_of_another_recipe_or_of_other_material_are_never_replaced(tmp_pa
     assert curation(out, 20, work=elsewhere).run().done_before == 0
     curation(tmp_path / "new", 20, work=str(tmp_path / "third")).run()
     assert files(out) == files(tmp_path / "new")
+    (tmp_path / "new" / "manifest.json").unlink()  # as while shards are replaced
+    with pytest.raises(UserError, match=r"new: holds \w+/curated-000000.tar without the manifest.json that"):
+        curation(tmp_path / "new", 19, work=str(tmp_path / "fourth")).run()
+    assert curation(tmp_path / "new", 20, work=str(tmp_path / "third")).run().kept
     finer = ShardWriting(samples_per_shard=4)  # the parts are this folder's own: what is written of them may change
     assert curation(out, 20, work=elsewhere, writing=finer).run().done_before == 20
 

@@ -8,6 +8,7 @@ import tarfile
 import threading
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -204,6 +205,20 @@ def test_of_many_processes_one_fetches_and_the_others_wait_for_it(tmp_path):
     assert join(launch(fetch_together, [arguments] * 4)) == [0] * 4
     assert (tmp_path / "counts").read_text() == "x"
     assert len(list((work / "run").glob("[0-9a-f]*.mp4"))) == 1
+
+
+def test_films_that_nobody_uses_go_before_the_disk_is_full(tmp_path, bucket, monkeypatch):
+    """Of a disk of 4,000 bytes, 2% of which are left to what the run writes."""
+
+    def usage(_: Path) -> Any:
+        return SimpleNamespace(total=4000, free=4000 - taken(tmp_path))
+
+    monkeypatch.setattr(module.shutil, "disk_usage", usage)
+    films = Films(tmp_path / "films" / "run", 10**9, "one")
+    for letter in "abcde":
+        assert Path(films.path(bucket.put(letter, letter.encode() * 1500))).read_bytes() == letter.encode() * 1500
+        assert taken(tmp_path) <= 0.98 * 4000
+    assert films.path(bucket.put("f", bytes(3950))) is None  # whatever is removed
 
 
 @pytest.mark.parametrize("call", ["link", "flock", "disk_usage"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from _curate import files
 from _shards import clip, picture, write_shards
 from fsspec.implementations.memory import MemoryFileSystem
 
-from idc.curate.candidate import Candidate, EncodedClip, Outcome, Source, Step
+from idc.curate.candidate import Candidate, Dropped, EncodedClip, Outcome, Source, Step
 from idc.curate.engine import Curation, CurationReport
 from idc.curate.local import LocalExecutor
 from idc.curate.reaching import UNREACHED, UnreachedError, reaching
@@ -36,6 +37,7 @@ class Store:
 
     fs: Any
     away: tuple[str, ...] = ()
+    error: Exception = field(default_factory=lambda: ConnectionError("503 SlowDown"))
 
     def put(self, name: str, data: bytes) -> None:
         self.fs.pipe(f"/away/{name}", data)
@@ -47,7 +49,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
     def busy(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
         if mode == "rb" and path.endswith(store.away or ("?",)):
-            raise ConnectionError("503 SlowDown")
+            raise store.error
         return opened(self, path, mode, **more)
 
     def ranged(self: Any, path: str, start: int, end: int) -> bytes:
@@ -186,6 +188,8 @@ def test_a_list_that_says_less_of_a_film_than_it_did_is_no_list(store: Store, tm
     store.away = ("film.mp4",)
     with pytest.raises(UserError, match=r"source 'videos' cannot be listed: film\.mp4: ConnectionError: 503 SlowDown;"):
         Curation([source], [Looks()], str(tmp_path), progress=False).run()
+    store.error = PermissionError("403 InvalidObjectState")  # of this film alone, perhaps: its worker will tell
+    assert len(list(source.units())) == 1
     store.away = ()
     store.put("raw/film.mp4", b"what no container opens")
     assert [id for id, _ in source.units()] == ["film.mp4@23"]
@@ -202,3 +206,15 @@ def test_names_and_rights_of_a_local_disk_stay_as_they_are_and_its_faults_do_not
     for error in (PermissionError("the credentials have expired"), RuntimeError("of a library's own")):
         with pytest.raises(UnreachedError), reaching("s3://films/a.mp4"):
             raise error
+
+
+def test_a_damaged_sample_behind_a_url_is_a_drop_and_no_fault(store: Store, tmp_path: Path) -> None:
+    source = shards(store, tmp_path)
+    unit, *_ = source.units()
+    path = f"/away/raw/{unit[1]['shard']}"
+    with store.fs.open(path, "rb") as tar:
+        data = tar.read()
+    store.fs.pipe(path, bytes(tarfile.BLOCKSIZE) + data[tarfile.BLOCKSIZE :])
+    (dropped,) = source.open(*unit)
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == "unreadable sample"

@@ -119,6 +119,23 @@ def test_the_benchmark_rewards_a_subject_that_is_seldom_there_and_the_plain_mean
     assert [scores[frames].details["found_share"] for frames in (32, 16, 1)] == [1, 0.5, 1 / 32]
 
 
+def test_a_sliver_at_the_frames_edge_is_no_sighting_and_fails_nothing() -> None:
+    """Embedders refuse pictures of such an aspect ratio."""
+
+    class AndSlivers(ColourFinder):
+        def detect_each(self, queries: Sequence[Query]) -> list[list[Detection]]:
+            sliver = Detection(0.0, 3.0, 600.0, 4.0, 0.8)
+            return [[*found, sliver] for found in super().detect_each(queries)]
+
+    frames = np.repeat(scene([True] * 8)[0], 20, axis=2)  # 800 pixels wide
+    clip = Clip("singleobj_1", frames, references=(plain(RED, "red"),))
+    embedder = ColourVectors()
+    with_slivers = NexusScore("opens2v-1.0", embedder, detector=AndSlivers()).score(clip)
+    assert with_slivers == NexusScore("opens2v-1.0", ColourVectors(), detector=ColourFinder()).score(clip)
+    assert with_slivers.value == pytest.approx(1 / 32)
+    assert max(max(p.shape[:2]) / min(p.shape[:2]) for p in embedder.seen) < 200
+
+
 def test_the_benchmark_compares_exactly_the_boxs_pixels_and_sifts() -> None:
     frames, _ = scene([True] * 32)
     vectors = ColourVectors()

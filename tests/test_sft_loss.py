@@ -201,3 +201,14 @@ def test_what_is_logged_at_a_step_is_the_mean_of_all_its_micro_batches(tmp_path:
     parts = [(0, 1), (0, 2), (0, 3), (3, 4), (3, 5), (3, 6), (6, 7)]
     means = [fmean(losses[first:end]) for first, end in parts]
     assert seen == pytest.approx(means, rel=1e-6)
+
+
+def test_what_is_logged_is_of_this_fit_alone(tmp_path: Path):
+    stage, logged = make_stage(), Logged()
+    for seed in (1, 2):  # the second begins at the step number that the first has ended with
+        batch = replace(make_batch(2), seeds_B=torch.tensor([seed, 10 + seed]))
+        trainer = Trainer(**{**QUIET, "max_steps": 1, "default_root_dir": tmp_path}, callbacks=[logged])
+        trainer.fit(stage, DataLoader([batch], batch_size=None, collate_fn=lambda batch: batch))
+    (_, first, seen), (_, second, again) = logged.rows
+    assert first != second
+    assert (seen, again) == (pytest.approx(first), pytest.approx(second))

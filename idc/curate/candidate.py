@@ -229,13 +229,16 @@ class Source(ABC):
     Attributes:
         name: as provenance, statistics and drops show it.
         licence: of its material, where the material does not say.
-        identity: number of the way in which its units are told apart. A folder that was begun by another is not
-            continued, since nobody could say which of its units are the same.
     """
 
     name: str
     licence: str = ""
-    identity = 1
+
+    @property
+    def identity(self) -> int:
+        """Number of the way in which its units are told apart. A folder that was begun by another is not continued,
+        since nobody could say which of its units are the same."""
+        return 1
 
     @abstractmethod
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:

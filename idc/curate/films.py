@@ -43,6 +43,7 @@ FOLDER = "films"  # in that of the parts
 SETTING = "films_gib"
 LOCK, READER, PART = "lock", "reader-", "part"
 COPY_BYTES = 1 << 22
+LEFT = 0.02  # share of a disk that films leave to what the run writes
 POLL = 0.2  # seconds between two looks for room
 
 
@@ -200,8 +201,6 @@ class Films:
         size = _size(url)
         if size > self._limit:
             raise VideoError(f"{size} bytes, more than {SETTING} allows ({self._limit} bytes)")
-        if size > shutil.disk_usage(self._own).free:  # told now, as above
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         part = self._own / PART
         while not self._reserve(part, size):
             time.sleep(POLL)
@@ -220,18 +219,25 @@ class Films:
             part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Take room for a film, from those that nobody has used for the longest time; False where all are in use."""
+        """Take room for a film, from those that nobody has used for the longest time; False where all are in use.
+
+        Raises:
+            OSError: where the disk has no room, whatever is removed.
+        """
         with _locked(self._folder / LOCK):
             films = _films(self._folder)
             linked = [status for reader in _readers(self._folder) for status in _films(reader).values()]
             taken = {status.st_ino: status.st_size for status in (*films.values(), *linked)}
-            room = self._limit - sum(taken.values())
+            free = _free(self._folder)
+            room = min(self._limit - sum(taken.values()), free)
             for file, status in sorted(films.items(), key=lambda film: film[1].st_atime_ns):
                 if room >= size:
                     break
                 if status.st_nlink == 1:
                     file.unlink()
-                    room += status.st_size
+                    room, free = room + status.st_size, free + status.st_size
+            if free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if room < size:
                 return False
             with open(part, "wb") as reserved:
@@ -255,6 +261,22 @@ def _base(folder: str) -> Path:
     if storage.is_url(folder):
         return Path(tempfile.gettempdir(), f"idc-films-{os.getuid()}")
     return Path(folder, FOLDER)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that films may still take of the folder's disk: what others have reserved counts as taken, and a share of
+    the disk is left to what the run writes."""
+    disk = shutil.disk_usage(folder)
+    parts = (reader / PART for reader in _readers(folder))
+    reserved = sum(max(0, s.st_size - 512 * s.st_blocks) for part in parts if (s := _status(part)) is not None)
+    return disk.free - reserved - int(LEFT * disk.total)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _films(place: Path) -> dict[Path, os.stat_result]:

@@ -19,7 +19,8 @@ from idc.curate.films import remove_films
 from idc.curate.parts import VERSION
 from idc.curate.provenance import public
 from idc.curate.records import dumps
-from idc.curate.writing import MANIFEST, note_path
+from idc.curate.split import PARTS
+from idc.curate.writing import MANIFEST, note_path, read_note
 from idc.data import storage
 from idc.errors import UserError, brief
 
@@ -83,6 +84,9 @@ def check_shards(out: str, work: str, recipe: Mapping[str, Any], material: str =
         shards, before = [(one["shard"], one["sha256"]) for one in manifest["shards"]], manifest["recipe"]
         before["steps"], before["sources"]
     except FileNotFoundError:
+        tars = (storage.join(part, name) for part in PARTS for name in storage.list_tars(storage.join(out, part)))
+        if not _load(storage.join(work, SETTINGS)) and (shard := next(tars, None)):
+            raise UserError(f"{out}: holds {shard} without the {MANIFEST} that would say whose it is; {ways}") from None
         return
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{out}: its {MANIFEST} is not of curation, or damaged; {ways}") from None
@@ -95,11 +99,7 @@ def check_shards(out: str, work: str, recipe: Mapping[str, Any], material: str =
 
 
 def _noted(work: str, shard: str, digest: str) -> bool:
-    try:
-        with storage.open_read(note_path(work, shard)) as stream:
-            return bool(json.loads(stream.read())["sha256"] == digest)
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+    return read_note(note_path(work, shard)).get("sha256") == digest
 
 
 def clean(folder: str) -> None:

@@ -266,14 +266,12 @@ class _Ledger:
     def read(self, shard: _Shard) -> dict[str, Any] | None:
         """What is told of a shard that is there as planned, or None."""
         name = shard.name(self._prefix)
+        note = read_note(self._path(shard))
         try:
-            with storage.open_read(self._path(shard)) as stream:
-                note = json.load(stream)
             size = storage.size_and_time(storage.join(self._out, name))[0]
-        except (OSError, ValueError):  # not there, or cut short by a disk that lost its power
+        except OSError:
             return None
-        same = isinstance(note, dict) and note.get("plan") == shard.digest.hexdigest() and note.get("bytes") == size
-        return note if same else None
+        return note if note.get("plan") == shard.digest.hexdigest() and note.get("bytes") == size else None
 
     def enter(self, shard: _Shard) -> dict[str, Any]:
         """Take note of a shard that has just been written."""
@@ -314,6 +312,16 @@ class _Ledger:
 def note_path(work: str, shard: str) -> str:
     """Where what is known of a shard that this work has written is noted; `shard` is its name below `out`."""
     return storage.join(storage.join(work, NOTES), shard.replace("/", "-") + ".json")
+
+
+def read_note(path: str) -> dict[str, Any]:
+    """A shard's note; {} where there is none, or one that was cut short by a disk that lost its power."""
+    try:
+        with storage.open_read(path) as stream:
+            note = json.loads(stream.read())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _make_folders(*folders: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
+# gloo tells at once of a rank that is gone, and `HangWatchdog` of one that hangs; slow ranks may take what they need.
+PATIENCE = timedelta(days=1)
 _CPU_GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by the group of all ranks
 
 
@@ -83,5 +86,5 @@ def every_rank(told: bool) -> bool:
 def _cpu_group() -> Any:
     everybody = dist.group.WORLD
     if everybody not in _CPU_GROUPS:
-        _CPU_GROUPS[everybody] = dist.new_group(backend="gloo")
+        _CPU_GROUPS[everybody] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _CPU_GROUPS[everybody]

@@ -28,6 +28,7 @@ from idc.metrics.total import PROTOCOLS
 from idc.models.batches import in_batches, same_pictures
 from idc.models.embedders import CLIPEmbedder, GMEEmbedder, ImageTextEmbedder
 from idc.models.grounding import Detector, GroundedMasks, Owlv2ByPicture, Query, has_word
+from idc.models.pretrained import sliver
 
 BOX = 0.5  # confidence from which a frame counts as one with a box
 CONFIDENCE, LABEL_MATCH = 0.6, 0.30  # what a box needs to be compared with the reference
@@ -237,7 +238,10 @@ class NexusScore(VideoMetric):
     ) -> list[list[list[Look]]]:
         """What is found of each reference in each frame."""
         queries = _queries(frames, looked_for)
-        boxes = [[box for box in found if box.score > BOX] for found in self.detector.detect_each(queries)]
+        boxes = [
+            [box for box in found if box.score > BOX and not sliver(box.crop(query.picture))]
+            for query, found in zip(queries, self.detector.detect_each(queries), strict=True)
+        ]
         crops = [[box.crop(query.picture) for box in few] for query, few in zip(queries, boxes, strict=True)]
         looks: list[list[Look]] = [[] for _ in queries]
         found = [k for k, few in enumerate(crops) if few]

@@ -146,6 +146,9 @@ class Stage(LightningModule):
                 self.transformer = build("cpu")
             self.speed_chosen = apply_speed(self.transformer, self.speed, strategy, dtype, training=True)
 
+    def on_fit_start(self) -> None:
+        self._training_on, self._logged = (0, []), []  # of an earlier fit of this stage
+
     def on_train_start(self) -> None:
         """What `auto` came to stands beside the other hyperparameters."""
         for logger in self.trainer.loggers:

@@ -10,10 +10,10 @@ from typing import Any
 
 from idc.curate.candidate import Candidate, Dropped, Outcome, Source, key_of
 from idc.curate.plan import SEGMENT
-from idc.curate.reaching import reaching
+from idc.curate.reaching import UnreachedError, reaching
 from idc.curate.segments import Segment
 from idc.curate.sources.listing import File, may_be_video, walk, with_marks
-from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
+from idc.curate.sources.sidecars import Licences, SidecarError, identity_of, unit_of, with_sidecars
 from idc.data import storage
 from idc.data.video import stated_seconds
 from idc.errors import UserError
@@ -52,8 +52,6 @@ class VideoFolder(Source):
         UserError: for patterns of another form, or sizes that are none.
     """
 
-    identity = IDENTITY
-
     def __init__(
         self,
         path: str,
@@ -78,6 +76,10 @@ class VideoFolder(Source):
         self.name, self.licence, self.patterns = name, licence, tuple(patterns)
         self.licences = Licences(licences, self._path)
         self.segment_minutes, self.segment_from_mib = segment_minutes, segment_from_mib
+
+    @property
+    def identity(self) -> int:
+        return identity_of(self._path)
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """A unit for each file that may be a video, several for a long one. Of local ones a little is read for the ids,
@@ -131,6 +133,10 @@ class VideoFolder(Source):
                 return stated_seconds(stream)
         except FileNotFoundError:  # removed since it was listed: the worker that fetches it tells
             return 0.0
+        except UnreachedError as error:
+            if isinstance(error.__cause__, PermissionError):  # that one film may be forbidden: as above
+                return 0.0
+            raise
 
     def _wanted(self, path: str) -> bool:
         return not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)

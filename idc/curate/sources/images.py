@@ -29,7 +29,7 @@ from idc.curate.candidate import (
 from idc.curate.geometry import box_of_mask
 from idc.curate.reaching import UnreachedError, reaching
 from idc.curate.sources.listing import File, is_image, is_text, walk, with_marks
-from idc.curate.sources.sidecars import IDENTITY, Licences, SidecarError, unit_of, with_sidecars
+from idc.curate.sources.sidecars import Licences, SidecarError, identity_of, unit_of, with_sidecars
 from idc.data import storage
 from idc.data.scan import IMAGE_EXTS
 from idc.data.video import VideoError
@@ -63,8 +63,6 @@ class SubjectImages(Source):
         UserError: for an unknown kind, or a number out of its range.
     """
 
-    identity = IDENTITY
-
     def __init__(
         self,
         path: str,
@@ -90,6 +88,10 @@ class SubjectImages(Source):
         self.kind, self.kinds, self.name, self.licence = kind, dict(kinds or {}), name, licence
         self.subject, self.same_subject, self.others, self.max_side = subject, same_subject, others, max_side
         self.licences = Licences(licences, self._path)
+
+    @property
+    def identity(self) -> int:
+        return identity_of(self._path)
 
     def units(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """A unit for each picture, with an id by `idc.curate.sources.sidecars.unit_of`."""

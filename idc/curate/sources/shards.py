@@ -106,7 +106,8 @@ class ExistingShards(Source):
             members = read_members(self._root, entry)
             yield self._candidate(key, entry, members)
         except SampleError as error:
-            if error.__cause__ and is_passing(self._root, error.__cause__):
+            # An OSError is of the disk or store; all else is damage, which stays.
+            if isinstance(error.__cause__, OSError) and is_passing(self._root, error.__cause__):
                 raise UnreachedError(error.reason) from error
             yield Dropped(self.name, f"{entry.shard}/{entry.key}", key, "source", "unreadable sample", error.reason)
 

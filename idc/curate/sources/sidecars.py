@@ -34,7 +34,6 @@ from idc.errors import UserError, nearest
 
 SUFFIXES = (".json", ".txt")
 META = "folder"
-IDENTITY = 2  # of `unit_of`; the first went by the sizes of local files
 LARGEST = 1 << 24  # bytes of a side-car
 LARGEST_SIDE = 1 << 24  # pixels; no picture is larger
 
@@ -43,6 +42,11 @@ ReadFile = Callable[[str], bytes]  # by path relative to the source's folder
 
 class SidecarError(ValueError):
     """What lies beside a file cannot be read. The message is a short reason."""
+
+
+def identity_of(root: str) -> int:
+    """Of `unit_of` (`Source.identity`): the first one of local files went by their sizes alone."""
+    return 1 if storage.is_url(root) else 2
 
 
 def unit_of(file: File, listed: Mapping[str, File], root: str) -> tuple[str, dict[str, Any]]:

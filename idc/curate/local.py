@@ -161,7 +161,7 @@ def _serve(connection: Connection, work: Work, folder: str, device: str) -> None
             work.load(work.steps, device)
             while True:
                 connection.send(work_on(work, connection.recv(), folder))
-        except (EOFError, OSError, PlanGoneError):
+        except (EOFError, OSError, PlanGoneError):  # `load` and `work_on` make UserErrors of their own OSErrors
             return
         except UserError as error:
             connection.send(UserError(str(error)))

@@ -39,7 +39,7 @@ def reaching(path: str, shown: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # every file system behind fsspec has its own; what is not passing goes on as it is
         if is_passing(path, error):
             text = " ".join(str(error).split())
             raise UnreachedError(f"{shown}{type(error).__name__}: {text[:200]}".rstrip(": ")) from error

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from idc.errors import UserError
 from idc.models.attention import attend
@@ -44,20 +45,35 @@ class SpreadRotary(NamedTuple):
     mask: Tensor | None = None
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all over the first dimension, which has one entry a rank: entry r goes to rank r. Its own transpose."""
+# An operator rather than an `autograd.Function`: torch.compile traces into the latter, and that of torch 2.11 returns
+# zeros for the gradient of one that writes into a tensor, as collectives do.
+@torch.library.custom_op("idc::exchange", mutates_args=())
+def exchange(x: Tensor, group: str) -> Tensor:
+    """All-to-all over the first dimension, which has one entry a rank: entry r goes to rank r. Its own transpose.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
-        return out
+    Args:
+        group: the name of the process group.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=_resolve_process_group(group))
+    return out
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _Exchange.apply(gradients[0], ctx.group), None
+
+@exchange.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _remember_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _exchange_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return exchange(gradient, ctx.group), None
+
+
+exchange.register_autograd(_exchange_back, setup_context=_remember_group)
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,10 @@ class SequenceParallel:
     """
 
     group: dist.ProcessGroup
+
+    @property
+    def name(self) -> str:
+        return self.group.group_name
 
     @property
     def size(self) -> int:
@@ -88,7 +108,7 @@ class SequenceParallel:
 
     def gather(self, x_BLx: Tensor, tokens: int) -> Tensor:
         """The first `tokens` tokens of all ranks, `[B, tokens, ...]`, on each; the inverse of `split`."""
-        every_RBLx = _Exchange.apply(x_BLx.expand(self.size, *x_BLx.shape), self.group)
+        every_RBLx = exchange(x_BLx.expand(self.size, *x_BLx.shape), self.name)
         return every_RBLx.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
     def rotary(self, rotary: tuple[Tensor, ...], video_tokens: int) -> SpreadRotary:
@@ -115,7 +135,7 @@ class SequenceParallel:
         """
         share = -(-video_tokens // self.size)
         heads = [x[:, :share].unflatten(2, (self.size, -1)).movedim(2, 0) for x in parts_BLAE]
-        every_RPBLAE = _Exchange.apply(torch.stack(heads, dim=1), self.group)
+        every_RPBLAE = exchange(torch.stack(heads, dim=1), self.name)
         whole = [x.transpose(0, 1).flatten(1, 2)[:, :video_tokens] for x in every_RPBLAE.unbind(1)]
         others = [x[:, share:] for x in parts_BLAE]
         if not others[0].shape[1]:
@@ -128,10 +148,10 @@ class SequenceParallel:
         share = -(-video_tokens // self.size)
         video, others = x_BLAE[:, :video_tokens], x_BLAE[:, video_tokens:]
         tokens_RBLAE = _padded(video, share * self.size).unflatten(1, (self.size, share)).transpose(0, 1)
-        own = _Exchange.apply(tokens_RBLAE, self.group).movedim(0, 2).flatten(2, 3)
+        own = exchange(tokens_RBLAE, self.name).movedim(0, 2).flatten(2, 3)
         if not others.shape[1]:
             return own
-        heads_RBSAE = _Exchange.apply(others.expand(self.size, *others.shape), self.group)
+        heads_RBSAE = exchange(others.expand(self.size, *others.shape), self.name)
         return torch.cat([own, heads_RBSAE.movedim(0, 2).flatten(2, 3)], dim=1)
 
 

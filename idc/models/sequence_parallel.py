@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ def exchange(x: Tensor, group: str) -> Tensor:
     """
     x = x.contiguous()
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=_resolve_process_group(group))
+    dist.all_to_all_single(out, x, group=_resolve_process_group(cast(Any, group)))  # torch 2.13: of a type of its own
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def launch(target: Callable[..., None], calls: Sequence[Sequence[Any]]) -> list[
 def _begin(target: Callable[..., None], *arguments: Any) -> None:
     # Its own processes start as those of a command do; as ours, each would import torch.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    # As in a terminal, also where the tests run in the background of a shell, which has its commands ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     target(*arguments)
 
 

@@ -170,6 +170,18 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_or_missing_video_comes_ba
         assert contents(out) == contents(made)
 
 
+def test_a_run_that_was_cut_short_says_what_is_there_and_the_next_one_makes_the_rest(
+    made: Path, run: Path, toy_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "videos"
+    caplog.set_level("INFO")
+    assert here(out, run, *held_out(toy_data), "--trainer.limit_predict_batches=3") == 0
+    assert f"3 of 8 videos are in {out}" in caplog.text
+    assert here(out, run, *held_out(toy_data)) == 0
+    assert f"8 of 8 videos are in {out}" in caplog.text
+    assert contents(out) == contents(made)
+
+
 def test_videos_that_were_made_otherwise_are_noticed_and_replaced_only_on_request(
     made: Path, run: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,10 @@ class OutputFolder:
         wanted = {item.id for item in items}
         return sorted(path.name for path in self.path.glob("*.mp4") if path.stem not in wanted)
 
+    def made(self, items: Sequence[Item]) -> int:
+        """How many of the items have a video, once `plan` has removed those that were made otherwise."""
+        return sum(self._video(item.id).is_file() for item in items)
+
     def write(self, item: Item, video: bytes, seed: int, notes: Mapping[str, Any] | None = None) -> None:
         """Put one encoded video into the folder; its record says the seed of its noise, and `notes` of its making."""
         record = {"id": item.id, "seed": seed, "key": self._key(item), "sha256": hashlib.sha256(video).hexdigest()}

@@ -276,7 +276,8 @@ class Generate(LightningModule):
         if self.trainer.is_global_zero:
             self.folder.write_failures(self.failures, self._items)
         self.folder.close()
-        made = len(self._items) - len(self.failures)
+        # Fewer than all that did not fail where Trainer(limit_predict_batches) cut it short.
+        made = self.folder.made([item for item in self._items if item.id not in self.failures])
         rank_zero_info(f"{made} of {len(self._items)} videos are in {self.folder.path}")
         if self.failures:
             rank_zero_info(f"{len(self.failures)} failed, see {self.folder.path / 'failures.jsonl'}")

@@ -132,8 +132,8 @@ class Weigh(Step):
         assert self._net is not None
         self._note("batch " + " ".join(candidate.key for candidate in candidates))
         with torch.no_grad():
-            vectors = [candidate.subjects[0].embedding for candidate in candidates]
-            weights = [self._net(torch.from_numpy(vector)) for vector in vectors]
+            vectors = [torch.from_numpy(candidate.subjects[0].embedding) for candidate in candidates]
+            weights = [self._net(vector.to(self._net.weight.device)).cpu() for vector in vectors]
         # As NumPy has it, on purpose: what the next step sees must be a plain number wherever it runs.
         return [[c.scored(weight=w.numpy()[0])] for c, w in zip(candidates, weights, strict=True)]
 

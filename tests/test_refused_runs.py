@@ -206,6 +206,8 @@ def test_the_rectified_weight_goes_with_the_kernels_of_its_formula(start: Path) 
             "model.init_args.optimizer: Invalid learning rate",
         ),
         (SFT, ["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], "trainer.precision='16-mixed'"),
+        (SFT, ["--trainer.gradient_clip_algorithm", "value"], "trainer.gradient_clip_algorithm='value': only 'norm'"),
+        (GRPO, ["--trainer.gradient_clip_algorithm", "value"], "trainer.gradient_clip_algorithm='value': only 'norm'"),
         (
             GRPO,
             ["--trainer.callbacks+", "{class_path: idc.callbacks.hacking.HackingMonitor, init_args: {window: 3}}"],
@@ -228,11 +230,6 @@ def test_precisions_that_stages_keep_pass_under_all_their_names(precision: Any) 
     for other in (16, "16", "16-mixed", "16-true", "bf16-true", "64-true", 64):
         with pytest.raises(UserError, match="take '32-true' or 'bf16-mixed'"):
             check_precision(other)
-
-
-def test_another_way_of_clipping_is_refused_by_the_name_of_its_setting(start: Path) -> None:
-    with pytest.raises(UserError, match=r"^trainer\.gradient_clip_algorithm='value': only 'norm'"):
-        stage(start).configure_gradient_clipping(None, 1.0, "value")
 
 
 def test_a_trainer_of_a_library_user_is_checked_too(toy_data: Path, start: Path) -> None:

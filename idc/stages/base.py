@@ -188,6 +188,11 @@ class Stage(LightningModule):
                 f"data.init_args.group_size={size}: {type(self).__name__} would train on every sample {size} times in "
                 "a row; groups are GRPO's, and 1 is right here"
             )
+        if trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(
+                f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm.value!r}: only 'norm' is supported; "
+                "set that, or leave it out"
+            )
 
     def _check(self, datamodule: Any) -> None:
         """Name what does not fit together before the features cache is filled: the structure costs nothing on meta."""
@@ -226,11 +231,6 @@ class Stage(LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by the global norm and log the norm before clipping, in one pass over the gradients."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise UserError(
-                f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported; set that, or "
-                "leave it out"
-            )
         if not hasattr(self.trainer.model, "get_global_grad_norm"):  # DeepSpeed's clips in its step: `judge_step`
             self.clip_to_norm(optimizer, gradient_clip_val)
 

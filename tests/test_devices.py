@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from _tiny_real import save_qwen, save_wan
 from torch import Tensor
 
 import idc.metrics
+from idc.bench.cli import main as bench
 from idc.data.corruptions import TurnedColours
 from idc.data.sources import ShardSource
 from idc.models import attention
@@ -138,6 +140,22 @@ def test_preferences_on_a_gpu_are_those_on_the_cpu(tmp_path: Path, toy_data: Pat
         assert fit_here(runs["gpu"]) == 0
     assert runs["gpu"].losses() == pytest.approx(runs["cpu"].losses(), rel=1e-5)
     assert len(runs["gpu"].losses()) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "grpo"])
+def test_the_benchmark_takes_all_its_cases_to_a_gpu(command: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("idc.bench.device.SIDES", {"cuda": (32,)})
+    monkeypatch.setattr("idc.bench.device.SECONDS", 0.01)
+    options = ["--size", "tiny", "--device", "cuda", "--compile", "off", "--json", str(tmp_path / "json")]
+    options += ["--frames", "5", "--steps", "4", "--rounds", "1", "--repeats", "1", "--warm-up", "0"]
+    options += ["--group", "2", "--rollouts", "2"] if command == "grpo" else []
+    with pretended_gpu():
+        bench([command, *options])
+    report = json.loads((tmp_path / "json").read_text())
+    failed = {row["name"] for row in report["rows"] if row["status"] != "ok"}
+    assert failed <= {"compile on"}  # which the pretence cannot
+    assert len(report["rows"]) >= 4
+    assert report["environment"]["device"]["type"] == "cuda"
 
 
 def test_encoders_on_a_gpu_are_those_on_the_cpu(tmp_path: Path) -> None:

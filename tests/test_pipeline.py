@@ -92,6 +92,18 @@ def test_stage_pipeline_and_saved_pipeline_give_the_same_video(
     assert videos(again) == videos(out)
 
 
+def test_a_run_opened_in_bfloat16_gives_the_video_of_a_run_that_computes_in_it(trained: Callable[..., Path]) -> None:
+    run = trained(compute_dtype="bfloat16")
+    whole, rounded = IDCrafterPipeline.from_run(run), IDCrafterPipeline.from_run(run, dtype="bfloat16")
+    sizes = [sum(weight.nbytes for weight in pipe.transformer.parameters()) for pipe in (whole, rounded)]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert np.array_equal(call(whole, seed=1), call(rounded, seed=1))
+    exact = IDCrafterPipeline.from_run(trained(), dtype="bfloat16")
+    assert exact.config["compute_dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="dtype='bfloat17': no such dtype; did you mean"):
+        IDCrafterPipeline.from_run(run, dtype="bfloat17")
+
+
 def test_a_merged_lora_is_the_adapted_layer(trained: Callable[..., Path]) -> None:
     """Against peft's own forward pass, on the weights of a run."""
     from idc.models.trainable import set_trainable

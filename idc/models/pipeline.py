@@ -23,7 +23,7 @@ from idc.errors import UserError, nearest
 from idc.flow.editing import check_strength
 from idc.models.checkpoints import Which
 from idc.models.conditioning import Encoders
-from idc.models.frozen import HUB_ID, first_line, torch_dtype
+from idc.models.frozen import HUB_ID, dtype_name, first_line, torch_dtype
 from idc.models.hub import offline_without_a_network
 from idc.models.sampling import Sampler, Sampling, Source, to_uint8
 from idc.models.saved import MODEL_INDEX, read_pipeline_folder, save_encoders
@@ -76,23 +76,28 @@ class IDCrafterPipeline(DiffusionPipeline):
     # Loading and saving ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_run(cls, path: str | Path, weights: Which = "ema") -> IDCrafterPipeline:
+    def from_run(
+        cls, path: str | Path, weights: Which = "ema", dtype: str | torch.dtype = "float32"
+    ) -> IDCrafterPipeline:
         """The pipeline of a run of `idc fit`: of its newest checkpoint, or of the one named.
 
         Args:
             path: as in `idc.models.checkpoints.find_checkpoint`.
             weights: "ema" or "raw".
+            dtype: "bfloat16" computes in it and keeps the matrices in it, half the memory, as `idc generate` does for
+                a run with `compute_dtype: bfloat16`, whose videos stay the same to the bit.
 
         Raises:
             UserError: no such checkpoint, an incomplete one, or one without its run's config.yaml.
         """
+        kept = torch_dtype(dtype)
         system = open_system(path, which=weights)
         return cls(
-            system.build_transformer().eval(),
+            system.build_transformer(computes_in=kept).eval(),
             FlowMatchEulerDiscreteScheduler(shift=system.sampling.shift),
             system.encoders,
             system.sampling,
-            system.compute_dtype,
+            system.compute_dtype if kept is torch.float32 else dtype_name(kept),
         )
 
     @classmethod

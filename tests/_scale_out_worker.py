@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,11 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from idc.callbacks.ema import EMAWeights
+from idc.errors import UserError
 from idc.models.rounding import islands
 from idc.models.sequence_parallel import exchange, spread_over
 from idc.models.transformer import IDCrafterTransformer
 from idc.models.weight_copy import local
-from idc.stages.sharding import shard
+from idc.stages.sharding import build_sharded, shard, weights_mesh
 from idc.types import Condition
 
 HEADS = 4
@@ -107,6 +110,35 @@ def _groups(rank: int, world: int) -> Iterator[tuple[int, dist.ProcessGroup, int
     yield world, dist.group.WORLD, 0
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
     yield 2, pairs[rank // 2], rank // 2
+
+
+def told(rank: int, world: int, port: int, out: str) -> None:
+    """What ranks raise where rank 0 cannot build, and how long the groups of all meshes wait."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    lightnings = init_device_mesh("cpu", (world, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    limits: dict[str, float] = {}
+    for replicas in (1, world):
+        strategy: Any = SimpleNamespace(
+            device_mesh=lightnings, root_device=torch.device("cpu"), replicas=replicas, _timeout=timedelta(hours=3)
+        )
+        for mesh in (weights_mesh(strategy), lightnings):
+            for name in mesh.mesh_dim_names or ():
+                options = mesh.get_group(name)._get_backend(torch.device("cpu")).options
+                limits[f"{replicas} {name}"] = options._timeout.total_seconds()
+
+    def build(device: str) -> IDCrafterTransformer:
+        if device == "cpu":
+            raise UserError("pretrained: no such weights")
+        with torch.device(device):
+            return model_of({"num_layers": 1, "id_layers": 1})
+
+    try:
+        build_sharded(build, strategy)
+        problem = ""
+    except UserError as error:
+        problem = str(error)
+    Path(out, f"{rank}.json").write_text(json.dumps([problem, limits]))
+    dist.destroy_process_group()
 
 
 def count_14b(out: str) -> None:

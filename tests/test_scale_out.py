@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from _four_steps import check_equal, make_run
-from _scale_out_worker import CASES, count_14b, gather, loss_of, model_of, spread
+from _scale_out_worker import CASES, count_14b, gather, loss_of, model_of, spread, told
 from _server import free_port, join, launch
 from _sft_worker import Fit
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -45,6 +45,16 @@ def test_a_sequence_spread_over_ranks_has_the_outputs_and_gradients_of_one_rank(
             torch.testing.assert_close(
                 gradients[parameter_name], parameter.grad, rtol=1e-4, atol=1e-6, msg=f"{rank} {parameter_name}"
             )
+
+
+def test_what_rank_0_cannot_build_ends_all_ranks_and_every_group_waits_as_long_as_the_strategy(tmp_path):
+    port = free_port()
+    assert join(launch(told, [(rank, 2, port, str(tmp_path)) for rank in range(2)])) == [0] * 2
+    for rank in range(2):
+        problem, limits = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert problem == "pretrained: no such weights"
+        assert len(limits) == 7
+        assert set(limits.values()) == {3 * 3600}
 
 
 def test_gathering_in_bfloat16_computes_what_autocast_computes_from_float32(tmp_path):

@@ -416,6 +416,18 @@ def test_a_backend_that_breaks_a_graph_does_not_compile(monkeypatch: pytest.Monk
         check_compiles("_native_math", *given, compiler="eager")
 
 
+def test_a_compiler_that_loses_gradients_is_noticed_before_training() -> None:
+    """As that of torch 2.11 does, of functions that write into what they return."""
+    given = torch.device("cpu"), torch.float32, 8
+
+    def forgets(graph: Any, inputs: Any) -> Any:
+        return lambda *args: [out.detach() + 0 * sum(arg.sum() for arg in args) for out in graph(*args)]
+
+    check_compiles("_native_math", *given, False, compiler=forgets)
+    with pytest.raises(RuntimeError, match=r"compiled, as speed.compile asks for, its results are off by 1 of"):
+        check_compiles("_native_math", *given, True, compiler=forgets)
+
+
 def test_a_backend_that_one_rank_lacks_ends_all_ranks_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rank makes of what all ranks say."""
     problems: list[Any] = []

@@ -58,12 +58,18 @@ def several_ranks() -> bool:
 
 
 def of_all_ranks(value: Any) -> list[Any]:
-    """The value of each rank, on all of them, in their order. All must call this together."""
+    """The value of each rank, on all of them, in their order. All must call this together; the first may come hours
+    before the last, as where one loads weights for all, which the device's collectives do not wait for."""
     if not several_ranks():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_cpu_group())
     return values
+
+
+def wait_for_all_ranks() -> None:
+    """Until all are here; as `of_all_ranks`."""
+    any_rank(False)
 
 
 def any_rank(told: bool) -> bool:

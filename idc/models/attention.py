@@ -199,30 +199,22 @@ def check_compiles(
     training: bool,
     compiler: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Run `attend` on this backend within one graph, and its backward pass in training.
+    """Compare `attend` on this backend within one graph, and in training its gradients, with what they should be.
 
     Args:
         compiler: as `torch.compile` takes it for `backend`.
 
     Raises:
-        RuntimeError: where that fails, with the first line of why.
+        RuntimeError: where it does not compile, or loses something on the way, with the first line of what.
     """
-    backend = _prepared(name)
-    *inputs, weight = _probe_inputs(device, dtype, head_dim)
-    leaves = [x.requires_grad_(training) for x in inputs]
-    run = torch.compile(lambda q, k, v: attend(q, k, v, None, backend), fullgraph=True, backend=compiler)
     limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)  # one graph for each backend and kind of pass
     try:
-        with (
-            torch._dynamo.config.patch(recompile_limit=limit),
-            torch.autocast(device.type, enabled=False),
-            torch.set_grad_enabled(training),
-        ):
-            out = run(*leaves)
-            if training:
-                torch.autograd.grad(out, leaves, weight)
-    except Exception as error:  # a compiler's own, of any kind
-        raise RuntimeError(f"does not compile, and speed.compile is on: {_reason(error)}") from error
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            error = _error(name, device, dtype, head_dim, training, compiler)
+    except Exception as problem:  # a compiler's own, of any kind
+        raise RuntimeError(f"does not compile, and speed.compile is on: {_reason(problem)}") from problem
+    if not error <= ROUGH:
+        raise RuntimeError(f"compiled, as speed.compile asks for, its results are off by {error:.2g} of their size")
 
 
 def set_backend(model: nn.Module, name: str, varying: str | None = None) -> None:
@@ -274,10 +266,27 @@ def _probe_inputs(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
     return [part.to(device, dtype) for part in parts]
 
 
-def _error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> float:
-    """Of output and gradients, relative to float32 mathematics on the same values. Whatever the backend raises."""
+def _error(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    training: bool,
+    compiler: str | Callable[..., Any] | None = None,
+) -> float:
+    """Of output and gradients, relative to float32 mathematics on the same values. Whatever the backend raises.
+
+    Args:
+        compiler: makes one graph of it first.
+    """
     backend = _prepared(name)
     *inputs, weight = _probe_inputs(device, dtype, head_dim)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, None, backend)
+
+    if compiler is not None:
+        run = torch.compile(run, fullgraph=True, backend=compiler)
 
     def results(attention: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(to).requires_grad_(training) for x in inputs]
@@ -288,7 +297,7 @@ def _error(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, t
         return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(to))]
 
     with torch.autocast(device.type, enabled=False):
-        found = results(lambda q, k, v: attend(q, k, v, None, backend), dtype)
+        found = results(run, dtype)
         expected = results(_mathematics, torch.float32)
     ratios = [
         ((ours.float() - theirs).norm() / theirs.norm()).item() for ours, theirs in zip(found, expected, strict=True)

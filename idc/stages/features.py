@@ -12,7 +12,7 @@ from torch import Tensor
 
 from idc.data.cache import FeatureCache
 from idc.data.features import feature_key
-from idc.data.ranks import any_rank
+from idc.data.ranks import any_rank, wait_for_all_ranks
 from idc.models.conditioning import Encoders
 from idc.progress import track
 from idc.types import Batch, Sample
@@ -35,7 +35,7 @@ def fill_cache(trainer: Trainer, encoders: Encoders, on_progress: Callable[[str]
             what = f"encoding {', '.join(parts)}"
             batches = track(_told(loader, what, on_progress), what, len(loader), trainer.is_global_zero)
             encode(batches, parts, encoders, cache, trainer.strategy.root_device)
-        trainer.strategy.barrier("features")
+        wait_for_all_ranks()  # which encode for hours, and need not end together
         encoders.unload()
     data.attach_features(cache)
     _show_unused(cache)

@@ -13,14 +13,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from idc.data.benchmark import Item
 from idc.data.output import Existing, OutputFolder
-from idc.data.ranks import data_place
+from idc.data.ranks import data_place, of_all_ranks
 from idc.data.requests import GenerationData, Request
 from idc.data.video import PIXEL_FORMATS, encode_video
 from idc.errors import UserError, counted, nearest
@@ -196,11 +195,11 @@ class Generate(LightningModule):
                 result = work()
             except UserError as error:
                 problem = str(error)
-        result, problem = self.trainer.strategy.broadcast((result, problem))
+        result, problem = of_all_ranks((result, problem))[0]  # the others wait while it reads all files
         if problem is not None:
             self.folder.close()
             raise UserError(problem)
-        return result  # type: ignore[return-value]
+        return result
 
     # Running --------------------------------------------------------------------------------------------------
 
@@ -268,11 +267,7 @@ class Generate(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Gather the failures of all ranks. (A hook of the end of predicting is left out where there is no item.)"""
-        every = [self.failures]
-        if self.trainer.world_size > 1 and dist.is_initialized():
-            every = [self.failures] * self.trainer.world_size
-            dist.all_gather_object(every, self.failures)
-        self.failures = {name: reason for failures in every for name, reason in failures.items()}
+        self.failures = {name: why for failures in of_all_ranks(self.failures) for name, why in failures.items()}
         if self.trainer.is_global_zero:
             self.folder.write_failures(self.failures, self._items)
         self.folder.close()

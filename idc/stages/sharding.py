@@ -19,7 +19,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from idc.data.ranks import of_all_ranks
 from idc.errors import UserError, counted
 from idc.models.rounding import islands, units_of
 
@@ -40,7 +42,7 @@ class FSDP2(ModelParallelStrategy):
         tensor_parallel_size: neighbouring ranks over which the tokens of one sample are spread (sequence parallelism);
             must divide the transformer's attention heads.
         process_group_backend: of torch.distributed; None takes NCCL on GPUs and gloo on CPUs.
-        timeout: after which a collective that waits for another rank fails.
+        timeout: after which a collective that waits for another rank fails, whichever ranks it is among.
 
     Raises:
         UserError: where the sizes do not fit the number of ranks; before any process is started.
@@ -147,15 +149,21 @@ def check_sequence(heads: int, strategy: Any) -> None:
 def weights_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
     """Over which ranks parameters are sharded, `("shard",)`, or replicated and sharded, `("replicate", "shard")`.
 
-    A mesh of its own, beside Lightning's: it spans the ranks of a sequence as well.
+    A mesh of its own, beside Lightning's: it spans the ranks of a sequence as well. The groups of both wait as long as
+    the strategy does.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     ranks, replicas = dist.get_world_size(), getattr(strategy, "replicas", 1)
     kind = strategy.root_device.type
     if replicas == 1:
-        return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+    for each in (mesh, strategy.device_mesh):
+        for group in each.get_all_groups():  # made with the backend's own limit, which is ten minutes for NCCL
+            _set_pg_timeout(strategy._timeout or default_pg_timeout, group)
+    return mesh
 
 
 def shard(model: IDCrafterTransformer, mesh: DeviceMesh, gathered: torch.dtype = torch.float32) -> None:
@@ -202,7 +210,8 @@ def build_sharded(
         gathered: of weights, as in `shard`.
 
     Raises:
-        UserError: on all ranks alike, where the attention heads do not divide over the ranks of a sequence.
+        UserError: on all ranks alike, where the attention heads do not divide over the ranks of a sequence, or where
+            rank 0 cannot build.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -213,9 +222,29 @@ def build_sharded(
         from idc.models.sequence_parallel import spread_over
 
         spread_over(model, sequence.get_group())
-    source = build("cpu").state_dict() if dist.get_rank() == 0 else {}
+    source = _from_rank_0(build)
     shard(model, weights_mesh(strategy), gathered)
     model.to_empty(device=strategy.root_device)
     model.refresh_rotary_tables()  # in no state dict, and `to_empty` left garbage in them
     set_model_state_dict(model, source, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model
+
+
+def _from_rank_0(build: Callable[[str], IDCrafterTransformer]) -> dict[str, Any]:
+    """The weights on rank 0, nothing elsewhere; what it raises, on all ranks.
+
+    The others wait for its word, and not in a collective of the device, whose limit loading or downloading may exceed.
+    """
+    source: dict[str, Any] = {}
+    problem: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            source = build("cpu").state_dict()
+        except Exception as error:  # of any kind: the others would wait
+            problem = error
+    told = of_all_ranks(None if problem is None else str(problem))[0]
+    if problem is not None:
+        raise problem
+    if told is not None:
+        raise UserError(told)
+    return source

@@ -556,6 +556,12 @@ def test_ours_has_the_attention_backends_that_a_stage_would_set(bench, monkeypat
     assert model.id_blocks[0].cross_attn.processor._attention_backend.value == "_native_flash"
 
 
+def test_a_backend_that_cannot_run_is_told_before_anything_has_run(capsys):
+    with pytest.raises(UserError, match=r"^speed\.attention='_flash_3': .*; auto and native run everywhere"):
+        main(["train", "--size", "tiny", "--device", "cpu", "--attention", "_flash_3"])
+    assert not capsys.readouterr().err
+
+
 def test_the_speed_is_the_recipes_and_flags_win():
     recipe = SimpleNamespace(stage=SimpleNamespace(speed=Speed("native", "full", True, False, "high")))
     unsaid = SimpleNamespace(attention=[], checkpointing=None, compile="auto")

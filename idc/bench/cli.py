@@ -124,7 +124,7 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: Sequence[str]) -> int:
     from idc.bench.cases import run
-    from idc.bench.context import quiet
+    from idc.bench.context import check_attention, quiet
     from idc.bench.device import environment, find_device, known_device, larger_ceiling, matrix_ceiling
     from idc.bench.profiling import STEPS, profile_groups
     from idc.bench.results import Report
@@ -133,6 +133,8 @@ def _run(command: str, options: argparse.Namespace, rest: Sequence[str], args: S
     quiet()
     device = find_device(options.device)
     bench = _bench(command, options, rest, device)
+    if options.attention:
+        check_attention(bench, training=command != "generate")
     report = Report(
         command, bench.setup.plain() if command != "data" else {}, environment(device, args), checks=bench.checks
     )

@@ -98,6 +98,12 @@ def apply_speed(bench: Bench, model: Any, speed: Speed, training: bool) -> dict[
     return chosen
 
 
+def check_attention(bench: Bench, training: bool) -> None:
+    """What `apply_speed` would raise for ours, before anything has run."""
+    speed = bench.speed
+    _choice(bench.device, bench.dtype, bench.setup.spec.attention_head_dim, speed.attention, training, speed.compile)
+
+
 def told(chosen: Mapping[str, str]) -> dict[str, str]:
     """What `idc.stages.speed.apply_speed` says, in the words of the tables."""
     names = ("attention", "attention_of_subjects", "checkpointing")

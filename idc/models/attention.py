@@ -246,7 +246,7 @@ def _refused(name: str, reason: str) -> UserError:
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _prepared(name: str) -> AttentionBackendName:

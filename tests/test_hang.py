@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -94,6 +95,62 @@ def test_a_process_whose_interpreter_is_held_is_dumped_all_the_same(tmp_path: Pa
     (code,) = join(launch(_hold_the_interpreter, [(str(tmp_path),)]))
     assert code == 1
     assert "_hold_the_interpreter" in (tmp_path / "rank-0.txt").read_text()
+
+
+def _end_without_the_others(folder: str) -> None:
+    def stale(*_: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    watch = Watch(Path(folder), (0, 2), "now", 0.2, 0.2, lambda seconds: (Path(folder) / "saved").touch())
+    watch_module._GRACE = 0.2
+    Path.is_dir = stale  # type: ignore[method-assign, assignment]
+    watch.start()
+    threading.Event().wait()
+
+
+def test_a_file_system_that_does_not_answer_keeps_no_save_from_its_end(tmp_path: Path) -> None:
+    assert join(launch(_end_without_the_others, [(str(tmp_path),)])) == [EXIT_STATUS]
+    assert (tmp_path / "saved").exists()
+
+
+def _lose_the_watchdog(folder: str) -> None:
+    watch_module._MARGIN = 0.1
+    watch = Watch(Path(folder), (0, 1), "now", 0.2, 0.2)
+    watch._is_asked = lambda: 1 // 0  # type: ignore[method-assign, return-value]
+    watch.start()
+    watch._thread.join()
+    threading.Event().wait(1)  # longer than the timer that it had set
+
+
+def test_a_watchdog_that_fails_takes_its_timer_with_it(tmp_path: Path) -> None:
+    assert join(launch(_lose_the_watchdog, [(str(tmp_path),)])) == [0]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_request_that_cannot_be_read_is_none_and_is_looked_for_again(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = threading.Semaphore(0)
+
+    def fails(path: Path) -> bool:
+        looks.release()
+        raise OSError(number, os.strerror(number))
+
+    watch = Watch(tmp_path, (0, 1), "now", 60.0, 60.0)
+    watch._poll = 0.01
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", fails)
+        watch.start()
+        try:
+            assert all(looks.acquire(timeout=20) for _ in range(3))
+        finally:
+            watch.stop()
+
+
+def test_a_folder_that_cannot_be_written_leaves_a_watch_without_files(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.txt").mkdir()  # what cannot be opened, whoever asks
+    (tmp_path / "request-before.json").mkdir()  # nor removed
+    Watch(tmp_path, (0, 1), "now", 60.0, 60.0).start().stop()
 
 
 def _abort(folder: str) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -56,7 +57,9 @@ class Watch:
         self._last = time.monotonic(), "the start", True  # when, what, and whether the next beat may take long
         self._stopped = threading.Event()
         self._enabled = False
-        self._stream = None if not folder.is_dir() else self._path(self.rank).open("a")
+        self._stream: TextIO | None = None
+        with contextlib.suppress(OSError):  # without a folder, stacks go to the log alone
+            self._stream = self._path(self.rank).open("a")
         self._thread = threading.Thread(target=self._look, name="hang watchdog", daemon=True)
 
     def _path(self, rank: int) -> Path:
@@ -75,9 +78,10 @@ class Watch:
 
     def start(self) -> Watch:
         """Begin to watch; the first beat may take long."""
-        for old in (path for pattern in ("request-*", "dumped-*") for path in self.folder.glob(pattern)):
-            if self.run not in old.name:
-                old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # they have another run's name, and are heeded by nobody
+            for old in (path for pattern in ("request-*", "dumped-*") for path in self.folder.glob(pattern)):
+                if self.run not in old.name:
+                    old.unlink(missing_ok=True)
         self._last = time.monotonic(), "the start", True
         self._thread.start()
         # torch's own timeout of a collective ends in SIGABRT. Whoever has asked for stacks elsewhere gets them there.
@@ -109,9 +113,9 @@ class Watch:
             faulthandler.disable()
             self._enabled = False
         if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+            stream, self._stream = self._stream, None
             with contextlib.suppress(OSError):
+                stream.close()
                 if not self._path(self.rank).stat().st_size:
                     self._path(self.rank).unlink()
                 self.folder.rmdir()  # unless there are stacks in it
@@ -119,20 +123,30 @@ class Watch:
     # The thread -----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        while not self._stopped.wait(self._poll):
-            if self._stream is not None:
-                faulthandler.dump_traceback_later(self.allowed + _MARGIN, exit=True, file=self._stream)
-            silence = time.monotonic() - self._last[0]
-            if silence > self.allowed:
-                self._ask(silence)
-                self._end()
-            elif self.request.exists():
-                self._end()
+        try:
+            while not self._stopped.wait(self._poll):
+                if self._stream is not None:
+                    faulthandler.dump_traceback_later(self.allowed + _MARGIN, exit=True, file=self._stream)
+                silence = time.monotonic() - self._last[0]
+                if silence > self.allowed:
+                    self._ask(silence)
+                    self._end()
+                elif self._is_asked():
+                    self._end()
+        finally:  # the timer that nobody renews any more would end a healthy run
+            faulthandler.cancel_dump_traceback_later()
+
+    def _is_asked(self) -> bool:
+        """Whether there is a request. Of a file system that does not answer now (ESTALE, EIO), the next look asks."""
+        try:
+            return self.request.exists()
+        except OSError:
+            return False
 
     def _ask(self, silence: float) -> None:
-        asked = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "after": self._last[1]}
         own = self.folder / f"request-{self.run}.json.{self.rank}"
         with contextlib.suppress(OSError):  # without a folder, each rank ends by itself
+            asked = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "after": self._last[1]}
             own.write_text(json.dumps({**asked, "seconds": round(silence)}))
             with contextlib.suppress(FileExistsError):  # the first to ask is the one that is named
                 os.link(own, self.request)
@@ -141,21 +155,26 @@ class Watch:
     def _end(self) -> None:
         """Dump, wait for the others' dumps, and end the process, whatever its other threads wait for."""
         try:
-            self._dump()
-            self._wait_for_others()
-            if self._before_end is not None:
-                self._before_end(_GRACE)
-            print(f"idc: error: {self._message()}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
+            for step in (self._dump, self._wait_for_others, self._finish, self._say):
+                with contextlib.suppress(Exception):  # where one fails, the saves are finished all the same
+                    step()
         finally:
             os._exit(EXIT_STATUS)
+
+    def _finish(self) -> None:
+        if self._before_end is not None:
+            self._before_end(_GRACE)
+
+    def _say(self) -> None:
+        print(f"idc: error: {self._message()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
 
     def _message(self) -> str:
         try:
             asked = json.loads(self.request.read_text())
             who = f"rank {asked['rank']} ({asked['host']}, process {asked['pid']})"
             what = f"has ended nothing for {asked['seconds']} s, since {asked['after']}"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             who, what = f"rank {self.rank}", f"has ended nothing for more than {self.allowed:.0f} s"
         return (
             f"a hang: {who} {what}; the stacks of all ranks are in {self.folder}. Rank {self.rank} ends with status "
@@ -193,6 +212,7 @@ class Watch:
         """Until all have dumped: a launcher kills the others as soon as the first has ended."""
         until = time.monotonic() + _GRACE
         while time.monotonic() < until:
-            if len(list(self.folder.glob(f"dumped-{self.run}-*"))) >= self.world or not self.folder.is_dir():
-                return
+            with contextlib.suppress(OSError):
+                if len(list(self.folder.glob(f"dumped-{self.run}-*"))) >= self.world or not self.folder.is_dir():
+                    return
             time.sleep(self._poll)

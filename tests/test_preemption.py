@@ -2,13 +2,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _server import free_port, join, launch
-from _survival_worker import STEPS, Run, command, end, finish, mean_losses, mean_validation, records
+from _survival_worker import (
+    STEPS,
+    Run,
+    Stage,
+    Stream,
+    command,
+    end,
+    finish,
+    make_trainer,
+    mean_losses,
+    mean_validation,
+    records,
+)
+from lightning.pytorch import Callback, Trainer
 
 from idc.callbacks.preemption import MARKER, Preemption
 from idc.callbacks.resume import find_resume
@@ -103,6 +119,68 @@ def test_under_lightnings_launcher_the_whole_command_ends_with_status_0(tmp_path
     assert join(launch(command, [(run, free_port(), str(errors))]), 120) == [0], errors.read_text()[-2000:]
     assert "Preempted at step 3" in errors.read_text()
     check_preempted_at(run, 3)
+
+
+class Signalled(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("restarts", "start"), [(None, "71.0"), ("2", "71.2")])
+def test_a_marker_says_which_start_of_which_job_was_preempted(
+    restarts: str | None, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    make_trainer(Run(str(tmp_path), "", steps=4), [Signalled()]).fit(Stage(), Stream(0, 1))
+    marker = json.loads((tmp_path / "checkpoints" / MARKER).read_text())
+    assert marker == {"step": 2, "signal": ["SIGTERM"], "slurm": start}
+
+
+# The lines of README for SLURM, with markers as above ------------------------------------------------------------
+
+IDC = """
+srun() { mkdir -p runs/sft/$RUN/checkpoints; rm -f runs/sft/$RUN/checkpoints/preempted.json; eval "$DOES"; }
+scontrol() { echo "$@" >> queued; }
+"""
+SAVES = """echo '{"step": 2, "signal": ["SIGTERM"], "slurm": "71.%s"}' > runs/sft/$RUN/checkpoints/preempted.json"""
+
+
+@pytest.mark.parametrize(
+    ("restarts", "older", "does", "queued", "status"),
+    [
+        ("", None, SAVES % "0", True, 0),
+        ("3", "71.2", SAVES % "3", True, 0),
+        ("", None, "true", False, 0),
+        ("", "70.0", "true", False, 0),
+        ("2", "71.1", "true", False, 0),
+        ("", "171.0", "true", False, 0),
+        ("1", "71.10", "true", False, 0),
+        ("", "null", "true", False, 0),
+        ("", "70.0", "return 3", False, 3),
+        ("", None, f"{SAVES % '0'}; return 75", False, 75),
+    ],
+)
+def test_slurm_queues_a_job_again_whose_own_run_was_preempted_now(
+    restarts: str, older: str | None, does: str, queued: bool, status: int, tmp_path: Path
+) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    (script,) = re.findall(r"--wrap \\\n\s*'([^']*)'", "".join(blocks))
+    if older is not None:
+        marker = tmp_path / "runs/sft/version_0/checkpoints" / MARKER
+        marker.parent.mkdir(parents=True)
+        marker.write_text(json.dumps({"step": 5, "signal": [], "slurm": None if older == "null" else older}) + "\n")
+    names = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    job = {"SLURM_JOB_ID": "71", **({"SLURM_RESTART_COUNT": restarts} if restarts else {})}
+    environment = {**names, **job, "RUN": "version_1", "DOES": does}
+    done = subprocess.run(["sh", "-c", IDC + script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 71\n"
 
 
 def test_unknown_signal_is_a_user_error() -> None:

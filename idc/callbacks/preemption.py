@@ -4,9 +4,10 @@ Lightning's own handler communicates inside the signal handler, and hangs when o
 sets a flag; the ranks agree on it at the end of a training step, save one checkpoint and stop there. Validation and
 sampling (through `requested`) are cut short, after which one more training step is taken and saved.
 
-A preempted run logs a line and leaves `preempted.json` beside its checkpoints until the next run starts. Under SLURM
-(`#SBATCH --signal=TERM@120`): `idc fit ... --ckpt_path last; [ -e RUN/checkpoints/preempted.json ] && scontrol requeue
-$SLURM_JOB_ID`. Lightning's own automatic requeue is replaced. Signals before training starts have their usual effect.
+A preempted run logs a line and leaves `preempted.json` beside its checkpoints until it is gone on with. Under SLURM
+(`--signal=SIGTERM@120`) it says which start of which job it was, as "JOB_ID.RESTART_COUNT": a job is queued again whose
+present start is found in a marker, not for one that another job or an earlier start has left (README, "Many GPUs").
+Lightning's own automatic requeue is replaced. Signals before training starts have their usual effect.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Preemption(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stopped and trainer.is_global_zero and (marker := _marker(trainer)):
             names = [self.received.name] if self.received else []
-            marker.write_text(json.dumps({"step": trainer.global_step, "signal": names}) + "\n")
+            content = {"step": trainer.global_step, "signal": names, "slurm": _slurm_start()}
+            marker.write_text(json.dumps(content) + "\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()
@@ -154,3 +156,9 @@ def _checkpoint(trainer: Trainer) -> Checkpoint | None:
 def _marker(trainer: Trainer) -> Path | None:
     checkpoint = _checkpoint(trainer)
     return None if checkpoint is None or is_dry_run(trainer) else checkpoint.directory / MARKER
+
+
+def _slurm_start() -> str | None:
+    """This start of this job; None outside SLURM, which sets the count from the first restart on."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"

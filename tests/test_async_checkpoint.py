@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import pickle
+import re
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from _server import join, launch
 from _sft_worker import scalars
 from _survival_worker import SAVE_EVERY, Run, Stage, Stream, end, finish, make_trainer, records
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint import CheckpointException, load
 
 from idc.callbacks import writing
 from idc.callbacks.background import Background
@@ -286,11 +291,57 @@ def test_a_writer_that_does_not_say_that_the_disk_is_full_is_helped(
     def no_room(state: Any, path: Path) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 64")
 
-    for left, says in ((100, r"unexpected pos 128 vs 64; the disk is full\)"), (1 << 40, r"vs 64\)")):
+    for left, says in (
+        (100, r"unexpected pos 128 vs 64; the disk is full\)"),
+        (3 << 40, rf"vs 64; .* full, or a quota or the limit .*: {tmp_path} has 3,072\.0 GiB free\)"),
+    ):
         monkeypatch.setattr(writing.shutil, "disk_usage", lambda path, left=left: SimpleNamespace(free=left))
         save = writing.Save(tmp_path, tmp_path / "step.tmp", "file", 8, 0, "one", 0, 1, 2)
         with pytest.raises(CheckpointError, match=says):
             save.write({}, no_room)
+
+
+def _save_what_is_too_large(folder: str, kind: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    save = writing.Save(Path(folder), Path(folder, "step.tmp"), kind, 8, 0, "one", 0, 1, 2)
+    save.unfinished.mkdir()
+    try:
+        save.write({"state_dict": {f"w{i}": torch.zeros(1 << 17) for i in range(4)}})
+    except CheckpointError as error:
+        Path(folder, "error").write_text(str(error))
+
+
+@pytest.mark.parametrize("kind", ["file", "sharded"])
+def test_a_file_beyond_a_limit_ends_the_save_with_one_line_that_says_so(kind: str, tmp_path: Path) -> None:
+    assert join(launch(_save_what_is_too_large, [(str(tmp_path), kind)])) == [0]
+    error = (tmp_path / "error").read_text()
+    assert re.match(rf"Saving step 8 to {tmp_path} failed \(rank 0: \w+Error: [^;]+; most likely .*\)\. There", error)
+    assert "(ulimit -f, here 1.0 MiB)" in error
+    assert f"{tmp_path} has " in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "step.tmp").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES])
+def test_what_is_no_lack_of_room_is_not_explained_as_one(number: int, tmp_path: Path) -> None:
+    def fails(state: Any, path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    save = writing.Save(tmp_path, tmp_path / "step.tmp", "file", 8, 0, "one", 0, 1, 2)
+    with pytest.raises(CheckpointError, match=rf"\[Errno {number}\]") as error:
+        save.write({}, fails)
+    assert ("quota or the limit" in str(error.value)) == (number != errno.EACCES)
+
+
+def test_a_rank_leaves_another_ranks_error_to_that_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise CheckpointException("write", {1: (OSError(errno.EIO, "no"), SimpleNamespace())})  # type: ignore[dict-item]
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", fails)
+    with pytest.raises(OSError, match="no"):
+        write_shards({"state_dict": {}}, tmp_path / "step", 1)
+    write_shards({"state_dict": {}}, tmp_path / "step", 0)
+    assert not list((tmp_path / "step").iterdir())
 
 
 FAULTS: dict[str, Callable[..., Any]] = {"_seal_own_files": OSError, "_publish": PermissionError, "_prune": OSError}

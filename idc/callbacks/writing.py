@@ -8,8 +8,10 @@ a collective would then take part of a save for gradients.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import resource
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +30,11 @@ from idc.models.checkpoints import step_directories
 from idc.models.manifest import STATE, FileRecord, Manifest, fsync_directory, fsync_file, hash_files, list_files
 
 FULL = 1 << 20  # bytes that are left of a disk on which a save has found no room
+_WITHOUT_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = re.compile(
+    r"inline_container|unexpected pos|PytorchStreamWriter|"  # PyTorch's writer, which does not say why
+    + "|".join(rf"\[Errno {number}\]|{re.escape(os.strerror(number))}" for number in _WITHOUT_ROOM)
+)
 
 
 class CheckpointError(UserError):
@@ -94,12 +101,16 @@ class Save:
             CheckpointError: on all ranks alike if any rank failed.
         """
         # Whatever fails on one rank is told to all, or the others would wait for it.
-        problem = describe(lambda: (writer or self._write)(state, self.unfinished / STATE))
-        self.agree(problem and problem + _where_full(self.directory))
+        self._agree_on(lambda: (writer or self._write)(state, self.unfinished / STATE))
         records: dict[str, FileRecord] = {}
-        problem = describe(lambda: records.update(_seal_own_files(self.unfinished, self.rank)))
-        shares = self.agree(problem, records)
-        self.agree(describe(lambda: self._finish(shares)) if self.rank == 0 else None)
+        shares = self._agree_on(lambda: records.update(_seal_own_files(self.unfinished, self.rank)), records)
+        self._agree_on(lambda: self._finish(shares) if self.rank == 0 else None)
+
+    def _agree_on(
+        self, action: Callable[[], Any], records: Mapping[str, FileRecord] | None = None
+    ) -> dict[str, FileRecord]:
+        problem = describe(action)
+        return self.agree(problem and problem + _no_room(problem, self.directory), records)
 
     def _write(self, state: Any, path: Path) -> None:
         if self.kind == "sharded":
@@ -125,16 +136,24 @@ class Save:
 
 
 def write_shards(state: dict[str, Any], path: Path, rank: int, group: Any = None) -> None:
-    """A sharded checkpoint as Lightning's `ModelParallelStrategy` writes and loads it, over a group of one's own."""
+    """A sharded checkpoint as Lightning's `ModelParallelStrategy` writes and loads it, over a group of one's own.
+
+    Raises this rank's own error; what fails on other ranks alone, they tell (`Save.agree`).
+    """
     from lightning.fabric.utilities.load import _METADATA_FILENAME
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
 
     path.mkdir(parents=True, exist_ok=True)
     state = dict(state)
     tensors = {"state_dict": state.pop("state_dict")}
     tensors.update({f"optimizer_{i}": s for i, s in enumerate(state.pop("optimizer_states", []))})
     # Nothing is copied ahead: the loader that does so waits for the training's stream, even where all is on the CPU.
-    save(tensors, storage_writer=FileSystemWriter(path, per_thread_copy_ahead=0), process_group=group)
+    try:
+        save(tensors, storage_writer=FileSystemWriter(path, per_thread_copy_ahead=0), process_group=group)
+    except CheckpointException as error:  # a BaseException, with the errors of all ranks and their tracebacks
+        if rank in error.failures:
+            raise error.failures[rank][0] from None
+        return
     if rank == 0:
         torch.save(state, path / _METADATA_FILENAME)
 
@@ -148,12 +167,22 @@ def describe(action: Callable[[], Any]) -> str | None:
     return None
 
 
-def _where_full(directory: Path) -> str:
-    """What PyTorch's writer does not say when there is no room for what it writes: "unexpected pos"."""
+def _no_room(problem: str, directory: Path) -> str:
+    """Why there was no room for what a save wrote, most likely, where that is its `problem`; PyTorch does not say."""
     try:
-        return "; the disk is full" if shutil.disk_usage(directory).free < FULL else ""
+        free = shutil.disk_usage(directory).free
     except OSError:
         return ""
+    if free < FULL:
+        return "; the disk is full"
+    if not _NO_ROOM.search(problem):
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limited = "" if limit == resource.RLIM_INFINITY else f", here {limit / 2**20:,.1f} MiB"
+    return (
+        "; most likely the disk was full, or a quota or the limit on the size of a file (ulimit -f"
+        f"{limited}) is reached: {directory} has {free / 2**30:,.1f} GiB free"
+    )
 
 
 def _prune(directory: Path, keep_last: int) -> None:

@@ -219,3 +219,29 @@ def test_14b_fits_eight_h100_under_zero3_with_its_optimiser_in_host_memory() -> 
     assert any(f"{node / 2**30:.2f} GiB of a node's host memory" in note for note in notes(offloaded))
     assert not any("asynchronous" in note for note in notes(offloaded))  # DeepSpeed's saves are not
     json.dumps(as_json(offloaded, []))
+
+
+def test_fsdp2_is_suggested_over_the_same_gpus_first_and_over_more_with_how_to_get_them() -> None:
+    def of(file: str) -> Plan:
+        full = ("--model.init_args.speed.checkpointing", "full")
+        return Plan(
+            read(["--config", "recipes/sft.yaml", "--config", f"recipes/hardware/{file}.yaml", *SHALLOW, *full])
+        )
+
+    def suggested(plan: Plan, room: int) -> tuple[str, Memory]:
+        """Changes of kinds that come later are not tried."""
+        change = next(change for change in plan.changes(room) if change.setting.startswith("FSDP2"))
+        return change.setting, change.memory
+
+    sharded, copies, one = of("fsdp"), of("hsdp"), of("one_gpu")
+    more = "trainer.num_nodes=2, data.init_args.batch_size=16, trainer.accumulate_grad_batches=1: 2 nodes of 8"
+    for zero in (of("deepspeed"), of("deepspeed_zero3")):
+        found = sharded.memory(averages=zero.averages)
+        assert suggested(zero, found.total) == ("FSDP2 over 8 ranks (recipes/hardware/fsdp.yaml)", found)
+        setting, _ = suggested(zero, found.total - 1)
+        assert setting == f"FSDP2 over 16 ranks (recipes/hardware/fsdp.yaml with {more})"
+    assert suggested(sharded, sharded.memory().total - 1)[0] == f"FSDP2 over 16 ranks ({more})"
+    setting, _ = suggested(copies, copies.memory().total - 1)  # of two copies, one on each node
+    assert setting == f"FSDP2 over 16 ranks (trainer.strategy.init_args.replicas=1, {more})"
+    setting, _ = suggested(one, 80 * 2**30)
+    assert setting.startswith("FSDP2 over 2 ranks (recipes/hardware/fsdp.yaml with trainer.devices=2, data")

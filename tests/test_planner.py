@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from _tiny_wan import VLM_DIM, WAN, inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +28,7 @@ from idc.errors import UserError
 from idc.models.conditioners import ToyTextConditioner
 from idc.models.conditioning import Drop, Encoders
 from idc.models.cost import forward_flops, step_flops
-from idc.models.sequence_parallel import check_heads
+from idc.models.sequence_parallel import check_heads, spread_over
 from idc.models.toy_codec import CosineCodec
 from idc.models.trainable import set_trainable
 from idc.models.transformer import IDCrafterTransformer
@@ -38,7 +42,8 @@ from idc.plan.model import Parameters
 from idc.plan.recipe import Layout, _layout, read
 from idc.plan.start import is_there, stand_in
 from idc.plan.trace import Passed, Storages, trace
-from idc.plan.work import seconds
+from idc.plan.work import seconds, sequence_bytes
+from idc.stages.dpo import DPO
 from idc.stages.sharding import check_sizes
 from idc.types import Bucket, Condition
 
@@ -501,6 +506,91 @@ def test_ranks_exchange_weights_in_the_type_in_which_they_gather_them():
     assert sent(torch.bfloat16) == pytest.approx(7 / 8 * (2 * (2 * 800_000 + 4 * 200_000) + 4 * 1_000_000))
 
 
+class Sent(TorchDispatchMode):
+    """Bytes that this rank gives to the others of its sequence."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks, self.bytes = ranks, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.idc.exchange.default:
+            self.bytes += args[0].nbytes * (self.ranks - 1) // self.ranks
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def pretended_ranks() -> Iterator[int]:
+    """A group whose other ranks send nothing that matters."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=5)
+    yield 5  # which do not divide the tokens
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "bf16", "trainable", "joins"),
+    [("none", False, "full", False), ("attention", True, "full", False), ("full", True, "full", True),
+     ("none", False, "id_blocks", False), ("full", False, "id_blocks", False), ("none", False, "lora", True)],
+)  # fmt: skip
+def test_a_spread_sequence_sends_what_its_exchanges_take(checkpointing, bf16, trainable, joins, pretended_ranks):
+    size, subject = (1, 3, ((2, 2), (2, 2))), 4
+    settings = {"num_attention_heads": 5, "id_joint_references": joins}
+    model: Any = make(3, 2, checkpointing, **settings)
+    set_trainable(model, trainable, rank=1)
+    spread_over(model, dist.group.WORLD)
+
+    def forward() -> Tensor:
+        return loss_of(*size, bf16=bf16)(model)
+
+    with torch.no_grad(), Sent(pretended_ranks) as reference:
+        forward()
+    with Sent(pretended_ranks) as trained:
+        forward().backward()
+
+    codec = SimpleNamespace(latent_shape=lambda *_: (4, 3, 8, 12))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    stage: Any = SimpleNamespace(encoders=SimpleNamespace(codec=codec), compute_dtype=dtype)
+    structure: Any = SimpleNamespace(config=model.config, stage=stage, checkpointing=checkpointing, trainable=trainable)
+    bucket = Bucket(9, 64, 96, 2)
+    assert trained.bytes == sequence_bytes(structure, bucket, subject, pretended_ranks)
+    assert sequence_bytes(structure, bucket, subject, 1) == 0
+    structure.stage = DPO.__new__(DPO)
+    vars(structure.stage).update(vars(stage))
+    assert 2 * (trained.bytes + reference.bytes) == sequence_bytes(structure, bucket, subject, pretended_ranks)
+
+
+def test_a_spread_sequence_adds_its_exchange_to_a_step_and_to_no_other(tmp_path, capsys):
+    spread = ("--config", "recipes/sft.yaml", *SHALLOW, "--config", "recipes/hardware/sequence_parallel.yaml")
+    _, found, _ = plan(tmp_path, capsys, *spread, "--device", "h100")
+    (h100,) = found["devices"].values()
+    took = h100["seconds_by_part"]
+    assert took["sequence"] > 0
+    assert h100["seconds_a_step"] == max(took["compute"], took["communication"]) + took["sequence"] + took["optimiser"]
+    assert any("waits for them" in note for note in found["notes"])
+    (hours,) = (note for note in found["notes"] if note.startswith("hours"))
+    assert "encoding the features, validation, previews and saves are not in them" in hours
+
+    alone = ("--config", "recipes/sft.yaml", *SHALLOW, "--config", "recipes/hardware/fsdp.yaml")
+    _, found, _ = plan(tmp_path, capsys, *alone, "--device", "h100")
+    (h100,) = found["devices"].values()
+    assert h100["seconds_by_part"]["sequence"] == 0
+    assert not any("waits for them" in note for note in found["notes"])
+
+
+def test_a_sequence_over_nodes_is_exchanged_through_the_network():
+    parameters, h100 = Parameters({"all": (1, 1)}, 1, 1), DEVICES["h100"]
+
+    def took(nodes: int) -> float:
+        layout = Layout(strategy="fsdp", ranks=8, nodes=nodes, shards=8, sequence=4)
+        return seconds(
+            1, parameters, optimiser_of(torch.optim.AdamW), layout, h100,
+            dtype="bfloat16", matmul_precision="highest", average=False, passes=1, sent=1e9,
+        ).sequence  # fmt: skip
+
+    assert took(1) == took(2) == 1 / h100.link
+    assert took(4) == 1 / h100.network
+
+
 def test_wrong_settings_are_told_as_fit_tells_them(capsys):
     assert main(["plan", "--config", "recipes/sft.yaml", "--model.init_args.trainabel", "full"]) == 2
     assert "trainable" in capsys.readouterr().err
@@ -510,5 +600,12 @@ def test_wrong_settings_are_told_as_fit_tells_them(capsys):
     assert "h100" in capsys.readouterr().err
     assert main(["plan", "--config", "recipes/sft.yaml", "--json", "nowhere/at/all.json"]) == 2
     assert "nowhere/at is no folder" in capsys.readouterr().err
+    assert main(["plan", "--config", "recipes/sft.yaml", "--trainer.accumulate_grad_batches", "0"]) == 2
+    assert "accumulate_grad_batches=0: a step takes 1 pass or more" in capsys.readouterr().err
+    assert main(["plan", "--config", "recipes/grpo.yaml", "--trainer.accumulate_grad_batches", "2"]) == 2
+    assert "set model.init_args.updates" in capsys.readouterr().err
+    spread = ("--config", "recipes/hardware/fsdp_grpo.yaml", "--trainer.strategy.init_args.tensor_parallel_size", "2")
+    assert main(["plan", "--config", "recipes/grpo.yaml", *spread]) == 2
+    assert "a rank makes GRPO's rollouts alone" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "no recipe" in capsys.readouterr().err

@@ -206,6 +206,8 @@ def test_the_rectified_weight_goes_with_the_kernels_of_its_formula(start: Path) 
             "model.init_args.optimizer: Invalid learning rate",
         ),
         (SFT, ["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], "trainer.precision='16-mixed'"),
+        (SFT, ["--trainer.accumulate_grad_batches", "0"], "batches=0: a step takes 1 pass or more; the nearest valid"),
+        (DPO, ["--trainer.accumulate_grad_batches=-2"], "batches=-2: a step takes 1 pass or more; the nearest valid"),
         (SFT, ["--trainer.gradient_clip_algorithm", "value"], "trainer.gradient_clip_algorithm='value': only 'norm'"),
         (GRPO, ["--trainer.gradient_clip_algorithm", "value"], "trainer.gradient_clip_algorithm='value': only 'norm'"),
         (

@@ -19,7 +19,7 @@ from idc.plan.model import Structure, Work, clips_a_pass
 from idc.plan.recipe import Layout, Recipe
 from idc.plan.samples import Samples, samples_of
 from idc.plan.trace import Passed
-from idc.plan.work import Operations, Seconds, operations, points_of, seconds
+from idc.plan.work import Operations, Seconds, operations, points_of, seconds, sequence_bytes
 from idc.stages.dpo import DPO
 from idc.stages.grpo import GRPO
 from idc.stages.rollouts import portions
@@ -33,6 +33,8 @@ class Change:
     setting: str
     memory: Memory
 
+
+_A_NODE = 8  # GPUs of a node in recipes/hardware/fsdp.yaml
 
 Tried = tuple[str, dict[str, Any]]  # a change in words, and what it gives to `Plan.memory`
 
@@ -280,11 +282,35 @@ class Plan:
             yield text, {"layout": replace(self.layout, sequence=ranks), "structure": self._lightest}
 
     def _sharded(self) -> Iterator[Tried]:
+        """Over as many ranks where the weights are not all FSDP2's yet, then over more."""
         for ranks in (self.layout.ranks * more for more in (1, 2, 4, 8, 16)):
-            if ranks > max(1, self.layout.shards):
-                layout = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks, zero=None)
-                text = f"FSDP2 over {ranks} ranks (recipes/hardware/fsdp.yaml) and "
-                yield text, {"layout": layout, "structure": self._lightest}
+            if ranks == 1 or (self.layout.zero is None and ranks <= self.layout.shards):
+                continue
+            layout = replace(self.layout, strategy="fsdp", ranks=ranks, shards=ranks, zero=None)
+            text = f"FSDP2 over {ranks} ranks ({self._how_to_shard(ranks)}) and "
+            if self.layout.zero is not None:
+                yield text, {"layout": layout}
+            yield text, {"layout": layout, "structure": self._lightest}
+
+    def _how_to_shard(self, ranks: int) -> str:
+        """The settings of FSDP2 over so many ranks, each with as many samples as now."""
+        is_grpo = isinstance(self.stage, GRPO)
+        file = f"recipes/hardware/fsdp{'_grpo' * is_grpo}.yaml"
+        own = ranks if self.layout.nodes == 1 and ranks < _A_NODE else self.layout.ranks // self.layout.nodes
+        a_node = own if ranks % _A_NODE else _A_NODE
+        batch, nodes = self.clips_a_rank * ranks // self.layout.sequence, ranks // a_node
+        settings = [f"trainer.devices={a_node}"] * (a_node != _A_NODE)
+        settings += [f"trainer.num_nodes={nodes}"] * (nodes > 1)
+        if settings:
+            settings.append(f"data.init_args.batch_size={batch}")
+        if settings and not is_grpo and self.samples_a_step % batch == 0:
+            settings.append(f"trainer.accumulate_grad_batches={self.samples_a_step // batch:g}")
+        if nodes > 1:
+            settings[-1] += f": {nodes} nodes of {a_node}"
+        if self.layout.strategy != "fsdp":
+            return f"{file} with {', '.join(settings)}" if settings else file
+        copies = self.layout.shards < self.layout.ranks
+        return ", ".join([*["trainer.strategy.init_args.replicas=1"] * copies, *settings])
 
     def _smaller_sets(self) -> Iterator[Tried]:
         for trainable in ("id_blocks+lora", "id_blocks", "lora"):
@@ -313,6 +339,15 @@ class Plan:
                 frozen[name] = frozen.get(name, 0) + round(share * flops)
         return Operations(StepFlops(*map(round, trained)), frozen)
 
+    @cached_property
+    def sent(self) -> float:
+        """Bytes of an optimiser step that a rank sends to the others of its sequence."""
+        tokens, ranks = self.reference_side**2, self.layout.sequence
+        each = sum(
+            share * sequence_bytes(self.structure, bucket, tokens, ranks) for bucket, share in self.buckets.items()
+        )
+        return each * self.samples_a_step * ranks / self.layout.ranks
+
     def seconds(self, device: Device) -> Seconds:
         """Of an optimiser step."""
         dtype = str(self.stage.compute_dtype).removeprefix("torch.")
@@ -326,6 +361,7 @@ class Plan:
             matmul_precision=self.stage.speed.matmul_precision,
             average=self.averages == "device",
             passes=self.passes,
+            sent=self.sent,
             share=self.share,
         )
 

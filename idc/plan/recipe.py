@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from idc.lightning_cli import CLI, command_line
 from idc.plan.start import is_there, stand_in
 from idc.plan.zero import ZeRO, zero_of
 from idc.stages.base import Stage, check_precision
-from idc.stages.sharding import check_sizes
+from idc.stages.sharding import FSDP2, check_sizes
 
 # What a trainer would make of its settings is not needed, and may need devices that are elsewhere.
 _NOT_MADE = {"callbacks": None, "logger": False, "strategy": "auto", "plugins": None, "profiler": None}
@@ -142,6 +143,9 @@ def read(args: Sequence[str], sizes_of: Path | None = None) -> Recipe:
     if sizes_of and not taken:
         raise UserError(f"--sizes-of {sizes_of}: this recipe starts from no checkpoint; lay it over by --config")
     layout, notes = _layout(cli.trainer_settings)
+    # As the trainer would have them: stages ask its strategy for the ranks of a sequence.
+    strategy = FSDP2(tensor_parallel_size=layout.sequence)
+    cli.model.check_run(SimpleNamespace(**{**vars(cli.trainer_settings), "strategy": strategy}), cli.datamodule)
     layout = replace(layout, gathered=cli.model.compute_dtype)
     batch, groups = cli.datamodule.batch_size, layout.ranks // layout.sequence
     if batch % groups:

@@ -100,18 +100,21 @@ def _operations(plan: Plan) -> Table:
 
 
 def _time(plan: Plan, devices: Sequence[Device]) -> Table:
+    spread = plan.layout.sequence > 1
     table = _table(
         "Time, with shares of the peak that are assumed",
-        "device", "peak, TFLOP/s", "share", "compute", "ranks' exchange", "optimiser", "s a step", "steps", "hours",
+        "device", "peak, TFLOP/s", "share", "compute", "ranks' exchange", *["tokens' exchange"] * spread, "optimiser",
+        "s a step", "steps", "hours",
     )  # fmt: skip
     dtype = str(plan.stage.compute_dtype).removeprefix("torch.")
     for device in devices:
         took, steps = plan.seconds(device), plan.steps
         share = device.share if plan.share is None else plan.share
         peak = device.peak(dtype, plan.stage.speed.matmul_precision) / TERA
+        figures = took.compute, took.communication, *[took.sequence] * spread, took.optimiser, took.total
         table.add_row(
             device.name, f"{peak:.3g} {dtype}", f"{share:.0%}",
-            *(f"{value:.3g}" for value in (took.compute, took.communication, took.optimiser, took.total)),
+            *(f"{value:.3g}" for value in figures),
             "?" if steps is None else f"{steps:,}", "?" if steps is None else f"{steps * took.total / 3600:.3g}",
         )  # fmt: skip
     return table
@@ -152,6 +155,13 @@ def notes(plan: Plan) -> list[str]:
     found += _of_host_memory(plan)
     if plan.layout.sequence > 1:
         found.append("a sequence is spread over ranks: the subjects' tokens, which all of them hold, count as spread")
+        found.append(
+            "tokens' exchange: ranks that share a sample send each other its tokens around every self-attention, which "
+            "waits for them: it adds to a step, while the exchange of weights and gradients runs beside the computing"
+        )
+    if plan.steps is not None:
+        others = "rewards, " * isinstance(plan.stage, GRPO) + "encoding the features, validation, previews and saves"
+        found.append(f"hours are the run's steps times the seconds of one: {others} are not in them")
     if isinstance(plan.stage, GRPO):
         found.append("rewards' networks on the device, and decoding rollouts, are not counted")
     elif plan.recipe.callback("Previews") is not None and any(e.bytes for e in plan.encoders):
@@ -223,6 +233,7 @@ def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
                 "fits": found.total <= device.memory * GIB if on_gpu(device) else None,
                 "assumed_share": device.share if plan.share is None else plan.share,
                 "seconds_a_step": plan.seconds(device).total,
+                "seconds_by_part": asdict(plan.seconds(device)),
                 "hours": None if plan.steps is None else plan.steps * plan.seconds(device).total / 3600,
             }
             for device in devices

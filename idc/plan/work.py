@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,36 @@ def points_of(stage: GRPO, objective: Any) -> int:
     return len(stage.rollouts.chosen(0, "plan"))
 
 
+def sequence_bytes(structure: Structure, bucket: Bucket, reference_tokens: int, ranks: int) -> float:
+    """Bytes that a rank sends to the others of its sequence for one sample of a training step (a pair in DPO).
+
+    After `idc.models.sequence_parallel`: around the self-attention of each layer an all-to-all of the queries, keys and
+    values of the rank's own tokens, and one of what it attended to; at the end its outputs, whole, to each other rank.
+    Each goes back in the backward pass; recomputed layers exchange once more. Of an all-to-all a rank keeps its own
+    part. Reference tokens that are joined to the video's are on all ranks, and only their attention's results travel.
+
+    Args:
+        reference_tokens: of one reference.
+        ranks: of a sequence; 1 sends nothing.
+    """
+    config, codec = structure.config, structure.stage.encoders.codec
+    shape, volume = codec.latent_shape(bucket.frames, bucket.height, bucket.width), math.prod(config["patch_size"])
+    own = -(-math.prod(shape[1:]) // volume // ranks)
+    joins = config["id_joint_references"]
+    tokens = 4 * own + (bucket.subjects * reference_tokens if joins else 0)
+    each = structure.stage.compute_dtype.itemsize * (ranks - 1)
+    layer = each * tokens * config["num_attention_heads"] * config["attention_head_dim"] / ranks
+    outputs = each * own * volume * config["out_channels"]
+    layers = config["num_layers"]
+    # Where only the id blocks are trained, no gradient goes to what is before the first of them.
+    backward = layers - (structure.trainable == "id_blocks" and not joins)
+    recomputed = 0 if structure.checkpointing == "none" else layers
+    trained = (layers + backward + recomputed) * layer + 2 * outputs
+    if isinstance(structure.stage, DPO):
+        return 2 * (trained + layers * layer + outputs)  # and the reference's forward pass
+    return trained
+
+
 @dataclass(frozen=True)
 class Seconds:
     """Of an optimiser step on one rank.
@@ -93,15 +124,17 @@ class Seconds:
     Attributes:
         compute: of the transformer's products. optimiser: of weights, states and averages through the memory.
         communication: of weights and gradients between ranks, most of which runs beside the computing.
+        sequence: of tokens between the ranks that share a sample; each layer's computing waits for it.
     """
 
     compute: float
     optimiser: float
     communication: float
+    sequence: float = 0.0
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.communication) + self.optimiser
+        return max(self.compute, self.communication) + self.sequence + self.optimiser
 
 
 def seconds(
@@ -115,6 +148,7 @@ def seconds(
     matmul_precision: str,
     average: bool,
     passes: int,
+    sent: float = 0.0,
     share: float | None = None,
 ) -> Seconds:
     """Expected seconds of an optimiser step.
@@ -122,13 +156,17 @@ def seconds(
     Args:
         flops: of the step, of one rank.
         passes: forward and backward passes in it.
+        sent: bytes in it that a rank sends to the others of its sequence.
         share: of the device's peak that is reached, in place of the assumed one.
     """
     compute = flops / (device.peak(dtype, matmul_precision) * (device.share if share is None else share))
     own = parameters.trained / layout.shards
     # Read weight and gradient, read and write the states, write the weight; the same for the averages.
     moved = own * (12 + 2 * optimiser.states + (12 if average else 0))
-    return Seconds(compute, moved / (1e9 * device.bandwidth), _communication(parameters, layout, device, passes))
+    on_one_node = layout.ranks // layout.nodes % layout.sequence == 0
+    sequence = sent / (1e9 * (device.link if on_one_node else device.network))
+    communication = _communication(parameters, layout, device, passes)
+    return Seconds(compute, moved / (1e9 * device.bandwidth), communication, sequence)
 
 
 def _communication(parameters: Parameters, layout: Layout, device: Device, passes: int) -> float:

@@ -188,10 +188,14 @@ class Stage(LightningModule):
                 f"data.init_args.group_size={size}: {type(self).__name__} would train on every sample {size} times in "
                 "a row; groups are GRPO's, and 1 is right here"
             )
-        if trainer.gradient_clip_algorithm not in (None, "norm"):
+        if (passes := trainer.accumulate_grad_batches) < 1:
             raise UserError(
-                f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm.value!r}: only 'norm' is supported; "
-                "set that, or leave it out"
+                f"trainer.accumulate_grad_batches={passes}: a step takes 1 pass or more; the nearest valid choice is 1"
+            )
+        if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
+            raise UserError(
+                f"trainer.gradient_clip_algorithm={str(getattr(algorithm, 'value', algorithm))!r}: only 'norm' is "
+                "supported; set that, or leave it out"
             )
 
     def _check(self, datamodule: Any) -> None:

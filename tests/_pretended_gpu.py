@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -57,12 +57,12 @@ class PretendedGPU(TorchFunctionMode):
         lies_there = marked if target is None else target
         _check(name, tensors, lies_there, target, kwargs.get("generator"))
         kwargs.pop("pin_memory", None)
-        out = Tensor.cpu(first) if name == "cuda" else func(*args, **kwargs)  # type: ignore[arg-type]
+        out = (Tensor.cpu if name == "cuda" else func)(*args, **kwargs)
         if out is first and isinstance(out, Tensor) and _marked(out) != lies_there:
             out = out.clone()  # `to` another device
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and not any(leaf is tensor for tensor in tensors):
-                leaf._gpu = lies_there  # type: ignore[attr-defined]
+                _mark(leaf, lies_there)
         return out
 
 
@@ -70,16 +70,20 @@ def _marked(x: Any) -> bool:
     return isinstance(x, Tensor) and getattr(x, "_gpu", False)
 
 
+def _mark(x: Any, lies_there: bool) -> None:
+    x._gpu = lies_there
+
+
 def _property(func: Any, tensor: Tensor, *value: Any) -> Any:
     name = func.__self__.__name__
     if value:
         func(tensor, *value)
         if name == "data":
-            tensor._gpu = _marked(value[0])  # type: ignore[attr-defined]
+            _mark(tensor, _marked(value[0]))
         return None
     out = func(tensor)
     if isinstance(out, Tensor):
-        out._gpu = _marked(tensor)  # type: ignore[attr-defined]
+        _mark(out, _marked(tensor))
     if not _marked(tensor):
         return out
     return {"device": GPU, "is_cuda": True, "is_cpu": False}.get(name, out)
@@ -126,11 +130,12 @@ def _check(name: str, tensors: list[Tensor], lies_there: bool, target: bool | No
 
 def _who() -> tuple[str, ...]:
     """The functions of the kit that are running, the innermost first."""
-    names, frame = [], sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
+    names = []
     while frame is not None:
         if "/idc/" in frame.f_code.co_filename:
             names.append(frame.f_code.co_name)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(names)
 
 
@@ -209,7 +214,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     def parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
         made = make_parameter(cls, data, requires_grad)
         if _marked(data):
-            made._gpu = True
+            _mark(made, True)
         return made
 
     def run_in_mode(self: threading.Thread) -> None:

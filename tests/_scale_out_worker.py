@@ -28,6 +28,7 @@ from idc.stages.sharding import build_sharded, shard, weights_mesh
 from idc.types import Condition
 
 HEADS = 4
+ONE_LAYER = {"num_layers": 1, "id_layers": 1}
 # Name -> (settings of the model, latent frames of 4x6, time per token). Over 4 ranks: 18 tokens leave the last rank 3
 # of 5, 6 tokens leave it none at all.
 CASES: dict[str, tuple[dict[str, Any], int, bool]] = {
@@ -112,6 +113,38 @@ def _groups(rank: int, world: int) -> Iterator[tuple[int, dist.ProcessGroup, int
     yield 2, pairs[rank // 2], rank // 2
 
 
+def curve(model: IDCrafterTransformer, data_ranks: list[int], average: bool = False) -> list[float]:
+    """Losses of 20 steps on the mean over the data of `data_ranks`; `average` takes the ranks' mean of gradients."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = torch.stack([loss_of(model, "padded", data_rank)[1] for data_rank in data_ranks]).mean()
+        loss.backward()
+        for parameter in model.parameters() if average else ():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def curves(rank: int, world: int, port: int, out: str) -> None:
+    """Those of sequences over 4 and 2 ranks, of weights sharded over 4, and of two replicas of two shards."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    results = {}
+    for ranks, group, data_rank in _groups(rank, world):
+        spread_over(model := model_of(ONE_LAYER), group)
+        results[f"sequences of {ranks}"] = curve(model, [data_rank], average=True)
+    for name, sizes in {"shard": (world,), "replicate shard": (2, world // 2)}.items():
+        names = tuple(name.split())
+        shard(model := model_of(ONE_LAYER), init_device_mesh("cpu", sizes, mesh_dim_names=names))
+        results[name] = curve(model, [rank])
+    Path(out, f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
 def told(rank: int, world: int, port: int, out: str) -> None:
     """What ranks raise where rank 0 cannot build, and how long the groups of all meshes wait."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -130,7 +163,7 @@ def told(rank: int, world: int, port: int, out: str) -> None:
         if device == "cpu":
             raise UserError("pretrained: no such weights")
         with torch.device(device):
-            return model_of({"num_layers": 1, "id_layers": 1})
+            return model_of(ONE_LAYER)
 
     try:
         build_sharded(build, strategy)
@@ -181,7 +214,7 @@ def losses_of(
 ) -> list[float]:
     """Of 20 steps of one layer with its block on one batch, under bfloat16 autocast; traced as one graph each, and
     recomputed, where `compiled`."""
-    model, losses = model_of({"num_layers": 1, "id_layers": 1}), []
+    model, losses = model_of(ONE_LAYER), []
     shard(model, mesh, gathered)
     if compiled:
         model.run_layers("full", compiled=True)

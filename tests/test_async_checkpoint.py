@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from traceback import StackSummary
 from types import SimpleNamespace
 from typing import Any
 
@@ -335,7 +336,7 @@ def test_what_is_no_lack_of_room_is_not_explained_as_one(number: int, tmp_path: 
 
 def test_a_rank_leaves_another_ranks_error_to_that_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise CheckpointException("write", {1: (OSError(errno.EIO, "no"), SimpleNamespace())})  # type: ignore[dict-item]
+        raise CheckpointException("write", {1: (OSError(errno.EIO, "no"), StackSummary())})
 
     monkeypatch.setattr("torch.distributed.checkpoint.save", fails)
     with pytest.raises(OSError, match="no"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import json
 import os
 import signal
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from _server import join, launch
@@ -103,9 +105,9 @@ def _end_without_the_others(folder: str) -> None:
 
     watch = Watch(Path(folder), (0, 2), "now", 0.2, 0.2, lambda seconds: (Path(folder) / "saved").touch())
     watch_module._GRACE = 0.2
-    Path.is_dir = stale  # type: ignore[method-assign, assignment]
-    watch.start()
-    threading.Event().wait()
+    with patch.object(Path, "is_dir", stale):
+        watch.start()
+        threading.Event().wait()
 
 
 def test_a_file_system_that_does_not_answer_keeps_no_save_from_its_end(tmp_path: Path) -> None:
@@ -113,17 +115,16 @@ def test_a_file_system_that_does_not_answer_keeps_no_save_from_its_end(tmp_path:
     assert (tmp_path / "saved").exists()
 
 
-def _lose_the_watchdog(folder: str) -> None:
-    watch_module._MARGIN = 0.1
-    watch = Watch(Path(folder), (0, 1), "now", 0.2, 0.2)
-    watch._is_asked = lambda: 1 // 0  # type: ignore[method-assign, return-value]
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watchdog_that_fails_takes_its_timer_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: timer.append("set"))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: timer.append("taken away"))
+    watch = Watch(tmp_path, (0, 1), "now", 0.2, 0.2)
+    monkeypatch.setattr(watch, "_is_asked", lambda: 1 // 0)
     watch.start()
     watch._thread.join()
-    threading.Event().wait(1)  # longer than the timer that it had set
-
-
-def test_a_watchdog_that_fails_takes_its_timer_with_it(tmp_path: Path) -> None:
-    assert join(launch(_lose_the_watchdog, [(str(tmp_path),)])) == [0]
+    assert timer == ["set", "taken away"]
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from _four_steps import check_equal, make_run
-from _scale_out_worker import CASES, count_14b, gather, loss_of, model_of, spread, told
+from _scale_out_worker import CASES, ONE_LAYER, count_14b, curve, curves, gather, loss_of, model_of, spread, told
 from _server import free_port, join, launch
 from _sft_worker import Fit
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -45,6 +45,18 @@ def test_a_sequence_spread_over_ranks_has_the_outputs_and_gradients_of_one_rank(
             torch.testing.assert_close(
                 gradients[parameter_name], parameter.grad, rtol=1e-4, atol=1e-6, msg=f"{rank} {parameter_name}"
             )
+
+
+def test_twenty_steps_over_ranks_have_the_losses_of_one(tmp_path):
+    """Sequences of 4 and of 2, shards over 4, and two replicas of two shards; the mean over all that have own data."""
+    port = free_port()
+    assert join(launch(curves, [(rank, 4, port, str(tmp_path)) for rank in range(4)])) == [0] * 4
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    for name, groups in {"sequences of 4": 1, "sequences of 2": 2, "shard": 4, "replicate shard": 4}.items():
+        expected = curve(model_of(ONE_LAYER), [*range(groups)])
+        means = [sum(losses) / 4 for losses in zip(*(each[name] for each in found), strict=True)]
+        assert means == pytest.approx(expected, rel=1e-5), name
+        assert expected[-1] < 0.5 * expected[0]
 
 
 def test_what_rank_0_cannot_build_ends_all_ranks_and_every_group_waits_as_long_as_the_strategy(tmp_path):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from _tiny_wan import VLM_DIM, WAN, condition, randomise
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from idc.callbacks.ema import EMAWeights
@@ -120,10 +121,10 @@ def curve(model: IDCrafterTransformer, data_ranks: list[int], average: bool = Fa
         optimizer.zero_grad()
         loss = torch.stack([loss_of(model, "padded", data_rank)[1] for data_rank in data_ranks]).mean()
         loss.backward()
-        for parameter in model.parameters() if average else ():
-            assert parameter.grad is not None
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+        if average:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            dist.all_reduce(every := parameters_to_vector(gradients))
+            vector_to_parameters(every / dist.get_world_size(), gradients)
         optimizer.step()
         losses.append(loss.item())
     return losses
